@@ -2,8 +2,8 @@
 
     python launch.py 4 train.py config/train_gpt2.py --batch_size=8
 
-It sets what torchrun sets, so torchrun works in its place, and over several nodes it is the one to take. On
-one node this starts a second sooner (no torch in the launcher), passes on every signal, keeps the exit status of
+It sets what torchrun sets, so torchrun works in its place, and over several nodes it is the one to take. On one
+node this starts a second sooner (the launcher holds no torch), passes on every signal, keeps the exit status of
 the rank that failed first (torchrun makes it 1), and adds one line to that rank's own words, not a page.
 """
 
@@ -81,7 +81,7 @@ def free_port() -> int:
 
 
 def watch(ranks: list[subprocess.Popen], signals: list[int]) -> int:
-    """Pass signals on until all ranks have ended; the first that fails ends the others. Returns its status."""
+    """Pass signals on until all ranks have ended. The first that fails ends the others and is the status."""
     stopped = terminate = kill = inf  # when
     failed = code = 0  # the first rank that failed, and its return code
     while True:

@@ -1,4 +1,4 @@
-"""launch.py: exit statuses, signals, nothing left behind. Small scripts without torch stand in for train.py."""
+"""launch.py: exit statuses, signals, nothing left behind. Small scripts stand in for train.py."""
 
 import os
 import signal
@@ -64,12 +64,8 @@ def test_one_rank_gets_the_variables_too(launch):
     assert output == "0 1\n"
 
 
-@pytest.mark.parametrize(
-    "given, ranks, threads", [(None, 2, max(1, len(os.sched_getaffinity(0)) // 2)), ("5", 2, 5)]
-)
-def test_the_cores_are_shared_out_unless_the_user_has_said_otherwise(
-    launch, monkeypatch, given, ranks, threads
-):
+@pytest.mark.parametrize("given, ranks, threads", [(None, 2, max(1, len(os.sched_getaffinity(0)) // 2)), ("5", 2, 5)])
+def test_the_cores_are_shared_out_unless_the_user_has_said_otherwise(launch, monkeypatch, given, ranks, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
@@ -85,9 +81,7 @@ def test_arguments_pass_through_unharmed(launch):
 
 def test_a_users_error_is_told_once_and_keeps_its_status(launch):
     # Rank 1 is there first, and rank 0 must still get to print.
-    launcher = launch(
-        2, "rank or (time.sleep(0.5), print('error: value, rule, fix', file=sys.stderr))\nsys.exit(2)"
-    )
+    launcher = launch(2, "rank or (time.sleep(0.5), print('error: value, rule, fix', file=sys.stderr))\nsys.exit(2)")
     _, errors = launcher.communicate(timeout=10)
     assert (errors, launcher.returncode) == ("error: value, rule, fix\n", 2)
 
@@ -112,9 +106,7 @@ def test_a_rank_that_dies_ends_the_others(launch, tmp_path, end, status, words):
 
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(monkeypatch, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(
-        RANK + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nrank and sys.exit(3)\ntime.sleep(60)"
-    )
+    script.write_text(RANK + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nrank and sys.exit(3)\ntime.sleep(60)")
     code = f"import sys, launch; launch.GRACE = 0.5; sys.exit(launch.main(['2', {str(script)!r}]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=10, capture_output=True, text=True)
     assert (done.stderr, done.returncode) == ("launch.py: rank 1 ended with status 3\n", 3)
@@ -136,9 +128,7 @@ def test_signals_reach_every_rank_and_a_clean_stop_is_no_error(launch, tmp_path,
 
 def test_ranks_and_their_children_without_a_handler_end_on_sigterm(launch, tmp_path):
     child = f"import os, time; open({str(tmp_path)!r} + f'/pid-{{os.getpid()}}', 'w'); time.sleep(60)"
-    launcher = launch(
-        2, f"import subprocess\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
-    )
+    launcher = launch(2, f"import subprocess\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)")
     wait_for(lambda: len(pids(tmp_path)) == 4)
     launcher.terminate()
     _, errors = launcher.communicate(timeout=10)
@@ -182,9 +172,7 @@ def test_two_launches_at_once_have_their_own_ports(launch):
     assert port != other_port
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["2"], ["0", "train.py"], ["two", "train.py"], ["2", "no_such.py"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["2"], ["0", "train.py"], ["two", "train.py"], ["2", "no_such.py"]])
 def test_what_cannot_be_started_is_one_message(arguments):
     command = [sys.executable, "launch.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
