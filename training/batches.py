@@ -1,0 +1,85 @@
+"""Batches: every one a pure function of (seed, step, micro_step, rank), whatever the number of ranks.
+
+The sequence starts of a step's whole global batch come from one generator keyed by (seed, step), and each rank takes
+its part. So any strategy on any number of ranks sees the same global batches, and a resumed run the same as one that
+never stopped. Evaluation has its own fixed batches and disturbs nothing.
+"""
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from data.dataset import DataError, open_dataset
+from torch import Tensor
+
+from training.distributed import Ranks
+from training.train_config import TrainConfig
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+STREAMS = {"training": 0, "train": 1, "val": 2}  # the last two: evaluation of that split
+
+
+class Batches:
+    """Raises DataError where the data set is missing, damaged, or too short for block_size."""
+
+    def __init__(self, cfg: TrainConfig, ranks: Ranks):
+        self.cfg, self.ranks = cfg, ranks
+        self.dataset = open_dataset(DATA / cfg.dataset)
+        self.micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
+        self.tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+        self.files = {split: os.open(self.dataset.path(split), os.O_RDONLY) for split in ("train", "val")}
+        for split in self.files:
+            if self.dataset.tokens(split) <= cfg.block_size:
+                raise DataError(
+                    f"{self.dataset.path(split)} has {self.dataset.tokens(split):,} tokens: too few for block_size = "
+                    f"{cfg.block_size}, which needs one more than that; lower block_size or prepare more text"
+                )
+        self.step, self.starts = -1, np.empty(0)
+
+    def train(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+        """This rank's tokens and targets, each (batch_size, block_size) int64 on its device."""
+        if step != self.step:
+            self.step = step
+            self.starts = self.draw("training", step, self.cfg.gradient_accumulation_steps)
+        return self.read("train", self.starts[self.micro_batch(micro_step)])
+
+    def evaluation(self, split: str, index: int) -> tuple[Tensor, Tensor]:
+        """Batch number index of a split: the same at every evaluation, under every strategy."""
+        return self.read(split, self.draw(split, index, 1)[0])
+
+    def micro_batch(self, micro_step: int) -> int:
+        """Which of the step's gradient_accumulation_steps micro-batches this rank has at micro_step."""
+        return micro_step * self.ranks.world_size + self.ranks.rank
+
+    def dropout_seed(self, step: int, micro_step: int) -> int:
+        """Dropout belongs to the micro-batch, so no random state has to be saved or depends on the ranks."""
+        return zlib.crc32(f"{self.cfg.seed}/{step}/{self.micro_batch(micro_step)}".encode())
+
+    def draw(self, stream: str, number: int, micro_batches: int) -> np.ndarray:
+        split = "val" if stream == "val" else "train"
+        random = np.random.default_rng([self.cfg.seed, STREAMS[stream], number])
+        return random.integers(
+            self.dataset.tokens(split) - self.cfg.block_size, size=(micro_batches, self.cfg.batch_size)
+        )
+
+    def read(self, split: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Plain reads, served from the page cache: a memory map would count all pages ever touched as this process'."""
+        dtype, length = self.dataset.dtype, self.cfg.block_size + 1
+        size = length * dtype.itemsize
+        rows = b"".join(os.pread(self.files[split], size, int(start) * dtype.itemsize) for start in starts)
+        if len(rows) != size * len(starts):
+            raise DataError(f"{self.dataset.path(split)} became shorter while it was read; prepare it again")
+        ids = np.frombuffer(rows, dtype).reshape(len(starts), length)
+        if (largest := int(ids.max())) >= self.dataset.vocab_size:
+            raise DataError(
+                f"{self.dataset.path(split)} holds id {largest}, beyond its vocabulary of {self.dataset.vocab_size}: "
+                "its tokenizer in meta.json is another one, or the file is damaged; prepare it again"
+            )
+        tokens = torch.from_numpy(ids.astype(np.int64))
+        if self.ranks.device.type == "cuda":
+            tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)
+        elif self.ranks.device.type != "cpu":
+            tokens = tokens.to(self.ranks.device)
+        return tokens[:, :-1], tokens[:, 1:]

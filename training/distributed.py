@@ -1,0 +1,128 @@
+"""Ranks: who am I among how many, on which device; the only reader of the launcher's environment variables."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from data.dataset import DataError
+
+from training.errors import ConfigError, UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean over all ranks, in place; every rank must call it."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails for the user on one rank (a full disk, a missing file) fails on all, with the same message."""
+        mine: str | None = None
+        try:
+            yield
+        except (UserError, DataError) as error:
+            mine = str(error)
+        except OSError as error:
+            mine = f"{error.filename or 'input/output'}: {error.strerror or error}"
+        errors: list[str | None] = [mine]
+        if self.world_size > 1:
+            errors = [None] * self.world_size
+            dist.all_gather_object(errors, mine)
+        first = next((e for e in errors if e is not None), None)
+        if first is not None:
+            raise UserError(first)
+
+
+ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@contextmanager
+def start(device: str, backend: str) -> Iterator[Ranks]:
+    """Join the process group if a launcher started several ranks, and leave it at the end."""
+    local_rank, world = int(os.environ.get("LOCAL_RANK", 0)), world_size()
+    ranks = Ranks(int(os.environ.get("RANK", 0)), local_rank, world, pick_device(device, local_rank, world))
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    if world == 1:
+        yield ranks
+        return
+    if backend == "auto":
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    if backend == "nccl" and ranks.device.type != "cuda":
+        raise ConfigError(f"backend = 'nccl': needs GPUs, this run is on {ranks.device.type}; leave it at auto")
+    bound = ranks.device if backend == "nccl" else None
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
+    yield ranks
+    # Only on the good way out: after an error the others may be gone, and a barrier would wait for them.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def pick_device(wanted: str, local_rank: int, ranks: int) -> torch.device:
+    """This rank's device; ConfigError where it is not there."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        wanted = "cpu" if wanted == "mps" and ranks > 1 else wanted  # MPS has no collectives
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"device = {wanted!r}: unknown; write auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        visible = torch.cuda.device_count()
+        index = local_rank if ranks > 1 else device.index or 0
+        if index >= visible:
+            what = f"{local_rank + 1} ranks on this machine" if ranks > 1 else f"device = {wanted!r}"
+            raise ConfigError(f"{what}: {visible} GPUs are visible; use fewer ranks, or --device=cpu")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device = 'mps': this machine has none; use --device=cpu")
+    if device.type not in ("cpu", "mps"):
+        raise ConfigError(f"device = {wanted!r}: not supported; write auto, cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matmuls; ConfigError where the device lacks it."""
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return torch.float32 if device.type != "cuda" else torch.bfloat16 if has_bf16 else torch.float16
+    if wanted == "bfloat16" and not has_bf16:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"dtype = 'bfloat16': {name} lacks it; use float16 or float32")
+    if wanted == "float16" and device.type == "cpu":
+        raise ConfigError("dtype = 'float16': a CPU lacks it; use bfloat16 or float32")
+    return getattr(torch, wanted)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script: a user's error is printed by one rank, and every rank ends with status 2."""
+    try:
+        main()
+    except (UserError, DataError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

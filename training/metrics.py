@@ -1,0 +1,159 @@
+"""Metrics: metrics.jsonl (the only source of numbers), the terminal, and Weights & Biases."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from training.checkpoint import write_text
+from training.devices import peak_flops, peak_memory_bytes
+from training.distributed import Ranks
+from training.figures import draw_loss
+from training.origin import Origin
+from training.train_config import TrainConfig
+
+WARM_UP_STEPS = 3  # a process' first steps compile, allocate and fill caches: they are not timed
+
+
+class Metrics:
+    def __init__(self, cfg: TrainConfig, ranks: Ranks, tokens_per_step: int, origin: Origin, dtype: torch.dtype):
+        self.ranks, self.tokens_per_step = ranks, tokens_per_step
+        peak = peak_flops(ranks.device, dtype)
+        self.flops_per_step = origin.model.flops_per_token() * tokens_per_step
+        self.peak = peak and peak * ranks.world_size
+        self.path = Path(cfg.out_dir) / "metrics.jsonl"
+        self.steps = self.timed_steps = 0
+        self.seconds, self.since = 0.0, time.perf_counter()
+        self.wandb = start_wandb(cfg) if cfg.wandb_log and ranks.main else None
+        live = ranks.main and sys.stderr.isatty()
+        self.bar = tqdm(total=cfg.max_iters, unit="step", dynamic_ncols=True, smoothing=0.1) if live else None
+        self.say(summary(cfg, ranks, origin, dtype))
+        if origin.step:
+            self.forget(origin.step)
+        self.lap()
+
+    def forget(self, step: int) -> None:
+        """Drop what a killed run logged after the checkpoint of `step` that this one resumes from."""
+        if self.bar:
+            self.bar.update(step)
+        if self.ranks.main and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            rows = [(line, json.loads(line)) for line in lines]
+            write_text(self.path, "".join(line for line, r in rows if r["step"] < step + (r["kind"] == "eval")))
+
+    def count_step(self) -> None:
+        """After every step; costs nothing on the device."""
+        self.steps += 1
+        if self.steps == WARM_UP_STEPS:
+            self.lap()
+            self.seconds, self.timed_steps = 0.0, 0
+        elif self.steps > WARM_UP_STEPS:
+            self.timed_steps += 1
+        if self.bar:
+            self.bar.update()
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Around evaluation and saving."""
+        self.seconds += self.lap()
+        yield
+        self.lap()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, the device's work included."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        before, self.since = self.since, time.perf_counter()
+        return self.since - before
+
+    def train(self, step: int, loss: float, lr: float, grad_norm: float | None) -> None:
+        """One line for the step, with the mean speed since the line before; null while warming up."""
+        self.seconds += self.lap()
+        seconds = self.seconds / self.timed_steps if self.timed_steps else None
+        row = {
+            "kind": "train",
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "step_ms": seconds and seconds * 1e3,
+            "tokens_per_second": seconds and self.tokens_per_step / seconds,
+            "mfu": self.flops_per_step / seconds / self.peak if seconds and self.peak else None,
+            "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
+        }
+        self.seconds, self.timed_steps = 0.0, 0
+        if self.ranks.main:
+            self.write(row)
+            text = f"loss {loss:.4f}"
+            if seconds:
+                text += f", {seconds * 1e3:,.1f} ms, {self.tokens_per_step / seconds:,.0f} tokens/s"
+            if row["mfu"] is not None:
+                text += f", MFU {row['mfu']:.1%}"
+            if self.bar:
+                self.bar.set_postfix_str(text)
+            else:
+                print(f"step {step}: {text}", flush=True)
+
+    def evaluation(self, step: int, losses: dict[str, float]) -> None:
+        if self.ranks.main:
+            self.write({"kind": "eval", "step": step, **losses})
+            self.say(f"step {step}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar where there is one; the main rank only."""
+        if self.ranks.main:
+            (self.bar.write(text) if self.bar else print(text, flush=True))
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            names = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's panels
+            self.wandb.log({names.get(k, k): v for k, v in row.items() if k not in ("kind", "step")}, step=row["step"])
+
+    def close(self) -> None:
+        """Finish the displays and draw loss.png; main rank."""
+        if self.bar:
+            self.bar.close()
+        if self.wandb:
+            self.wandb.finish(quiet=True)
+        if self.ranks.main and self.path.exists():
+            draw_loss([self.path.parent], self.path.with_name("loss.png"))
+
+
+def summary(cfg: TrainConfig, ranks: Ranks, origin: Origin, dtype: torch.dtype) -> str:
+    """Tokens per step with their factors: the batch is what users of small GPUs get wrong most."""
+    accumulation, sequences, length = cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size
+    where = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else str(ranks.device)
+    return (
+        f"{origin.model.parameter_count():,} parameters on {where}, {str(dtype).removeprefix('torch.')}; "
+        f"{accumulation * sequences * length:,} tokens per step = {ranks.world_size} ranks x "
+        f"{accumulation // ranks.world_size} micro-steps x {sequences} sequences x {length} tokens"
+        + (f"; resuming {origin.checkpoint}" if origin.checkpoint else "")
+    )
+
+
+def start_wandb(cfg: TrainConfig) -> Any:
+    """The same W&B run when a run is resumed: its id stays in the run folder. Offline with WANDB_MODE=offline."""
+    import wandb  # not before it is wanted: it costs a third of a second
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    path = Path(cfg.out_dir) / "wandb_id"
+    if cfg.init_from != "resume" or not path.exists():
+        path.write_text(wandb.util.generate_id())
+    return wandb.init(
+        project=cfg.wandb_project,
+        name=cfg.wandb_run_name,
+        id=path.read_text(),
+        resume="allow",
+        config=asdict(cfg),
+        dir=cfg.out_dir,
+    )

@@ -1,0 +1,50 @@
+"""Where a run begins: at fresh weights, at weights from elsewhere, or at a checkpoint of its own."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.dataset import Dataset
+from torch import Tensor
+
+from model import GPTConfig
+from training import pretrained
+from training.checkpoint import Checkpoints
+from training.errors import CheckpointError
+from training.train_config import TrainConfig
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
+
+
+@dataclass(frozen=True)
+class Origin:
+    model: GPTConfig
+    init_from: str = "scratch"  # what the run's very first start had, through all resumes
+    weights: dict[str, Tensor] | None = None
+    checkpoint: Path | None = None
+    step: int = 0
+    best_val_loss: float | None = None
+
+
+def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) -> Origin:
+    """Raises CheckpointError, ConfigError or UserError where cfg.init_from leads nowhere."""
+    if cfg.init_from == "scratch":
+        return Origin(cfg.model_config(dataset.vocab_size))
+    if cfg.init_from != "resume":
+        model, weights = pretrained.start_from(cfg, dataset.vocab_size)
+        return Origin(model, cfg.init_from, weights)
+    folder, about = checkpoints.newest()
+    saved, here = about["tokenizer"], dataset.tokenizer.describe()
+    if saved != here:
+        raise CheckpointError(
+            f"{folder} was trained on tokens of {saved['name']!r} ({about['vocab_size']} ids), dataset = "
+            f"{cfg.dataset!r} has those of {here['name']!r} ({dataset.vocab_size} ids) or another vocabulary; "
+            "name the data set that the run started with"
+        )
+    model = GPTConfig(**about["model"])
+    # a run that began with GPT-2's weights has their shape, whatever the settings say
+    keys = SHAPE if about["init_from"] == "scratch" else ("block_size",)
+    if unlike := [k for k in keys if getattr(cfg, k) != getattr(model, k)]:
+        lines = [f"--{k}={getattr(model, k)} (not {getattr(cfg, k)})" for k in unlike]
+        raise CheckpointError(f"{folder} is of another model; resume it with {', '.join(lines)}")
+    model = replace(model, dropout=cfg.dropout, activation_checkpointing=cfg.activation_checkpointing)
+    return Origin(model, about["init_from"], None, folder, about["step"], about["best_val_loss"])

@@ -1,0 +1,99 @@
+"""OpenAI's GPT-2 weights, as Hugging Face keeps them, under our names: the one place that knows theirs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from model import GPTConfig
+from training import checkpoint
+from training.errors import ConfigError, UserError
+from training.train_config import TrainConfig
+
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+# Theirs are Conv1D layers, with weights (in, out).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+FILES = ("config.json", "model.safetensors")
+
+
+def open_weights(source: str) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """source, a name of HUB or a folder -> the model's shape and its fp32 weights on the CPU, mapped where possible.
+
+    Raises UserError where there is no such model, no network, or another architecture.
+    """
+    folder = download(source) if source in HUB else Path(source)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"init_from = {source!r}: must be scratch, resume, {', '.join(HUB)}, or a folder with {' and '.join(FILES)}"
+        )
+    theirs = json.loads((folder / "config.json").read_text())
+    if theirs.get("model_type") != "gpt2" or theirs.get("activation_function", "gelu_new") not in GELU:
+        raise UserError(f"{folder}/config.json is of a {theirs.get('model_type')} model; only GPT-2 can be read")
+    config = GPTConfig(
+        block_size=theirs["n_positions"],
+        vocab_size=theirs["vocab_size"],
+        n_layer=theirs["n_layer"],
+        n_head=theirs["n_head"],
+        n_embd=theirs["n_embd"],
+        bias=True,
+        gelu=GELU[theirs.get("activation_function", "gelu_new")],
+    )
+    return config, {our_name(n): ours(n, t) for n, t in read(folder).items() if our_name(n)}
+
+
+def our_name(name: str) -> str | None:
+    """None for what is no parameter of ours: causal masks, and the output matrix, which is the embedding."""
+    name = name.removeprefix("transformer.")
+    return (
+        None
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight"
+        else f"transformer.{name}"
+    )
+
+
+def ours(name: str, weight: Tensor) -> Tensor:
+    return weight.t() if name.endswith(TRANSPOSED) else weight
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if (folder / "model.safetensors").is_file():
+        return load_file(folder / "model.safetensors")
+    if (folder / "pytorch_model.bin").is_file():
+        return checkpoint.read(folder / "pytorch_model.bin")
+    raise UserError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin")
+
+
+def download(name: str) -> Path:
+    """Into Hugging Face's cache; a second call reads it from there."""
+    import huggingface_hub
+
+    try:
+        paths = [huggingface_hub.hf_hub_download(HUB[name], file) for file in FILES]
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise UserError(
+            f"init_from = {name!r}: cannot be downloaded ({type(error).__name__}); where there is no network, fetch "
+            f"{' and '.join(FILES)} of {HUB[name]} elsewhere and set --init_from to their folder"
+        ) from None
+    return Path(paths[0]).parent
+
+
+def start_from(cfg: TrainConfig, vocab_size: int) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The weights that cfg.init_from names, for a run with cfg's dropout and block_size on data of vocab_size ids."""
+    config, weights = open_weights(cfg.init_from)
+    if cfg.block_size > config.block_size:
+        raise ConfigError(
+            f"block_size = {cfg.block_size}: the weights of {cfg.init_from} have {config.block_size} positions; "
+            "set at most that"
+        )
+    if vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"dataset = {cfg.dataset!r}: has {vocab_size} ids, the weights of {cfg.init_from} know "
+            f"{config.vocab_size}; prepare it with the tokenizer gpt2"
+        )
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.block_size]
+    ours = {"dropout": cfg.dropout, "activation_checkpointing": cfg.activation_checkpointing}
+    return replace(config, block_size=cfg.block_size, **ours), weights

@@ -1,0 +1,71 @@
+"""The run folder: what the run was told (config.json), what it ran on (environment.json), and room for what it did."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from training.checkpoint import write_text
+from training.distributed import Ranks
+from training.train_config import TrainConfig
+
+CONTENTS = ("latest", "best", "config.json", "environment.json", "metrics.jsonl", "loss.png", "checkpoints")
+
+
+def prepare(cfg: TrainConfig, ranks: Ranks) -> Path:
+    """Make the folder ready; a run that starts anew where another was moves that one into previous/."""
+    folder = Path(cfg.out_dir)
+    with ranks.together():
+        if ranks.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            if cfg.init_from != "resume":
+                move_aside(folder)
+            write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+            write_text(folder / "environment.json", json.dumps(environment(ranks), indent=1))
+    return folder
+
+
+def move_aside(folder: Path) -> None:
+    """Nothing saved is lost: not to a command that was typed twice either. A run without a checkpoint is no loss."""
+    if any((folder / "checkpoints").glob("step_*")):
+        previous = folder / "previous" / time.strftime("%Y%m%d-%H%M%S")
+        previous.mkdir(parents=True)
+        for name in CONTENTS:
+            if (folder / name).exists():
+                (folder / name).rename(previous / name)
+        print(f"the run that {folder} held was moved to {previous}", flush=True)
+    else:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def environment(ranks: Ranks) -> dict:
+    """Code, versions and devices: what a number in metrics.jsonl was measured with."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    cuda = ranks.device.type == "cuda"
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "git_commit": commit.stdout.strip() or None,
+        "git_changes": bool(changed.stdout.strip()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(ranks.device) if cuda else processor(),
+        "world_size": ranks.world_size,
+        "threads_per_rank": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        return names[0] if names else platform.machine()
+    return platform.processor() or platform.machine()
