@@ -13,7 +13,7 @@ fail() {
 # usage [ARGUMENT]: -h and --help print the comment at the head of the script.
 usage() {
     if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-        sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "${0##*/}"
+        sed -n '2,/^$/ s/^# \{0,1\}//p' "${0##*/}"
         exit
     fi
 }
@@ -100,7 +100,7 @@ make_venv() {
         fi
         touch .venv/unfinished
         .venv/bin/python -m pip install -qq --disable-pip-version-check "${files[@]/#/--requirement=}" ||
-            fail "pip could not install the packages of ${files[*]}, for the reason above; start again once it is mended"
+            fail "pip could not install the packages of ${files[*]}: its words above say why; mend that, start again"
         cp "${files[@]}" .venv
         rm .venv/unfinished
     )
@@ -123,17 +123,18 @@ gpus() {
     echo "$found"
 }
 
-# ranks [N]: N, or one for every GPU, or 2 CPU ranks (1 on a Mac, where training is on the one MPS device).
+# ranks [N]: prints N, or one for every GPU, or 2 CPU ranks (1 on a Mac, whose one GPU takes no second rank).
 ranks() {
     local n=${1:-} visible
     [[ -z $n || $n =~ ^[1-9][0-9]{0,4}$ ]] ||
         fail "$n ranks: must be a whole number from 1 on (a config ends in .py, an option begins with --)"
     visible=$(gpus)
     if ((visible)); then
-        ((${n:=$visible} <= visible)) || fail "$n GPUs wanted, $visible visible: ask for $visible at most, or for none to get all"
+        ((${n:=$visible} <= visible)) ||
+            fail "$n GPUs wanted, $visible visible: ask for $visible at most, or leave the number out"
     else
         if [[ -z $n ]]; then n=2 && [[ $(uname) != Darwin ]] || n=1; fi
-        say "no GPU here: training on $n CPU ranks"
+        say "no GPU here, so ranks on the CPU: $n"
     fi
     echo "$n"
 }

@@ -3,6 +3,7 @@
 #
 # From a fresh clone to a trained model and a page of what it writes: the packages, a small data set of Python
 # source that needs no download, training on every GPU (or N, or 2 CPU ranks), a sample.
+
 # shellcheck source=launch_common.sh
 source "$(dirname "$0")/launch_common.sh"
 usage "$@"

@@ -2,6 +2,7 @@
 # ./run_tests.sh [pytest's arguments]
 #
 # Lint, types and the tests: all of them, or those that the arguments name.
+
 # shellcheck source=launch_common.sh
 source "$(dirname "$0")/launch_common.sh"
 usage "$@"
