@@ -134,20 +134,41 @@ class CrossEntropy(torch.autograd.Function):
         return grad.mul_(grad_loss), None
 
 
+class Transformer(nn.Module):
+    """Tokens to features: embeddings, blocks, the last layer norm."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.ln_f = LayerNorm(config)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        """(B, T) int64 -> (B, T, C)."""
+        start = cache.length if cache is not None else 0
+        T = tokens.size(1)
+        assert start + T <= self.config.block_size, f"{start + T} tokens > block_size {self.config.block_size}"
+        x = self.wte(tokens) + self.wpe(torch.arange(start, start + T, device=tokens.device))
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.h:
+            if self.config.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+
 class GPT(nn.Module):
     """Uninitialised until `init_weights` or loaded weights: so it can be built on meta, sharded, then filled."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-                "ln_f": LayerNorm(config),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
 
@@ -169,20 +190,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) int64 -> the mean loss in nats if targets (B, T) are given, else logits (B, V) of the last."""
-        start = cache.length if cache is not None else 0
-        T = tokens.size(1)
-        assert start + T <= self.config.block_size, f"{start + T} tokens > block_size {self.config.block_size}"
-        positions = torch.arange(start, start + T, device=tokens.device)
-        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x, cache)
-        if cache is not None:
-            cache.length += T
-        x = self.transformer.ln_f(x)
+        x = self.transformer(tokens, cache)
         if targets is None:
             return self.lm_head(x[:, -1])
         logits, targets = self.lm_head(x).flatten(0, 1), targets.flatten()

@@ -45,10 +45,11 @@ class Trainer:
         self.autocast = torch.autocast(ranks.device.type, dtype) if mixed else nullcontext()
         if cfg.compile:
             self.model.compile()  # in place: parameter names stay as they are
-        self.strategy, self.replica = "single", self.model
+        self.ddp: DDP | None = None
         if ranks.world_size > 1:
             gpus = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.strategy, self.replica = "ddp", DDP(self.model, device_ids=gpus, gradient_as_bucket_view=True)
+            self.ddp = DDP(self.model, device_ids=gpus, gradient_as_bucket_view=True)
+        self.strategy = "ddp" if self.ddp else "single"
         if origin.checkpoint:
             self.load(origin.checkpoint)
 
@@ -66,13 +67,13 @@ class Trainer:
         micro_steps = self.batches.micro_steps
         mean_loss = torch.zeros((), device=self.ranks.device)
         for micro_step in range(micro_steps):
-            if self.ranks.world_size > 1:  # one all-reduce a step; DDP reads this in forward, so it is set before it
-                self.replica.require_backward_grad_sync = micro_step == micro_steps - 1
+            if self.ddp:  # one all-reduce a step; DDP reads this in forward, so it is set before it
+                self.ddp.require_backward_grad_sync = micro_step == micro_steps - 1
             if self.cfg.dropout:
                 torch.manual_seed(self.batches.dropout_seed(step, micro_step))
             tokens, targets = self.batches.train(step, micro_step)
             with self.autocast:
-                loss = self.replica(tokens, targets) / micro_steps
+                loss = (self.ddp or self.model)(tokens, targets) / micro_steps
             self.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         grad_norm = None

@@ -111,7 +111,7 @@ def convert(name: str, value: Any, fields: dict[str, dataclasses.Field]) -> Any:
     if type(value) is not kind:
         example = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
         raise ConfigError(f"must be {example} ({kind.__name__})")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError("must be a finite number")
     return value
 

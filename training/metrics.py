@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -148,7 +149,7 @@ def start_wandb(cfg: TrainConfig) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     path = Path(cfg.out_dir) / "wandb_id"
     if cfg.init_from != "resume" or not path.exists():
-        path.write_text(wandb.util.generate_id())
+        path.write_text(uuid.uuid4().hex[:8])
     return wandb.init(
         project=cfg.wandb_project,
         name=cfg.wandb_run_name,

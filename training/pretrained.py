@@ -29,8 +29,9 @@ def open_weights(source: str) -> tuple[GPTConfig, dict[str, Tensor]]:
             f"init_from = {source!r}: must be scratch, resume, {', '.join(HUB)}, or a folder with {' and '.join(FILES)}"
         )
     theirs = json.loads((folder / "config.json").read_text())
-    if theirs.get("model_type") != "gpt2" or theirs.get("activation_function", "gelu_new") not in GELU:
-        raise UserError(f"{folder}/config.json is of a {theirs.get('model_type')} model; only GPT-2 can be read")
+    kind, gelu = theirs.get("model_type"), theirs.get("activation_function", "gelu_new")
+    if kind != "gpt2" or gelu not in GELU:
+        raise UserError(f"{folder}/config.json is of a {kind!r} model with {gelu!r}; only GPT-2 with GELU can be read")
     config = GPTConfig(
         block_size=theirs["n_positions"],
         vocab_size=theirs["vocab_size"],
@@ -38,23 +39,19 @@ def open_weights(source: str) -> tuple[GPTConfig, dict[str, Tensor]]:
         n_head=theirs["n_head"],
         n_embd=theirs["n_embd"],
         bias=True,
-        gelu=GELU[theirs.get("activation_function", "gelu_new")],
+        gelu=GELU[gelu],
     )
-    return config, {our_name(n): ours(n, t) for n, t in read(folder).items() if our_name(n)}
+    return config, renamed(read(folder))
 
 
-def our_name(name: str) -> str | None:
-    """None for what is no parameter of ours: causal masks, and the output matrix, which is the embedding."""
-    name = name.removeprefix("transformer.")
-    return (
-        None
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight"
-        else f"transformer.{name}"
-    )
-
-
-def ours(name: str, weight: Tensor) -> Tensor:
-    return weight.t() if name.endswith(TRANSPOSED) else weight
+def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Left out is what is no parameter of ours: causal masks, and the output matrix, which is the embedding."""
+    weights = {}
+    for name, weight in theirs.items():
+        name = name.removeprefix("transformer.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight":
+            weights[f"transformer.{name}"] = weight.t() if name.endswith(TRANSPOSED) else weight
+    return weights
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -95,5 +92,10 @@ def start_from(cfg: TrainConfig, vocab_size: int) -> tuple[GPTConfig, dict[str, 
             f"{config.vocab_size}; prepare it with the tokenizer gpt2"
         )
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.block_size]
-    ours = {"dropout": cfg.dropout, "activation_checkpointing": cfg.activation_checkpointing}
-    return replace(config, block_size=cfg.block_size, **ours), weights
+    config = replace(
+        config,
+        block_size=cfg.block_size,
+        dropout=cfg.dropout,
+        activation_checkpointing=cfg.activation_checkpointing,
+    )
+    return config, weights

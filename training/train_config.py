@@ -91,11 +91,8 @@ class TrainConfig:
             yield "n_embd", f"must be divisible by n_head = {self.n_head}; {near} is"
         ranks, micro_steps = world_size(), self.gradient_accumulation_steps
         if micro_steps % ranks:
-            near = " or ".join(str(n * ranks) for n in (micro_steps // ranks, micro_steps // ranks + 1) if n)
-            yield (
-                "gradient_accumulation_steps",
-                f"must be divisible by the {ranks} ranks that share it; set {near}",
-            )
+            fits = " or ".join(str(n * ranks) for n in (micro_steps // ranks, micro_steps // ranks + 1) if n)
+            yield "gradient_accumulation_steps", f"must be divisible by the {ranks} ranks that share it; set {fits}"
 
 
 POSITIVE = (
