@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -38,6 +40,22 @@ class GPTConfig:
         """
         n = self.parameter_count() - self.block_size * self.n_embd
         return 6 * n + 12 * self.n_layer * self.n_embd * self.block_size
+
+
+class Linear(nn.Linear):
+    """A linear layer that trains faster on x86 in fp32: as the convolution over one position that it also is.
+
+    PyTorch gives fp32 matmuls to MKL and convolutions to oneDNN, which on AMD's cores is nearly twice as fast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C_in) -> (..., C_out)"""
+        on_cpu = x.is_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and ONEDNN
+        if not on_cpu or torch.compiler.is_compiling():
+            return super().forward(x)
+        pixels = x.reshape(1, -1, 1, x.size(-1)).permute(0, 3, 1, 2)  # channels last: no copy
+        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -67,8 +85,8 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -85,8 +103,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout, self.gelu = config.dropout, config.gelu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +187,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
