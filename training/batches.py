@@ -36,6 +36,7 @@ class Batches:
                     f"{self.dataset.path(split)} has {self.dataset.tokens(split):,} tokens: too few for block_size = "
                     f"{cfg.block_size}, which needs one more than that; lower block_size or prepare more text"
                 )
+            self.check(split)
         self.step, self.starts = -1, np.empty(0)
 
     def train(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
@@ -64,6 +65,21 @@ class Batches:
             self.dataset.tokens(split) - self.cfg.block_size, size=(micro_batches, self.cfg.batch_size)
         )
 
+    def check(self, split: str) -> None:
+        """A look at 16 places before anything is built: most bins of another tokenizer show there."""
+        itemsize = self.dataset.dtype.itemsize
+        for place in np.linspace(0, self.dataset.tokens(split), 16, endpoint=False, dtype=int):
+            self.known(split, np.frombuffer(os.pread(self.files[split], 2**16, place * itemsize), self.dataset.dtype))
+
+    def known(self, split: str, ids: np.ndarray) -> np.ndarray:
+        """ids, all of which the vocabulary has, or DataError."""
+        if (largest := int(ids.max())) >= self.dataset.vocab_size:
+            raise DataError(
+                f"{self.dataset.path(split)} holds id {largest}, beyond its vocabulary of {self.dataset.vocab_size}: "
+                "its tokenizer in meta.json is another one, or the file is damaged; prepare it again"
+            )
+        return ids
+
     def read(self, split: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Plain reads, served from the page cache: a memory map would count all pages ever touched as this process'."""
         dtype, length = self.dataset.dtype, self.cfg.block_size + 1
@@ -71,12 +87,7 @@ class Batches:
         rows = b"".join(os.pread(self.files[split], size, int(start) * dtype.itemsize) for start in starts)
         if len(rows) != size * len(starts):
             raise DataError(f"{self.dataset.path(split)} became shorter while it was read; prepare it again")
-        ids = np.frombuffer(rows, dtype).reshape(len(starts), length)
-        if (largest := int(ids.max())) >= self.dataset.vocab_size:
-            raise DataError(
-                f"{self.dataset.path(split)} holds id {largest}, beyond its vocabulary of {self.dataset.vocab_size}: "
-                "its tokenizer in meta.json is another one, or the file is damaged; prepare it again"
-            )
+        ids = self.known(split, np.frombuffer(rows, dtype).reshape(len(starts), length))
         tokens = torch.from_numpy(ids.astype(np.int64))
         if self.ranks.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)

@@ -1,6 +1,7 @@
 """Ranks: who am I among how many, on which device; the only reader of the launcher's environment variables."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,10 +45,8 @@ class Ranks:
         mine: str | None = None
         try:
             yield
-        except (UserError, DataError) as error:
-            mine = str(error)
-        except OSError as error:
-            mine = f"{error.filename or 'input/output'}: {error.strerror or error}"
+        except (UserError, DataError, OSError) as error:
+            mine = words(error)
         errors: list[str | None] = [mine]
         if self.world_size > 1:
             errors = [None] * self.world_size
@@ -93,9 +92,10 @@ def pick_device(wanted: str, local_rank: int, ranks: int) -> torch.device:
         raise ConfigError(f"device = {wanted!r}: unknown; write auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":
         visible = torch.cuda.device_count()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         index = local_rank if ranks > 1 else device.index or 0
-        if index >= visible:
-            what = f"{local_rank + 1} ranks on this machine" if ranks > 1 else f"device = {wanted!r}"
+        if max(index + 1, here) > visible:  # on every rank alike: none waits for one that gave up
+            what = f"{here} ranks on this machine" if ranks > 1 else f"device = {wanted!r}"
             raise ConfigError(f"{what}: {visible} GPUs are visible; use fewer ranks, or --device=cpu")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -118,11 +118,27 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return getattr(torch, wanted)
 
 
+def words(error: Exception) -> str:
+    """One line for the user."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input/output'}: {error.strerror or error}"
+    return str(error)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script: a user's error is printed by one rank, and every rank ends with status 2."""
+    """Run a script: what the user did wrong is told in one message, and every rank ends with status 2."""
+    rank = int(os.environ.get("RANK", 0))
     try:
         main()
-    except (UserError, DataError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except UserError as error:  # every rank has it: from the settings, which all read, or from `together`
+        message = words(error) if rank == 0 else None
+    except (DataError, OSError) as error:  # this rank's own: the launcher ends the others
+        message = words(error) if world_size() == 1 else f"rank {rank}: {words(error)}"
+    except KeyboardInterrupt:  # end by the signal, as a shell expects, and without a traceback of every rank
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        return
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
