@@ -140,5 +140,9 @@ def run(main: Callable[[], None]) -> None:
     else:
         return
     if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr)
+    if dist.is_initialized():  # taking a process group down can wait for ranks that are gone, or abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
     sys.exit(2)
