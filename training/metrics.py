@@ -1,7 +1,6 @@
 """Metrics: metrics.jsonl (the only source of numbers), the terminal, and Weights & Biases."""
 
 import json
-import os
 import sys
 import time
 import uuid
@@ -125,7 +124,7 @@ class Metrics:
         if self.bar:
             self.bar.close()
         if self.wandb:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
         if self.ranks.main and self.path.exists():
             draw_loss([self.path.parent], self.path.with_name("loss.png"))
 
@@ -146,7 +145,6 @@ def start_wandb(cfg: TrainConfig) -> Any:
     """The same W&B run when a run is resumed: its id stays in the run folder. Offline with WANDB_MODE=offline."""
     import wandb  # not before it is wanted: it costs a third of a second
 
-    os.environ.setdefault("WANDB_SILENT", "true")
     path = Path(cfg.out_dir) / "wandb_id"
     if cfg.init_from != "resume" or not path.exists():
         path.write_text(uuid.uuid4().hex[:8])
@@ -157,4 +155,5 @@ def start_wandb(cfg: TrainConfig) -> Any:
         resume="allow",
         config=asdict(cfg),
         dir=cfg.out_dir,
+        settings=wandb.Settings(silent=True),
     )

@@ -1,0 +1,62 @@
+"""Real launches of the scripts, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# The learning rate is one that trains stably: at 1e-2 the loss spikes, and a spike multiplies a difference of one bit
+# in the order of two additions a thousandfold.
+TINY = {
+    **{"device": "cpu", "compile": False, "dataset": "", "block_size": 32, "batch_size": 4, "eval_iters": 2},
+    **{"n_layer": 2, "n_head": 2, "n_embd": 32, "learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 5},
+    **{"gradient_accumulation_steps": 1, "max_iters": 30, "lr_decay_iters": 30, "eval_interval": 1000},
+}
+
+
+def command(script: str, *arguments: str, ranks: int = 0, **settings) -> list[str]:
+    """ranks: 0 without a launcher."""
+    launcher = ["launch.py", str(ranks)] if ranks else []
+    return [sys.executable, *launcher, script, *arguments, *(f"--{k}={v}" for k, v in settings.items())]
+
+
+def run(script: str, *arguments: str, ranks: int = 0, env: dict[str, str] | None = None, **settings):
+    """The finished process, with its output as text."""
+    return subprocess.run(
+        command(script, *arguments, ranks=ranks, **settings),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train(out_dir: Path, dataset: Path, *arguments: str, ranks: int = 0, env: dict[str, str] | None = None, **settings):
+    """A run of a tiny model that must end well; its output."""
+    tiny = {**TINY, "dataset": dataset, "out_dir": out_dir, **settings}
+    done = run("train.py", *arguments, ranks=ranks, env=env, **tiny)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(out_dir: Path, kind: str) -> list[dict]:
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(out_dir: Path) -> dict[int, float]:
+    found = rows(out_dir, "train")
+    steps = [row["step"] for row in found]
+    assert len(steps) == len(set(steps)), f"a step is logged twice: {steps}"
+    return {row["step"]: row["loss"] for row in found}
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest difference of loss at any step of two runs."""
+    a, b = losses(one), losses(other)
+    assert a.keys() == b.keys(), f"other steps: {sorted(a.keys() ^ b.keys())}"
+    return max(abs(a[step] - b[step]) for step in a)

@@ -1,0 +1,153 @@
+"""Runs of train.py: the same loss on any number of ranks, exact resume, and what a run folder holds."""
+
+import json
+import math
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.running import ROOT, TINY, command, difference, losses, rows, train
+from training.checkpoint import Checkpoints
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_two_ranks_train_as_one(tmp_path, data, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "dropout": 0.1}
+    train(tmp_path / "one", data, **settings)
+    train(tmp_path / "two", data, ranks=2, **settings)
+    assert len(losses(tmp_path / "one")) == 30
+    assert difference(tmp_path / "one", tmp_path / "two") <= 1e-5
+    one, two = (rows(tmp_path / name, "eval") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["step"] == b["step"]
+        assert math.isclose(a["val_loss"], b["val_loss"], abs_tol=1e-5)
+
+
+def test_torchrun_trains_the_same(tmp_path, data):
+    train(tmp_path / "one", data, gradient_accumulation_steps=2, max_iters=5)
+    arguments = command("train.py", gradient_accumulation_steps=2, out_dir=tmp_path / "two")[1:]
+    tiny = [f"--{k}={v}" for k, v in {**TINY, "dataset": data, "max_iters": 5}.items()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([command("")[0], *torchrun, arguments[0], *tiny, *arguments[1:]], cwd=ROOT, check=True, timeout=120)
+    assert difference(tmp_path / "one", tmp_path / "two") <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, data):
+    """A whole run, and the folder of one that kill -9 ended between two checkpoints."""
+    whole, killed = tmp_path_factory.mktemp("runs") / "whole", tmp_path_factory.mktemp("runs") / "killed"
+    settings = {"max_iters": 200, "lr_decay_iters": 200, "eval_interval": 20, "dropout": 0.1}
+    settings |= {"gradient_accumulation_steps": 2}
+    train(whole, data, **settings)
+    tiny = {**TINY, **settings, "dataset": data, "out_dir": killed}
+    process = subprocess.Popen(command("train.py", **tiny), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (killed / "metrics.jsonl").exists() or len(rows(killed, "train")) < 50:
+        time.sleep(0.005)
+        assert process.poll() is None, "it ended before it could be killed"
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    return whole, killed, settings
+
+
+@pytest.mark.parametrize("ranks, tolerance", [(0, 0.0), (2, 1e-5)])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data, killed, ranks, tolerance):
+    whole, folder, settings = killed
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", folder, copy], check=True)
+    step = Checkpoints(str(copy)).newest()[1]["step"]
+    assert 0 < step < 200
+    output = train(copy, data, ranks=ranks, init_from="resume", **settings)
+    assert f"resuming {copy}/checkpoints/step_{step:06d}" in output
+    assert difference(whole, copy) <= tolerance
+    assert [r["step"] for r in rows(copy, "eval")] == [r["step"] for r in rows(whole, "eval")]
+
+
+def test_the_run_folder_tells_the_run(tmp_path, data):
+    train(tmp_path, data, max_iters=12, eval_interval=4, keep_checkpoints=1, learning_rate=0.5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["max_iters"], config["keep_checkpoints"], config["beta2"]) == (12, 1, 0.95)
+    assert {"torch", "git_commit", "device"} <= json.loads((tmp_path / "environment.json").read_text()).keys()
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "latest").read_text() == "step_000012\n"
+    best = min(rows(tmp_path, "eval")[1:], key=lambda row: row["val_loss"])["step"]
+    if rows(tmp_path, "eval")[0]["val_loss"] > best:
+        assert (tmp_path / "best").read_text() == f"step_{best:06d}\n"
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names <= {"step_000012", f"step_{best:06d}"}
+
+    first, *_, last = rows(tmp_path, "train")
+    assert (first["step"], last["step"]) == (0, 11)
+    assert first["step_ms"] is None, "warm-up is not timed"
+    assert last["step_ms"] > 0 and last["mfu"] is None and last["peak_memory_bytes"] > 10**8
+    assert math.isclose(last["tokens_per_second"], 4 * 32 / last["step_ms"] * 1e3, rel_tol=1e-6)
+
+
+def test_only_the_best_is_saved_where_that_is_wanted(tmp_path, data):
+    """A learning rate that makes the loss rise after the first steps."""
+    train(tmp_path, data, max_iters=12, eval_interval=3, always_save_checkpoint=False, decay_lr=False, learning_rate=3)
+    found = rows(tmp_path, "eval")
+    best, saved = found[0]["val_loss"], []
+    for row in found[1:]:
+        if row["val_loss"] < best:
+            best = row["val_loss"]
+            saved.append(row["step"])
+    latest = tmp_path / "latest"
+    assert (latest.read_text() if latest.exists() else "") == (f"step_{saved[-1]:06d}\n" if saved else "")
+    assert len(saved) < len(found) - 1, "the loss fell all the time: this shows nothing"
+
+
+def test_eval_only_evaluates_and_changes_nothing(tmp_path, data):
+    train(tmp_path, data)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    output = train(tmp_path, data, init_from="resume", eval_only=True)
+    last = json.loads(before.splitlines()[-1])
+    assert f"step 30: train loss {last['train_loss']:.4f}, val loss {last['val_loss']:.4f}" in output
+    assert losses(tmp_path)
+
+
+def test_a_run_that_starts_anew_keeps_the_one_before(tmp_path, data):
+    train(tmp_path, data)
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    assert "was moved to" in train(tmp_path, data, max_iters=2)
+    (previous,) = (tmp_path / "previous").iterdir()
+    assert (previous / "metrics.jsonl").read_text() == metrics
+    assert Checkpoints(str(previous)).newest()[1]["step"] == 30
+    assert len(losses(tmp_path)) == 2
+
+
+def test_other_ranks_are_quiet_and_plain_lines_have_no_control_characters(tmp_path, data):
+    output = train(tmp_path, data, ranks=2, gradient_accumulation_steps=2, max_iters=4)
+    assert output.count("step 3:") == 1
+    assert "\r" not in output and "\x1b" not in output
+
+
+def test_wandb_offline_gets_the_metrics_and_keeps_its_run_when_resumed(tmp_path, data):
+    env = {"WANDB_MODE": "offline", "WANDB_API_KEY": "0123456789" * 4}
+    settings = {"wandb_log": True, "wandb_project": "tests", "env": env}
+    train(tmp_path, data, max_iters=6, **settings)
+    train(tmp_path, data, max_iters=8, init_from="resume", **settings)
+    logs = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    (identity,) = {path.stem.removeprefix("run-") for path in logs}
+    assert (tmp_path / "wandb_id").read_text() == identity
+    assert len(logs) == 2 and b"val/loss" in logs[0].read_bytes()
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or env["WANDB_API_KEY"].encode() not in path.read_bytes(), path
+
+
+def test_bf16_and_fp32_learn_alike(tmp_path, data):
+    final = {}
+    for dtype in ("float32", "bfloat16"):
+        train(tmp_path / dtype, data, dtype=dtype)
+        final[dtype] = rows(tmp_path / dtype, "eval")[-1]["val_loss"]
+    # bf16 has 8 bits of mantissa: a hundredth of the loss is what 30 steps of it may cost
+    assert math.isclose(*final.values(), rel_tol=1e-2)
+    assert final["float32"] != final["bfloat16"]
+
+
+def test_compile_trains_the_same(tmp_path, data: Path):
+    train(tmp_path / "eager", data, max_iters=5)
+    train(tmp_path / "compiled", data, max_iters=5, compile=True)
+    assert difference(tmp_path / "eager", tmp_path / "compiled") <= 1e-5
