@@ -75,6 +75,8 @@ class Checkpoints:
         keep |= {path.name for path in self.whole()[-self.keep :]}
         for path in self.folder.iterdir():
             if path.name not in keep:
+                if path in self.finished():  # at once, or a kill would leave one that looks damaged
+                    path = path.rename(path.with_name(f"removed_{path.name}"))
                 shutil.rmtree(path, ignore_errors=True)
 
     def whole(self) -> list[Path]:
