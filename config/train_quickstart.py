@@ -18,12 +18,12 @@ n_embd = 192
 
 learning_rate = 3e-3
 min_lr = 3e-4
-max_iters = 600
-lr_decay_iters = 600
+max_iters = 450
+lr_decay_iters = 450
 warmup_iters = 50
 beta2 = 0.99
 
-eval_interval = 200
+eval_interval = 150
 eval_iters = 20
 log_interval = 10
 
