@@ -38,15 +38,18 @@ def parse(cls: type[T], argv: list[str], usage: str) -> T:
     values: dict[str, Any] = {name: f.default for name, f in fields.items()}
     origin: dict[str, str] = {}
     problems: list[str] = []
+    bad: set[str] = set()
     for name, value, where in read_all(argv, values, problems):
         try:
             values[name] = convert(name, value, fields)
             origin[name] = where
         except ConfigError as error:
+            bad.add(name)
             problems.append(f"{name} = {value!r} ({where}): {error}")
     settings = cls(**values)
-    broken = () if problems else settings.problems()  # type: ignore[attr-defined]
-    problems += [f"{n} = {values[n]!r} ({origin.get(n, 'default')}): {rule}" for n, rule in broken]
+    for name, rule in settings.problems():  # type: ignore[attr-defined]
+        if name not in bad:
+            problems.append(f"{name} = {values[name]!r} ({origin.get(name, 'default')}): {rule}")
     if problems:
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{head} in the settings", *problems]))
