@@ -1,0 +1,104 @@
+"""The one writer of train.bin, val.bin and meta.json: a data set is whole, or it is the one that was there before."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.dataset import shown
+from data.errors import DataError
+from data.tokenizer import Tokenizer
+
+SPLITS = ("train", "val")
+
+
+def dtype_of(vocab_size: int) -> np.dtype:
+    """As narrow as the ids allow."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def packed(ids: np.ndarray, vocab_size: int) -> bytes:
+    """Little-endian ids, after a check that the vocabulary has them all."""
+    if len(ids) and int(ids.max()) >= vocab_size:
+        raise DataError(f"id {int(ids.max())}: beyond the vocabulary of {vocab_size}; the tokenizer is another one")
+    return ids.astype(dtype_of(vocab_size)).tobytes()
+
+
+class Writer:
+    """with Writer(folder, tokenizer, source) as writer: writer.write("train", ids) ...; nothing appears before the end.
+
+    source: where the text comes from, in words. Its bytes go to `writer.sha256` as they are read.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, source: str):
+        self.folder, self.tokenizer, self.source = folder, tokenizer, source
+        self.sha256 = hashlib.sha256()
+        self.tokens = dict.fromkeys(SPLITS, 0)
+
+    def __enter__(self) -> "Writer":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files = {split: self.unfinished(f"{split}.bin").open("wb") for split in SPLITS}
+        return self
+
+    def unfinished(self, name: str) -> Path:
+        return self.folder / f".{name}.unfinished"
+
+    def write(self, split: str, ids: np.ndarray, end: bool = True) -> None:
+        """ids of a document, or of its next part; end: the tokenizer's end of text, if it has one, comes after."""
+        if end and self.tokenizer.end_of_text is not None:
+            ids = np.append(ids, ids.dtype.type(self.tokenizer.end_of_text))
+        self.files[split].write(packed(ids, self.tokenizer.vocab_size))
+        self.tokens[split] += len(ids)
+
+    def copy(self, split: str, path: Path) -> None:
+        """Append ids that were packed before."""
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, self.files[split], 2**20)
+        self.tokens[split] += path.stat().st_size // dtype_of(self.tokenizer.vocab_size).itemsize
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        for file in self.files.values():
+            if kind is None:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+        try:
+            if kind is None:
+                self.publish()
+        finally:
+            for split in SPLITS:
+                self.unfinished(f"{split}.bin").unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Between the first rename and the last, meta.json says that the files do not belong together."""
+        for split in SPLITS:
+            if not self.tokens[split]:
+                raise DataError(f"{self.source}: too little text, nothing is left for {split}.bin; give more")
+        about = {
+            "tokenizer": self.tokenizer.describe(),
+            "dtype": f"uint{8 * dtype_of(self.tokenizer.vocab_size).itemsize}",
+            "vocab_size": self.tokenizer.vocab_size,
+            **{f"{split}_tokens": count for split, count in self.tokens.items()},
+            "source": self.source,
+            "sha256": self.sha256.hexdigest(),
+        }
+        self.write_meta({"unfinished": True})
+        for split in SPLITS:
+            self.unfinished(f"{split}.bin").replace(self.folder / f"{split}.bin")
+        self.write_meta(about)
+
+    def write_meta(self, about: dict[str, Any]) -> None:
+        path = self.unfinished("meta.json")
+        with path.open("w", encoding="utf-8") as file:
+            json.dump(about, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        path.replace(self.folder / "meta.json")
+
+    def report(self) -> str:
+        counts = ", ".join(f"{split} {count:,} tokens" for split, count in self.tokens.items())
+        return f"{shown(self.folder)}: {counts}, vocabulary {self.tokenizer.vocab_size:,}"
