@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from data.dataset import DataError
-from data.tokenizer import Tokenizer, tokenizer_from
 
+from data.errors import DataError
+from data.tokenizer import Tokenizer, tokenizer_from
 from model import GPT, GPTConfig
 from training import checkpoint, distributed, pretrained
 from training.checkpoint import Checkpoints
@@ -92,7 +92,7 @@ def main() -> None:
     if cfg.compile:
         model.compile()
     torch.manual_seed(cfg.seed)
-    tokens = torch.tensor([ids] * cfg.num_samples, dtype=torch.long, device=device)
+    tokens = torch.tensor(ids, dtype=torch.long, device=device).repeat(cfg.num_samples, 1)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         texts = model.generate(
             tokens, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, cfg.top_p, tokenizer.vocab_size

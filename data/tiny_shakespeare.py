@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.front import download, options, read_text
-from data.tokenizer import CharTokenizer, tokenizer_from
+from data.tokenizer import tokenizer_from
 from data.writer import Writer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -18,7 +18,7 @@ def prepare(script: str, about: str, tokenizer_name: str) -> None:
     text = read_text(path)
     if not text:
         raise DataError(f"{path} is empty; give a text")
-    tokenizer = CharTokenizer(text) if tokenizer_name == "char" else tokenizer_from({"name": tokenizer_name})
+    tokenizer = tokenizer_from({"name": tokenizer_name, "characters": text})
     cut = int(len(text) * 0.9)
     with Writer(args.out, tokenizer, str(args.input.name if args.input else URL)) as writer:
         writer.sha256.update(text.encode())

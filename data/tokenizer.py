@@ -9,8 +9,14 @@ import numpy as np
 from data.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-# Number of ids: the largest id of tiktoken's encodings, and one. Known here, so that training needs no BPE file.
-TIKTOKEN = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
+# tiktoken's encodings: how many ids there are, and the id of the end of a text. Training needs no BPE file for these.
+TIKTOKEN: dict[str, tuple[int, int | None]] = {
+    "gpt2": (50257, 50256),
+    "r50k_base": (50257, 50256),
+    "p50k_base": (50281, 50256),
+    "cl100k_base": (100277, 100257),
+    "o200k_base": (200019, 199999),
+}
 
 
 class Tokenizer(Protocol):
@@ -30,12 +36,13 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """The bytes of UTF-8, and 256 for the end of a text."""
 
-    name, vocab_size, end_of_text = "byte", 257, 256
+    name, vocab_size = "byte", 257
+    end_of_text: int | None = 256
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         parts = text.split(END_OF_TEXT) if allow_special else [text]
-        ids = [self.encode_bytes(part.encode()) for part in parts]
-        return np.concatenate([x for part in ids for x in (part, [self.end_of_text])][:-1]).astype(np.uint16)
+        ids = [np.append(self.encode_bytes(part.encode()), np.uint16(256)) for part in parts]
+        return np.concatenate(ids)[:-1]
 
     def encode_bytes(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8).astype(np.uint16)
@@ -56,7 +63,8 @@ class ByteTokenizer:
 class CharTokenizer:
     """An id for each character of one text, in sorted order; it has no other characters and no end of text."""
 
-    name, end_of_text = "char", None
+    name = "char"
+    end_of_text: int | None = None
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
@@ -88,11 +96,9 @@ class BPETokenizer:
     """An encoding of tiktoken, whose BPE file is loaded at first use."""
 
     def __init__(self, name: str):
-        self.name, self.vocab_size, self.loaded = name, TIKTOKEN[name], None
-
-    @property
-    def end_of_text(self) -> int:
-        return 50256 if self.vocab_size < 100000 else {"cl100k_base": 100257, "o200k_base": 199999}[self.name]
+        self.name = name
+        self.vocab_size, self.end_of_text = TIKTOKEN[name]
+        self.loaded: Any = None
 
     def encoding(self) -> Any:
         if self.loaded is None:

@@ -21,11 +21,16 @@ def dtype_of(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def packed(ids: np.ndarray, vocab_size: int) -> bytes:
-    """Little-endian ids, after a check that the vocabulary has them all."""
-    if len(ids) and int(ids.max()) >= vocab_size:
-        raise DataError(f"id {int(ids.max())}: beyond the vocabulary of {vocab_size}; the tokenizer is another one")
-    return ids.astype(dtype_of(vocab_size)).tobytes()
+def packed(ids: np.ndarray, tokenizer: Tokenizer, end: bool) -> bytes:
+    """Little-endian ids, all of them in the vocabulary; end: with the end of text, where the tokenizer has one."""
+    if end and tokenizer.end_of_text is not None:
+        ids = np.append(ids, tokenizer.end_of_text)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+        raise DataError(
+            f"ids from {ids.min()} to {ids.max()}: {tokenizer.name!r} has those from 0 to {tokenizer.vocab_size - 1}; "
+            "this is not the tokenizer they were made with"
+        )
+    return ids.astype(dtype_of(tokenizer.vocab_size)).tobytes()
 
 
 class Writer:
@@ -36,6 +41,7 @@ class Writer:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, source: str):
         self.folder, self.tokenizer, self.source = folder, tokenizer, source
+        self.dtype = dtype_of(tokenizer.vocab_size)
         self.sha256 = hashlib.sha256()
         self.tokens = dict.fromkeys(SPLITS, 0)
 
@@ -48,17 +54,14 @@ class Writer:
         return self.folder / f".{name}.unfinished"
 
     def write(self, split: str, ids: np.ndarray, end: bool = True) -> None:
-        """ids of a document, or of its next part; end: the tokenizer's end of text, if it has one, comes after."""
-        if end and self.tokenizer.end_of_text is not None:
-            ids = np.append(ids, ids.dtype.type(self.tokenizer.end_of_text))
-        self.files[split].write(packed(ids, self.tokenizer.vocab_size))
-        self.tokens[split] += len(ids)
+        """ids of a document, or of its next part if it does not end here."""
+        self.tokens[split] += self.files[split].write(packed(ids, self.tokenizer, end)) // self.dtype.itemsize
 
     def copy(self, split: str, path: Path) -> None:
         """Append ids that were packed before."""
         with path.open("rb") as file:
             shutil.copyfileobj(file, self.files[split], 2**20)
-        self.tokens[split] += path.stat().st_size // dtype_of(self.tokenizer.vocab_size).itemsize
+        self.tokens[split] += path.stat().st_size // self.dtype.itemsize
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         for file in self.files.values():
@@ -80,7 +83,7 @@ class Writer:
                 raise DataError(f"{self.source}: too little text, nothing is left for {split}.bin; give more")
         about = {
             "tokenizer": self.tokenizer.describe(),
-            "dtype": f"uint{8 * dtype_of(self.tokenizer.vocab_size).itemsize}",
+            "dtype": self.dtype.name,
             "vocab_size": self.tokenizer.vocab_size,
             **{f"{split}_tokens": count for split, count in self.tokens.items()},
             "source": self.source,

@@ -4,12 +4,13 @@ import random
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.running import ROOT, TINY, command, difference, losses, train
 from training.checkpoint import Checkpoints, damage
 
 KILLS = 30
-SETTINGS = {"n_layer": 4, "n_embd": 96, "eval_interval": 3, "eval_iters": 1, "lr_decay_iters": 500}
+SETTINGS: dict[str, Any] = {"n_layer": 4, "n_embd": 96, "eval_interval": 3, "eval_iters": 1, "lr_decay_iters": 500}
 
 
 def test_a_run_killed_thirty_times_loses_no_checkpoint_and_no_bit(tmp_path, data):
@@ -20,7 +21,7 @@ def test_a_run_killed_thirty_times_loses_no_checkpoint_and_no_bit(tmp_path, data
         settings = {**TINY, **SETTINGS, "dataset": data, "out_dir": folder, "max_iters": 100_000}
         settings["init_from"] = "resume" if saved else "scratch"
         process = subprocess.Popen(command("train.py", **settings), cwd=ROOT, stdout=subprocess.DEVNULL)
-        wait_for(process, lambda: file_size(folder / "metrics.jsonl") not in (0, size))
+        wait_for(process, lambda size=size: file_size(folder / "metrics.jsonl") not in (0, size))
         if kill % 2:
             wait_for(process, lambda: unfinished(folder))
             time.sleep(chance.uniform(0, 0.01))

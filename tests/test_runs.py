@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from training.checkpoint import Checkpoints
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_two_ranks_train_as_one(tmp_path, data, accumulation):
-    settings = {"gradient_accumulation_steps": accumulation, "dropout": 0.1}
+    settings: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "dropout": 0.1}
     train(tmp_path / "one", data, **settings)
     train(tmp_path / "two", data, ranks=2, **settings)
     assert len(losses(tmp_path / "one")) == 30
@@ -39,7 +40,7 @@ def test_torchrun_trains_the_same(tmp_path, data):
 def killed(tmp_path_factory, data):
     """A whole run, and the folder of one that kill -9 ended between two checkpoints."""
     whole, killed = tmp_path_factory.mktemp("runs") / "whole", tmp_path_factory.mktemp("runs") / "killed"
-    settings = {"max_iters": 200, "lr_decay_iters": 200, "eval_interval": 20, "dropout": 0.1}
+    settings: dict[str, Any] = {"max_iters": 200, "lr_decay_iters": 200, "eval_interval": 20, "dropout": 0.1}
     settings |= {"gradient_accumulation_steps": 2}
     train(whole, data, **settings)
     tiny = {**TINY, **settings, "dataset": data, "out_dir": killed}
@@ -126,7 +127,7 @@ def test_other_ranks_are_quiet_and_plain_lines_have_no_control_characters(tmp_pa
 
 def test_wandb_offline_gets_the_metrics_and_keeps_its_run_when_resumed(tmp_path, data):
     env = {"WANDB_MODE": "offline", "WANDB_API_KEY": "0123456789" * 4}
-    settings = {"wandb_log": True, "wandb_project": "tests", "env": env}
+    settings: dict[str, Any] = {"wandb_log": True, "wandb_project": "tests", "env": env}
     train(tmp_path, data, max_iters=6, **settings)
     train(tmp_path, data, max_iters=8, init_from="resume", **settings)
     logs = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data.dataset import DataError, open_dataset
 from torch import Tensor
 
+from data.dataset import open_dataset
+from data.errors import DataError
 from training.distributed import Ranks
 from training.train_config import TrainConfig
 

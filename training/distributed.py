@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from data.dataset import DataError
 
+from data.errors import DataError
 from training.errors import ConfigError, UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def train(
 ) -> None:
     """From origin.step to max_iters. A step's number is the number of updates made before it."""
     metrics = Metrics(cfg, ranks, batches.tokens_per_step, origin, trainer.dtype)
-    about = {"model": asdict(origin.model), "tokenizer": batches.dataset.tokenizer.describe()}
+    about: dict[str, Any] = {"model": asdict(origin.model), "tokenizer": batches.dataset.tokenizer.describe()}
     about |= {"vocab_size": batches.dataset.vocab_size, "init_from": origin.init_from}
     about |= {"strategy": trainer.strategy, "world_size": ranks.world_size}
     best = origin.best_val_loss or math.inf
