@@ -7,10 +7,12 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+import signal
 import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from typing import Any
 from tqdm import tqdm
 
 from data import documents
+from data.errors import DataError
 from data.hub import Source
 from data.tokenizer import tokenizer_from
 from data.writer import SPLITS, Writer, packed
+
+progress: Any = None  # in a worker: a shared counter
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,9 @@ class Recipe:
 
 def prepare(sources: list[Source], out: Path, recipe: Recipe, workers: int, about: str) -> None:
     """Write the data set of all sources to `out`. Raises DataError at the first file that cannot be read."""
-    folder = out / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizer_from(recipe.tokenizer)
+    folder, tokenizer = out / "shards", tokenizer_from(recipe.tokenizer)
     tokenizer.encode("")  # a BPE file is fetched here, once
+    folder.mkdir(parents=True, exist_ok=True)
     todo = [s for s in sources if finished(folder, s, recipe) is None]
     if len(todo) < len(sources):
         print(f"{len(sources) - len(todo)} of {len(sources)} files were tokenized before", file=sys.stderr)
@@ -85,14 +89,17 @@ def tokenize_all(sources: list[Source], folder: Path, recipe: Recipe, workers: i
                 bar.update(counter.value - bar.n)
                 for future in done:
                     future.result()
+        except BrokenProcessPool:
+            raise DataError(f"a worker was killed, perhaps for its memory; try --workers {workers // 2 or 1}") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def share(counter: Any) -> None:
-    """In a worker: where it counts the bytes of text that it has seen."""
+    """At the start of a worker: where it counts the bytes of text that it has seen; and Ctrl-C just ends it."""
     global progress
     progress = counter
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def tokenize(source: Source, folder: Path, recipe: Recipe) -> None:
@@ -123,9 +130,8 @@ def assigned(path: Path, recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
     split = ""
     for text, end in documents.pieces(path, recipe.field):
         # by a hash of how it begins: the same whatever the order, the files or the number of workers
-        split = split or (
-            "val" if zlib.crc32(text[:1000].encode(errors="replace")) < recipe.val_fraction * 2**32 else "train"
-        )
+        number = zlib.crc32(text[:1000].encode(errors="replace")) / 2**32
+        split = split or ("val" if number < recipe.val_fraction else "train")
         yield split, text, end
         split = "" if end else split
 

@@ -13,9 +13,7 @@ def parser(script: str, about: str) -> argparse.ArgumentParser:
     found = options(script, about)
     found.add_argument("--input", type=Path, nargs="+", help="parquet files or folders of them; else from the hub")
     found.add_argument("--files", type=int, default=0, help="take only the first so many parquet files; 0: all")
-    found.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)"
-    )
+    found.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     return found
 
 
