@@ -24,7 +24,7 @@ class Source:
             path = huggingface_hub.hf_hub_download(
                 self.repository, self.name, repo_type="dataset", revision=self.revision, local_dir=folder / "hub"
             )
-        except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        except Exception as error:  # its HTTP library's exceptions change from version to version
             raise unreachable(self.repository, error) from None
         return Path(path)
 
@@ -36,7 +36,7 @@ def parquet_files(repository: str, folder: str) -> list[Source]:
     for revision in ("main", "refs/convert/parquet"):
         try:
             names = huggingface_hub.list_repo_files(repository, repo_type="dataset", revision=revision)
-        except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        except Exception as error:
             raise unreachable(repository, error) from None
         found = sorted(n for n in names if n.startswith(f"{folder}/") and n.endswith(".parquet"))
         if found:

@@ -1,5 +1,6 @@
 """The one writer of train.bin, val.bin and meta.json: a data set is whole, or it is the one that was there before."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,17 +65,17 @@ class Writer:
         self.tokens[split] += path.stat().st_size // self.dtype.itemsize
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        for file in self.files.values():
-            if kind is None:
-                file.flush()
-                os.fsync(file.fileno())
-            file.close()
         try:
             if kind is None:
+                for file in self.files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
                 self.publish()
         finally:
-            for split in SPLITS:
+            for split, file in self.files.items():
                 self.unfinished(f"{split}.bin").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a full disk refuses the rest of the buffer, too
+                    file.close()
 
     def publish(self) -> None:
         """Between the first rename and the last, meta.json says that the files do not belong together."""

@@ -43,6 +43,21 @@ def train(out_dir: Path, dataset: Path, *arguments: str, ranks: int = 0, env: di
     return done.stdout
 
 
+def prepare(name: str, *arguments) -> str:
+    """What data/NAME/prepare.py says: its output, or its one message where the user is to mend something."""
+    done = subprocess.run(
+        [sys.executable, f"data/{name}/prepare.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode:
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+    return done.stdout
+
+
 def rows(out_dir: Path, kind: str) -> list[dict]:
     lines = (out_dir / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]

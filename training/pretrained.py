@@ -70,7 +70,7 @@ def download(name: str) -> Path:
 
     try:
         paths = [huggingface_hub.hf_hub_download(HUB[name], file) for file in FILES]
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # its HTTP library's exceptions change from version to version
         raise UserError(
             f"init_from = {name!r}: cannot be downloaded ({type(error).__name__}); where there is no network, fetch "
             f"{' and '.join(FILES)} of {HUB[name]} elsewhere and set --init_from to their folder"

@@ -1,0 +1,63 @@
+"""What several tests need."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.tokenizer import ByteTokenizer
+from data.writer import Writer
+from tests.running import ROOT
+
+SHARED = ROOT.parent / "shared" / "data"
+os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A data set that a tiny model learns something from: the tests' own source, byte by byte."""
+    folder = tmp_path_factory.mktemp("data") / "source"
+    files = sorted(ROOT.glob("t*/*.py"))
+    assert len(files) > 10, "too few files to learn from"
+    tokenizer = ByteTokenizer()
+    with Writer(folder, tokenizer, "source") as writer:
+        for number, path in enumerate(files):
+            writer.write("val" if number % 5 == 0 else "train", tokenizer.encode(path.read_text()))
+    return folder
+
+
+@pytest.fixture
+def make_data(tmp_path):
+    """make_data(ids, vocabulary, name): a data set whose splits both hold ids."""
+
+    def make(ids, vocab_size: int = 257, name: str = "made") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        ids = np.asarray(ids, "<u2")
+        for split in ("train", "val"):
+            ids.tofile(folder / f"{split}.bin")
+        characters = "".join(map(chr, range(32, 32 + vocab_size)))
+        tokenizer = {"name": "byte"} if vocab_size == 257 else {"name": "char", "characters": characters}
+        about = {"tokenizer": tokenizer, "dtype": "uint16", "vocab_size": vocab_size}
+        about |= {"train_tokens": len(ids), "val_tokens": len(ids), "source": "made", "sha256": ""}
+        (folder / "meta.json").write_text(json.dumps(about))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    path = SHARED / "tinyshakespeare" / "input.txt"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+@pytest.fixture(scope="session")
+def bpe_files() -> None:
+    folder = Path(os.environ["TIKTOKEN_CACHE_DIR"])
+    if not folder.is_dir() or not list(folder.iterdir()):
+        pytest.skip(f"TIKTOKEN_CACHE_DIR = {folder} holds no BPE files")
