@@ -27,6 +27,6 @@ while kill -0 $! 2>/dev/null; do wait $! || true; done
 ((${stopped:=$status} == 0)) || exit "$stopped"
 
 echo
-"$python" sample.py --out_dir="$out_dir" --num_samples=1
+"$python" sample.py --out_dir="$out_dir" --num_samples=1 --max_new_tokens=400 --start="def "
 echo
 echo "The run is in $out_dir, its loss curve in $out_dir/loss.png."

@@ -3,7 +3,7 @@
 #   python data/python_stdlib/prepare.py
 #   python launch.py 2 train.py config/train_quickstart.py      or, on one GPU: python train.py config/train_quickstart.py
 #
-# Expect val loss 5.6 -> under 2.0 nats per byte in about two minutes on 2 CPU cores.
+# Expect val loss 5.4 -> about 1.6 nats per byte in about two minutes on 2 CPU cores.
 
 out_dir = 'out-quickstart'
 dataset = 'python_stdlib'
@@ -14,16 +14,16 @@ block_size = 128
 
 n_layer = 4
 n_head = 4
-n_embd = 192
+n_embd = 128
 
-learning_rate = 3e-3
-min_lr = 3e-4
-max_iters = 450
-lr_decay_iters = 450
+learning_rate = 4e-3
+min_lr = 4e-4
+max_iters = 800
+lr_decay_iters = 800
 warmup_iters = 50
 beta2 = 0.99
 
-eval_interval = 150
+eval_interval = 100
 eval_iters = 20
 log_interval = 10
 
