@@ -1,0 +1,176 @@
+"""The model: its weights, its loss, its arithmetic of itself, and what it generates."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, CrossEntropy, GPTConfig, draw, initial_value
+
+SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=2, n_embd=32, bias=True)
+
+
+def make(config: GPTConfig = SMALL, seed: int = 1) -> GPT:
+    return GPT(config).init_weights(seed).eval()
+
+
+def text(batch: int = 2, length: int = 16) -> torch.Tensor:
+    return torch.randint(61, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def gradients(model: GPT) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(0)
+    model(text(), text().roll(1)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_weight_is_a_function_of_its_name_and_the_seed():
+    model, other = make(), make(seed=2)
+    with torch.device("meta"):
+        late = GPT(SMALL)
+    late.materialise(torch.device("cpu")).init_weights(1)
+    for name, parameter in reversed(list(model.named_parameters())):
+        assert torch.equal(parameter, initial_value(name, parameter.shape, SMALL, 1)), name
+        assert torch.equal(parameter, late.get_parameter(name)), name
+        if parameter.dim() == 2:
+            assert not torch.equal(parameter, other.get_parameter(name)), name
+            assert 0.8 < parameter.std() / (0.02 / math.sqrt(6) if "c_proj" in name else 0.02) < 1.2, name
+        else:
+            assert torch.all(parameter == (0 if name.endswith("bias") else 1)), name
+
+
+def test_embedding_and_output_are_one_matrix():
+    model = make()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_model_counts_its_own_parameters_and_flops(bias):
+    config = replace(SMALL, bias=bias)
+    model = make(config)
+    assert config.parameter_count() == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(text(), text()).backward()
+    tokens, head_size, T = 2 * 16, 16, 16
+    # forward and backward of both matmuls of attention, at every position, masked or not
+    attention = 3 * 2 * 2 * config.n_layer * config.n_head * head_size * T
+    small = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # in PaLM's N, but in no matmul
+    counted = counter.get_total_flops() / tokens
+    # PyTorch counts the attention of some devices only
+    assert config.flops_per_token() in (counted + 6 * small, counted + 6 * small + attention)
+
+
+def test_gpt2s_sizes_are_those_of_its_paper():
+    sizes = {(12, 12, 768): 124, (24, 16, 1024): 355, (36, 20, 1280): 774, (48, 25, 1600): 1558}
+    for (layers, heads, width), millions in sizes.items():
+        config = GPTConfig(vocab_size=50257, n_layer=layers, n_head=heads, n_embd=width)
+        assert round(config.parameter_count() / 1e6) == millions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_and_its_gradient_are_those_of_pytorch(dtype):
+    """In the dtype of the logits: fp32 exactly, bf16 to the rounding of the result."""
+    logits = torch.randn(70000, 61, generator=torch.Generator().manual_seed(0)).to(dtype)  # more than one piece
+    targets = torch.randint(61, (70000,))
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss = CrossEntropy.apply(ours * 1, targets)
+    (loss * 3).backward()
+    expected = F.cross_entropy(theirs.float(), targets)
+    (expected * 3).backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-8)
+
+
+def test_the_loss_keeps_one_copy_of_the_logits():
+    saved: list[int] = []
+    logits = torch.randn(4096, 1024).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes), lambda t: t):
+        F.cross_entropy(logits.float(), torch.zeros(4096, dtype=torch.long))
+        plain, saved[:] = sum(saved), []
+        CrossEntropy.apply(logits * 1, torch.zeros(4096, dtype=torch.long))
+    assert sum(saved) <= plain / 2
+
+
+def test_training_and_evaluation_give_the_same_loss():
+    """With gradients the linears take oneDNN's way and the loss its own function; without, PyTorch's."""
+    model = make()
+    with torch.no_grad():
+        expected = model(text(), text().roll(1))
+    torch.testing.assert_close(model(text(), text().roll(1)).detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_gradients_are_those_of_plain_linears(monkeypatch):
+    model = make()
+    ours = gradients(model)
+    monkeypatch.setattr("model.ONEDNN", False)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_activation_checkpointing_changes_no_gradient(dropout):
+    model = make(replace(SMALL, dropout=dropout)).train()
+    plain = gradients(model)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            vars(module)["config"] = replace(SMALL, dropout=dropout, activation_checkpointing=True)
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, plain[name]), name
+
+
+def uncached(model: GPT, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy, with a whole forward for each token."""
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(tokens[:, -SMALL.block_size :])
+            tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("start", [1, 5, 16, 20])
+def test_cached_text_is_the_text_of_whole_forwards_also_past_block_size(start):
+    model = make()
+    tokens = text(length=start)
+    generated = model.generate(tokens, 30, temperature=0)
+    assert generated.shape == (2, start + 30)
+    assert torch.equal(generated, uncached(model, tokens, 30))
+
+
+def test_padding_ids_are_never_drawn():
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[50:] = 0
+        model.lm_head.weight[:50] -= 10  # the padding would win
+    assert model.generate(text(length=4) % 50, 100, temperature=2.0, vocab_size=50).max() < 50
+
+
+def draws(logits: list[float], **options) -> dict[int, float]:
+    torch.manual_seed(0)
+    found = draw(
+        torch.tensor([logits]).repeat(20_000, 1), **{"temperature": 1.0, "top_k": None, "top_p": 1.0, **options}
+    )
+    ids, counts = found.unique(return_counts=True)
+    return dict(zip(ids.tolist(), (counts / 20_000).tolist(), strict=True))
+
+
+def test_drawing():
+    logits = [math.log(p) for p in (0.1, 0.5, 0.15, 0.25)]
+    assert draws(logits) == pytest.approx({0: 0.1, 1: 0.5, 2: 0.15, 3: 0.25}, abs=0.015)
+    assert draws(logits, top_k=2) == pytest.approx({1: 2 / 3, 3: 1 / 3}, abs=0.015)
+    assert draws(logits, top_k=9).keys() == {0, 1, 2, 3}
+    assert draws(logits, top_p=0.6) == pytest.approx({1: 2 / 3, 3: 1 / 3}, abs=0.015)  # the one that crosses stays
+    assert draws(logits, top_p=0.4) == {1: 1.0}
+    assert draws(logits, temperature=0) == {1: 1.0}
+    squares = {0: 0.01, 1: 0.25, 2: 0.0225, 3: 0.0625}
+    cold = {i: p / sum(squares.values()) for i, p in squares.items()}
+    assert draws(logits, temperature=0.5) == pytest.approx(cold, abs=0.015)
+
+
+def test_a_text_longer_than_block_size_is_an_error_in_training():
+    with pytest.raises(AssertionError, match="17 tokens > block_size 16"):
+        make()(text(length=17))

@@ -1,0 +1,83 @@
+"""GPT-2's weights: real models of `transformers`, small and random, through our loader."""
+
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from model import GPT
+from tests.running import TINY, run, train
+from training import checkpoint, pretrained
+from training.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A folder as save_pretrained leaves it, and the model."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=300)).eval()
+    folder = tmp_path_factory.mktemp("gpt2")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def load(source: str) -> GPT:
+    config, weights = pretrained.open_weights(source)
+    model = GPT(config)
+    checkpoint.fill(model, weights)
+    return model.eval()
+
+
+def test_logits_and_text_are_those_of_transformers(gpt2):
+    folder, theirs = gpt2
+    ours = load(str(folder))
+    tokens = torch.randint(300, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits[:, -1], rtol=1e-5, atol=1e-5)
+        expected = theirs.generate(tokens, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(ours.generate(tokens, 20, temperature=0), expected)
+
+
+def test_a_bin_file_of_weights_works_too(gpt2, tmp_path):
+    folder, theirs = gpt2
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    for (name, one), other in zip(load(str(tmp_path)).named_parameters(), load(str(folder)).parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_fine_tuning_starts_at_the_weights_with_a_shorter_context(gpt2, data, tmp_path):
+    folder, theirs = gpt2
+    train(tmp_path, data, init_from=folder, block_size=32, max_iters=2, learning_rate=1e-9)
+    saved = checkpoint.read(tmp_path / "checkpoints" / "step_000002" / "model.pt")
+    assert saved["transformer.wpe.weight"].shape == (32, 32)
+    torch.testing.assert_close(saved["transformer.wte.weight"], theirs.transformer.wte.weight, rtol=0, atol=1e-6)
+    output = train(tmp_path, data, init_from="resume", block_size=32, max_iters=3)
+    assert "resuming" in output, "a run of GPT-2's shape resumes without naming that shape"
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"model_type": "llama"}, "is of a 'llama' model with 'gelu_new'; only GPT-2 with GELU can be read"),
+        ({"activation_function": "relu"}, "is of a 'gpt2' model with 'relu'; only GPT-2 with GELU can be read"),
+    ],
+)
+def test_another_architecture_is_refused(gpt2, tmp_path, change, told):
+    about = json.loads((gpt2[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**about, **change}))
+    with pytest.raises(UserError, match=told):
+        pretrained.open_weights(str(tmp_path))
+
+
+def test_weights_that_do_not_fit_the_run(gpt2, data, tmp_path):
+    settings = {**TINY, "dataset": data, "out_dir": tmp_path, "init_from": gpt2[0]}
+    assert "have 64 positions; set at most that" in run("train.py", **{**settings, "block_size": 65}).stderr
+    missing = run("train.py", **{**settings, "init_from": "gpt-2"}).stderr
+    assert missing.startswith("error: init_from = 'gpt-2': must be scratch, resume, gpt2, gpt2-medium")
+    offline = run(
+        "train.py", env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}, **{**settings, "init_from": "gpt2"}
+    )
+    assert offline.returncode == 2
+    assert "cannot be downloaded" in offline.stderr and "set --init_from to their folder" in offline.stderr
