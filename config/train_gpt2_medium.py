@@ -1,9 +1,9 @@
-# GPT-2 medium, 350M parameters, on OpenWebText, with the learning rate that the GPT-3 paper gives for its size (table 2.1).
+# GPT-2 medium, 350M parameters, on OpenWebText; the learning rate is the GPT-3 paper's for this size (table 2.1).
 #
 #   python data/openwebtext/prepare.py
 #   ./launch_traditional_ddp.sh 8 config/train_gpt2_medium.py
 #
-# OpenAI's weights of this size reach val loss 2.84 there (nanoGPT's README); lower batch_size where memory is short and
+# OpenAI's weights of this size reach val loss 2.84 there (nanoGPT's README). Where memory is short, lower batch_size and
 # raise gradient_accumulation_steps as much, so that a step keeps its 491,520 tokens.
 
 out_dir = 'out-gpt2-medium'

@@ -1,7 +1,7 @@
 # A small GPT on the source code of Python's standard library, byte by byte: what ./launch_quickstart.sh trains.
 #
 #   python data/python_stdlib/prepare.py
-#   python launch.py 2 train.py config/train_quickstart.py      or, on one GPU: python train.py config/train_quickstart.py
+#   ./launch_traditional_ddp.sh config/train_quickstart.py
 #
 # Expect val loss 5.4 -> about 1.6 nats per byte in about two minutes on 2 CPU cores.
 

@@ -9,6 +9,7 @@ import pytest
 
 from data.tokenizer import ByteTokenizer
 from data.writer import Writer
+from tests.clone import Clone
 from tests.running import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -61,3 +62,8 @@ def bpe_files() -> None:
     folder = Path(os.environ["TIKTOKEN_CACHE_DIR"])
     if not folder.is_dir() or not list(folder.iterdir()):
         pytest.skip(f"TIKTOKEN_CACHE_DIR = {folder} holds no BPE files")
+
+
+@pytest.fixture
+def clone(tmp_path) -> Clone:
+    return Clone(tmp_path)

@@ -1,73 +1,13 @@
-"""The launch scripts in a folder of their own, with stubs for train.py and, on PATH, for what the machine has."""
+"""The launch scripts: ranks, recipes, help, and what the quickstart does in which order."""
 
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
-import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run"]
-REPORT = """import os, sys
-report = [os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:]]
-os.write(1, f"{' '.join(report)}\\n".encode())  # in one piece
-"""
-SUDO = "" if os.geteuid() == 0 else "sudo "
-
-
-class Clone:
-    """A copy of the scripts, and a PATH that begins with stubs and the Python of the tests."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.bin = folder / "clone", folder / "bin"
-        for source in [*SCRIPTS, ROOT / "launch.py", *ROOT.glob("requirements*.txt")]:
-            target = self.folder / source.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-        self.write("train.py", REPORT)
-        self.bin.mkdir()
-        self.env = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "CXX")}
-        self.env["PATH"] = f"{self.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.stub("nvidia-smi", "exit 9")
-
-    def write(self, name: str, text: str) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-    def stub(self, name: str, body: str) -> None:
-        (self.bin / name).write_text(f"#!/bin/sh\n{body}\n")
-        (self.bin / name).chmod(0o755)
-
-    def gpus(self, count: int) -> None:
-        self.stub("nvidia-smi", "\n".join(f"echo 'GPU {i}: Some GPU (UUID: GPU-{i})'" for i in range(count)))
-
-    def without(self, program: str) -> None:
-        """Make PATH the stubs alone, with links to all that the machine has but this program."""
-        for folder in self.env["PATH"].split(":")[1:]:
-            for file in Path(folder).iterdir() if Path(folder).is_dir() else ():
-                if file.name != program and not (self.bin / file.name).exists():
-                    self.stub(file.name, f'exec {file} "$@"')
-        self.env["PATH"] = str(self.bin)
-
-    def run(self, *command: str) -> tuple[int, str, str]:
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    def ddp(self, *arguments: str) -> tuple[int, str, str]:
-        return self.run("./launch_traditional_ddp.sh", *arguments)
-
-
-@pytest.fixture
-def clone(tmp_path):
-    return Clone(tmp_path)
+from tests.clone import SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -145,74 +85,6 @@ def test_a_number_of_ranks_that_cannot_be_is_one_message(clone, wanted, message)
     status, output, errors = clone.ddp(wanted)
     assert (status, output) == (2, "")
     assert errors.startswith(f"launch_traditional_ddp.sh: {message}") and errors.count("\n") == 1
-
-
-def test_all_that_debian_has_to_give_is_asked_for_at_once(clone):
-    clone.stub("python", f'case "$*" in *INCLUDEPY*) echo /none ;; *) exec {sys.executable} "$@" ;; esac')
-    clone.without("c++")
-    status, _, errors = clone.run("./run_tests.sh")
-    fix = f"{SUDO}apt-get install g++ python3-dev"
-    assert (status, errors) == (2, f"run_tests.sh: missing: g++, Python headers. Install with: {fix}\n")
-    assert clone.ddp("1")[0] == 0  # needs neither
-    clone.env["CXX"] = "python -x"
-    assert "missing: Python headers. " in clone.run("./run_tests.sh")[2]
-
-
-@pytest.mark.parametrize(
-    "python, message",
-    [
-        ("exit 1", "missing: Python 3.10 or newer. Install with: {}apt-get install python3 python3-venv"),
-        (
-            'case "$*" in *find_spec* | -\\ *) exit 1 ;; *ensurepip*) exit 1 ;; esac',
-            "missing: Python's venv module. Install with: {}apt-get install python3-venv",
-        ),
-    ],
-)
-def test_a_python_that_cannot_make_an_environment_is_one_message(clone, python, message):
-    for name in ("python", "python3"):
-        clone.stub(name, python)
-    status, _, errors = clone.ddp()
-    assert (status, errors) == (2, f"launch_traditional_ddp.sh: {message.format(SUDO)}\n")
-    assert not (clone.folder / ".venv").exists()
-
-
-def wheel(folder: Path, name: str, version: int) -> None:
-    """The smallest package that pip installs."""
-    folder.mkdir(exist_ok=True)
-    info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
-        file.writestr(f"{name}.py", f"version = {version}\n")
-        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        file.writestr(f"{info}/RECORD", "")
-
-
-def test_an_environment_is_made_once_whole_and_kept_up_to_date(clone, tmp_path):
-    wheels = tmp_path / "wheels"
-    wheel(wheels, "first_thing", 1)
-    clone.env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
-    clone.write("requirements.txt", "# what it needs\nfirst_thing==1\nsecond_thing==1  # not there yet\n")
-    clone.write("train.py", "import first_thing, second_thing, sys; print(second_thing.version, sys.prefix)")
-
-    status, output, errors = clone.ddp("1")
-    assert (status, output) == (2, "")
-    assert "No matching distribution found for second_thing==1" in errors  # pip's own words
-    assert errors.splitlines()[-1].startswith("launch_traditional_ddp.sh: pip could not install")
-
-    wheel(wheels, "second_thing", 1)
-    left = clone.folder / ".venv" / "left by the first start"
-    left.touch()
-    status, output, errors = clone.ddp("1")
-    assert (status, output) == (0, f"1 {clone.folder}/.venv\n")
-    assert errors.count("installing the packages") == 1 and not left.exists()
-
-    assert "installing" not in clone.ddp("1")[2]
-
-    wheel(wheels, "second_thing", 2)
-    clone.write("requirements.txt", "first_thing==1\nsecond_thing==2\n")
-    status, output, errors = clone.ddp("1")
-    assert (status, output) == (0, f"2 {clone.folder}/.venv\n")
-    assert "installing the packages" in errors
 
 
 @pytest.fixture

@@ -1,0 +1,94 @@
+"""What the code as a whole promises: who imports whom, messages in asserts, keys that are used, short files."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sample import SampleConfig
+from tests.running import ROOT
+from training.train_config import TrainConfig
+
+LISTED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+FILES = [Path(name) for name in LISTED if (ROOT / name).exists()]
+SCRIPTS = {path.stem for path in FILES if path.parent == Path()} - {"model"}
+LIMITS = {"train.py": 150, "training/loop.py": 90, "model.py": 300}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(path: Path) -> list[Path]:
+    """FILES of a folder; not the tests."""
+    return [p for p in FILES if p.parts[0] == str(path)]
+
+
+assert len(FILES) > 20, "git lists no files: these tests would test nothing"
+
+
+def test_the_model_imports_torch_only():
+    roots = {name.split(".")[0] for name in imports(Path("model.py"))}
+    assert roots - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_imports_go_one_way():
+    for path in FILES:
+        roots = {name.split(".")[0] for name in imports(path)}
+        if path.parts[0] != "tests":
+            assert not roots & SCRIPTS, f"{path} imports a script"
+            assert "deepspeed" not in roots or path.name in ("train_deepspeed.py", "convert.py"), path
+        if path.parts[0] == "data":
+            assert not roots & {"training", "model", "torch"}, f"{path} imports what stands above it"
+    loop = {path.as_posix() for path in own(Path("training")) if "training.loop" in imports(path)}
+    assert not loop, "the loop stands above the rest of training/"
+    base = {"training.batches", "training.checkpoint", "training.metrics", "training.origin", "training.optim"}
+    for name in ("config", "train_config", "distributed", "errors"):
+        assert not imports(Path(f"training/{name}.py")) & base, name
+
+
+def test_ddp_is_named_in_the_train_script_only():
+    for path in own(Path("training")):
+        assert not any("DistributedDataParallel" in name for name in imports(path)), path
+
+
+def test_the_launchers_variables_are_read_in_one_file():
+    readers = {p.as_posix() for p in FILES if p.parts[0] == "training" and "os.environ" in (ROOT / p).read_text()}
+    assert readers == {"training/distributed.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_asserts_have_messages(path):
+    if path.parts[0] != "tests":
+        mute = [node.lineno for node in ast.walk(tree(path)) if isinstance(node, ast.Assert) and node.msg is None]
+        assert not mute, f"{path}: lines {mute}"
+
+
+@pytest.mark.parametrize("config", [TrainConfig, SampleConfig])
+def test_every_key_is_used(config):
+    sources = [tree(p) for p in FILES if p.parts[0] in ("training", "train.py", "sample.py")]
+    nodes = [node for source in sources for node in ast.walk(source) if isinstance(node, ast.Attribute)]
+    read = {node.attr for node in nodes if isinstance(node.ctx, ast.Load)}
+    assert {field.name for field in dataclasses.fields(config)} - read == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_and_functions_are_short(path):
+    lines = len((ROOT / path).read_text().splitlines())
+    assert lines <= LIMITS.get(path.as_posix(), 200)
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno and node.end_lineno - node.lineno < 40, f"{path}:{node.lineno} {node.name}"

@@ -1,0 +1,132 @@
+"""Settings: nanoGPT's files and command lines, --help, and the recipes."""
+
+import dataclasses
+import re
+
+import pytest
+
+from tests.running import ROOT, run
+from training.config import parse
+from training.errors import ConfigError
+from training.train_config import TrainConfig
+
+RECIPES = sorted((ROOT / "config").glob("*.py"))
+# in the manner of nanoGPT's config files
+NANOGPT = """
+# launch: torchrun --standalone --nproc_per_node=8 train.py
+import time
+
+out_dir = 'out-mine'
+wandb_log = False  # feel free to turn on
+wandb_run_name = 'ft-' + str(time.time())
+init_from = 'gpt2-xl'  # this is the largest
+gradient_accumulation_steps = 5 * 8
+learning_rate = 1e-3
+min_lr = 0 # an int where a float is meant
+always_save_checkpoint = False
+compile = False
+# device = 'cpu'
+beta2 = 0.99
+"""
+
+
+def settings(*argv: str) -> TrainConfig:
+    return parse(TrainConfig, list(argv), "")
+
+
+def problems(*argv: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        settings(*argv)
+    return str(error.value)
+
+
+def test_nanogpts_files_and_command_lines(tmp_path):
+    (tmp_path / "mine.py").write_text(NANOGPT)
+    line = "--device=cpu --compile=False --eval_iters=20 --block_size=64 --dropout=0.0 --max_iters=2000 --dtype=float32"
+    cfg = settings(str(tmp_path / "mine.py"), *line.split())
+    assert (cfg.out_dir, cfg.gradient_accumulation_steps, cfg.min_lr, cfg.device) == ("out-mine", 40, 0.0, "cpu")
+    assert (cfg.block_size, cfg.dropout, cfg.compile, cfg.wandb_run_name[:3]) == (64, 0.0, False, "ft-")
+
+
+def test_nanogpts_keys_have_its_defaults():
+    """As its train.py gives them; those that it detects from the machine are `auto` here."""
+    theirs = {
+        **{"eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False, "init_from": "scratch"},
+        **{"always_save_checkpoint": True, "wandb_log": False, "wandb_run_name": "gpt2", "dataset": "openwebtext"},
+        **{"gradient_accumulation_steps": 40, "batch_size": 12, "block_size": 1024, "n_layer": 12, "n_head": 12},
+        **{"n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "max_iters": 600000},
+        **{"weight_decay": 1e-1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "decay_lr": True},
+        **{"warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5, "compile": True, "out_dir": "out"},
+    }
+    ours = dataclasses.asdict(settings())
+    assert {key: ours[key] for key in theirs} == theirs
+
+
+def test_the_later_one_wins(tmp_path):
+    (tmp_path / "a.py").write_text("batch_size = 1\nn_layer = 2\n")
+    (tmp_path / "b.py").write_text("batch_size = batch_size + 1\n")  # it sees what was set before
+    a, b = str(tmp_path / "a.py"), str(tmp_path / "b.py")
+    assert settings(a, b).batch_size == 2
+    assert settings(a, "--batch_size=7").batch_size == 7
+    assert settings("--batch_size=7", a).batch_size == 1
+    assert settings("--batch_size=7", b).batch_size == 8
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings().batch_size = 3  # type: ignore[misc]
+
+
+def test_help_lists_every_key_with_type_default_and_meaning():
+    for script, count in [("train.py", len(dataclasses.fields(TrainConfig))), ("sample.py", 12)]:
+        done = run(script, "--help")
+        assert done.returncode == 0 and done.stderr == ""
+        lines = re.findall(r"^  --\w+ +(?:str|int|float|bool) +\S* +\S.*$", done.stdout, re.M)
+        assert len(lines) == count
+        assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    "argument, rule",
+    [
+        ("--eval_iters=0", "must be above 0"),
+        ("--weight_decay=-1", "must not be negative"),
+        ("--dropout=1", "must be at least 0 and below 1"),
+        ("--dtype=fp16", "must be one of auto, float32, bfloat16, float16"),
+        ("--learning_rate=nan", "must be a finite number"),
+        ("--compile=yes", "must be True or False (bool)"),
+        ("--n_head=0", "must be above 0"),
+    ],
+)
+def test_rules(argument, rule):
+    key = argument.removeprefix("--").split("=")[0]
+    assert f"{key} = " in problems(argument) and f"(command line): {rule}" in problems(argument)
+
+
+def test_accumulation_is_divided_by_the_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "must be divisible by the 3 ranks that share it; set 39 or 42" in problems()
+    assert settings("--gradient_accumulation_steps=42").gradient_accumulation_steps == 42
+
+
+def test_large_vocabularies_are_padded():
+    assert settings().model_config(50257).vocab_size == 50304
+    assert settings().model_config(65).vocab_size == 65
+
+
+def test_a_settings_file_may_compute_but_helpers_are_marked(tmp_path):
+    (tmp_path / "a.py").write_text("_width = 64\nn_embd = 12 * _width\ndef f(): pass\n")
+    assert settings(str(tmp_path / "a.py")).n_embd == 768
+    (tmp_path / "a.py").write_text("width = 64\n")
+    assert "a.py:1): unknown key" in problems(str(tmp_path / "a.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes(path):
+    cfg = settings(str(path))
+    assert cfg.lr_decay_iters <= cfg.max_iters or not cfg.decay_lr
+    comment = path.read_text().split("\n\n")[0]
+    assert comment.startswith("#") and f"config/{path.name}" in comment, "it does not say how it is launched"
+    assert re.search(r"loss|gpt2", comment), "it does not say what it should reach"
+    for line in path.read_text().splitlines():
+        assert len(line) <= 120, line
