@@ -13,7 +13,7 @@ def main() -> None:
         description=__doc__, epilog="example: python plot.py out-a out-b --x=tokens --output=compare.png"
     )
     parser.add_argument("run", nargs="+", type=Path, help="run folder (out_dir of a training run)")
-    parser.add_argument("--x", choices=X_LABELS, default="step", help="the horizontal axis (default: step)")
+    parser.add_argument("--x", choices=X_LABELS, default="steps", help="the horizontal axis (default: steps)")
     parser.add_argument("--output", type=Path, help="PNG to write (default: loss.png in the first run folder)")
     arguments = parser.parse_args()
     output = arguments.output or arguments.run[0] / "loss.png"

@@ -6,7 +6,7 @@ from typing import Any
 
 from training.errors import UserError
 
-X_LABELS = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
+X_LABELS = {"steps": "step", "tokens": "tokens", "seconds": "seconds of training"}
 
 
 def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -36,7 +36,7 @@ def positions(rows: list[dict[str, Any]], config: dict[str, Any], x: str) -> dic
     return {row["step"]: row["step"] * unit for row in rows}
 
 
-def draw_loss(folders: list[Path], path: Path, x: str = "step") -> None:
+def draw_loss(folders: list[Path], path: Path, x: str = "steps") -> None:
     """One PNG: training loss thin, evaluation loss with markers, a colour for each run."""
     import matplotlib  # not before it is wanted: it costs half a second
 
