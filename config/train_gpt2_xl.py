@@ -3,8 +3,8 @@
 #   python data/openwebtext/prepare.py
 #   ./launch_traditional_ddp.sh 8 config/train_gpt2_xl.py
 #
-# OpenAI's weights of this size reach val loss 2.54 there (nanoGPT's README). Where memory is short, lower batch_size and
-# raise gradient_accumulation_steps as much, so that a step keeps its 491,520 tokens.
+# OpenAI's weights of this size reach val loss 2.54 there (nanoGPT's README). Where memory is short, lower batch_size
+# and raise gradient_accumulation_steps as much, so that a step keeps its 491,520 tokens.
 
 out_dir = 'out-gpt2-xl'
 wandb_run_name = 'gpt2-xl'
