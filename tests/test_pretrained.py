@@ -16,7 +16,8 @@ from training.errors import UserError
 def gpt2(tmp_path_factory):
     """A folder as save_pretrained leaves it, and the model."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=300)).eval()
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=300, initializer_range=0.2)
+    model = GPT2LMHeadModel(config).eval()
     folder = tmp_path_factory.mktemp("gpt2")
     model.save_pretrained(folder)
     return folder, model
