@@ -6,9 +6,12 @@ The tokens of a finished file wait in OUT/shards until all are there; then they 
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -96,10 +99,19 @@ def tokenize_all(sources: list[Source], folder: Path, recipe: Recipe, workers: i
 
 
 def share(counter: Any) -> None:
-    """At the start of a worker: where it counts the bytes of text that it has seen; and Ctrl-C just ends it."""
+    """At the start of a worker: where it counts the bytes of text that it has seen; and it ends with its parent."""
     global progress
     progress = counter
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Even kill -9 of the parent leaves no worker that waits for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent, "only a worker ends with its parent"
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def tokenize(source: Source, folder: Path, recipe: Recipe) -> None:

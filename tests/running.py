@@ -1,5 +1,6 @@
 """Real launches of the scripts, and what they leave behind."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -56,6 +57,15 @@ def prepare(name: str, *arguments) -> str:
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         return done.stderr
     return done.stdout
+
+
+def started_with(mark: str) -> list[str]:
+    """Processes, of any depth, whose environment has it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found += [process.name] if mark.encode() in (process / "environ").read_bytes() else []
+    return found
 
 
 def rows(out_dir: Path, kind: str) -> list[dict]:

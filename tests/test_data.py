@@ -1,6 +1,7 @@
 """The prepare scripts, run as users run them, and data sets as training opens them."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from data.dataset import open_dataset
 from data.errors import DataError
 from data.tokenizer import TIKTOKEN, BPETokenizer, ByteTokenizer, CharTokenizer, tokenizer_from
 from data.writer import Writer, dtype_of
-from tests.running import ROOT, prepare
+from tests.running import ROOT, prepare, started_with
 
 TEXT = "To be, or not to be:\nthat is the question — Ωmega 🙂.\n"
 
@@ -118,20 +119,19 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, parquet, bpe_files)
     prepare("openwebtext", "--input", parquet, "--out", tmp_path / "whole", "--workers", 1)
     out = tmp_path / "killed"
     arguments = ["--input", str(parquet), "--out", str(out), "--workers", "1"]
-    process = subprocess.Popen([sys.executable, "data/openwebtext/prepare.py", *arguments], cwd=ROOT)
+    command, env = [sys.executable, "data/openwebtext/prepare.py", *arguments], {**os.environ, "MARK": str(out)}
+    process = subprocess.Popen(command, cwd=ROOT, env=env)
     while len(list(out.glob("shards/*.json"))) < 2:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.001)
     process.kill()
     process.wait()
     assert not (out / "train.bin").exists()
-    done = subprocess.run(
-        [sys.executable, "data/openwebtext/prepare.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    end = time.monotonic() + 5
+    while started_with(f"MARK={out}"):
+        assert time.monotonic() < end, "a worker outlives its parent"
+        time.sleep(0.05)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "of 5 files were tokenized before" in done.stderr
     for file in ("train.bin", "val.bin"):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
