@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from model import GPTConfig
 from tests.running import ROOT, run
 from training.config import parse
 from training.errors import ConfigError
@@ -17,7 +18,7 @@ NANOGPT = """
 import time
 
 out_dir = 'out-mine'
-wandb_log = False  # feel free to turn on
+wandb_log = False  # feel free to turn on — naïvely
 wandb_run_name = 'ft-' + str(time.time())
 init_from = 'gpt2-xl'  # this is the largest
 gradient_accumulation_steps = 5 * 8
@@ -86,21 +87,67 @@ def test_help_lists_every_key_with_type_default_and_meaning():
         assert max(map(len, done.stdout.splitlines())) <= 120
 
 
+ABOVE_0 = "eval_interval eval_iters log_interval keep_checkpoints gradient_accumulation_steps batch_size block_size"
+ABOVE_0 += " n_layer n_head n_embd learning_rate max_iters"
+FROM_0 = "weight_decay grad_clip warmup_iters lr_decay_iters min_lr seed"
+RANGES = {
+    **dict.fromkeys(ABOVE_0.split(), ("0", "must be above 0")),
+    **dict.fromkeys(FROM_0.split(), ("-1", "must not be negative")),
+    **dict.fromkeys(["dropout", "beta1", "beta2"], ("1", "must be at least 0 and below 1")),
+}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_number_out_of_range_is_told(key):
+    value, rule = RANGES[key]
+    told = problems(f"--{key}={value}")
+    assert told.count("\n") == 1 and re.search(rf"{key} = {value}(\.0)? \(command line\): {rule}$", told)
+
+
+def test_every_number_has_a_range_whose_lowest_value_is_good():
+    numbers = {f.name for f in dataclasses.fields(TrainConfig) if type(f.default) in (int, float)}
+    assert numbers == RANGES.keys()
+    assert settings(*(f"--{key}=0" for key in RANGES if key not in ABOVE_0.split())).beta2 == 0
+
+
 @pytest.mark.parametrize(
     "argument, rule",
     [
-        ("--eval_iters=0", "must be above 0"),
-        ("--weight_decay=-1", "must not be negative"),
-        ("--dropout=1", "must be at least 0 and below 1"),
         ("--dtype=fp16", "must be one of auto, float32, bfloat16, float16"),
+        ("--backend=mpi", "must be one of auto, nccl, gloo"),
+        ("--beta1=-0.1", "must be at least 0 and below 1"),
         ("--learning_rate=nan", "must be a finite number"),
+        ("--learning_rate=inf", "must be a finite number"),
         ("--compile=yes", "must be True or False (bool)"),
-        ("--n_head=0", "must be above 0"),
+        ("--batch_size=True", "must be a whole number (int)"),
+        ("--dropout=", "must be a number (float)"),
     ],
 )
 def test_rules(argument, rule):
     key = argument.removeprefix("--").split("=")[0]
     assert f"{key} = " in problems(argument) and f"(command line): {rule}" in problems(argument)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("n_layer = True", "n_layer = True (FILE:1): must be a whole number (int)"),
+        ("\nn_layer = int", "n_layer = <class 'int'> (FILE:2): must be a whole number (int)"),
+        ("import sys\nsys.exit()", "FILE:2: SystemExit: "),
+        ("caf\xe9 = 1", "FILE: UnicodeDecodeError: 'utf-8' codec can't decode"),
+        ("import broken", "FOLDER/broken.py:3: invalid syntax"),
+    ],
+)
+def test_what_a_config_file_cannot_do(tmp_path, monkeypatch, text, told):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken.py").write_text("\n\nx = = 1")
+    path = tmp_path / "a.py"
+    path.write_text(text, encoding="latin-1")
+    assert told.replace("FILE", str(path)).replace("FOLDER", str(tmp_path)) in problems(str(path))
+
+
+def test_a_setting_without_its_dashes():
+    assert "batch_size=4: no such config file; did you mean --batch_size=4?" in problems("batch_size=4")
 
 
 def test_accumulation_is_divided_by_the_ranks(monkeypatch):
@@ -114,9 +161,19 @@ def test_large_vocabularies_are_padded():
     assert settings().model_config(65).vocab_size == 65
 
 
+def test_the_model_gets_all_its_settings():
+    line = "--n_layer=3 --n_head=4 --n_embd=20 --block_size=7 --dropout=0.5 --bias=True --activation_checkpointing=True"
+    model = settings(*line.split()).model_config(65)
+    assert model == GPTConfig(7, 65, 3, 4, 20, 0.5, True, "none", True)
+    assert not settings("--bias=False").model_config(65).bias
+
+
 def test_a_settings_file_may_compute_but_helpers_are_marked(tmp_path):
-    (tmp_path / "a.py").write_text("_width = 64\nn_embd = 12 * _width\ndef f(): pass\n")
+    text = "_width = 64\nn_embd = 12 * _width\ndef f(): pass\ng = lambda: 1\n"
+    (tmp_path / "a.py").write_text(text)
     assert settings(str(tmp_path / "a.py")).n_embd == 768
+    (tmp_path / "a.py").write_text("from string import digits as out_dir")
+    assert settings(str(tmp_path / "a.py")).out_dir == "0123456789"
     (tmp_path / "a.py").write_text("width = 64\n")
     assert "a.py:1): unknown key" in problems(str(tmp_path / "a.py"))
 

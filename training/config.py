@@ -11,6 +11,7 @@ import math
 import runpy
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,24 +81,25 @@ def read_file(path: Path, values: dict) -> Iterator[tuple[str, Any, str]]:
     """Run a config file, which sees the values set before it, and yield what it assigns."""
     if not path.is_file():
         known = sorted(str(p) for p in path.parent.glob("*.py"))
-        near = difflib.get_close_matches(str(path), known, n=1)
+        near = [f"--{path}"] if "=" in path.name else difflib.get_close_matches(str(path), known, n=1)
         raise ConfigError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         result = runpy.run_path(str(path), init_globals=dict(values))
-    except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: {error.msg}") from None
-    except Exception as error:  # whatever a config file can raise is the user's to mend
-        trace, line = error.__traceback__, 0
-        while trace:
-            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(path) else line
-            trace = trace.tb_next
-        raise ConfigError(f"{path}:{line}: {type(error).__name__}: {error}") from None
+    except SyntaxError as error:  # in this file, or in one that it imports
+        raise ConfigError(f"{place(error.filename or path, error.lineno)}: {error.msg}") from None
+    except (Exception, SystemExit) as error:  # whatever a config file can raise is the user's to mend
+        own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        raise ConfigError(f"{place(path, own[-1] if own else None)}: {type(error).__name__}: {error}") from None
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for name, value in result.items():
         assigned = name in lines or (name in values and value is not values[name])
-        if assigned and not name.startswith("_") and not callable(value):
+        if assigned and not name.startswith("_") and (name in values or not callable(value)):
             yield name, value, f"{path}:{lines.get(name, 1)}"
+
+
+def place(path: Path | str, line: int | None) -> str:
+    return f"{path}:{line}" if line else f"{path}"
 
 
 def convert(name: str, value: Any, fields: dict[str, dataclasses.Field]) -> Any:
