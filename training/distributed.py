@@ -127,9 +127,10 @@ def words(error: Exception) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: what the user did wrong is told in one message, and every rank ends with status 2."""
-    rank = int(os.environ.get("RANK", 0))
+    rank, status, message = int(os.environ.get("RANK", 0)), 2, None
     try:
         main()
+        status = 0
     except UserError as error:  # every rank has it: from the settings, which all read, or from `together`
         message = words(error) if rank == 0 else None
     except (DataError, OSError) as error:  # this rank's own: the launcher ends the others
@@ -137,12 +138,10 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:  # end by the signal, as a shell expects, and without a traceback of every rank
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    else:
-        return
     if message:
         print(f"error: {message}", file=sys.stderr)
-    if dist.is_initialized():  # taking a process group down can wait for ranks that are gone, or abort
+    if world_size() > 1:  # a process group that ends with the interpreter aborts now and then, and may wait for others
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2)
-    sys.exit(2)
+        os._exit(status)
+    sys.exit(status)

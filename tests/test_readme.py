@@ -1,0 +1,86 @@
+"""The commands of README.md and CONTRIBUTING.md, each run for real, a few steps of a tiny model instead of days."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.running import ROOT, TINY, command, train
+
+PAGES = ["README.md", "CONTRIBUTING.md"]
+COMMANDS = sorted(
+    {
+        line.split("  #")[0].split(" # ")[0].strip()
+        for page in PAGES
+        for block in re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+        for line in block.splitlines()
+    }
+)
+SHORT: dict[str, Any] = {key: TINY[key] for key in ("device", "compile", "block_size", "batch_size", "eval_iters")}
+SHORT |= {"n_layer": 1, "n_head": 2, "n_embd": 16, "max_iters": 2, "gradient_accumulation_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> Path:
+    out_dir = tmp_path_factory.mktemp("runs") / "trained"
+    train(out_dir, data, **{**SHORT, "max_iters": 1})
+    return out_dir
+
+
+def shrunk(words: list[str], data: Path, out_dir: Path, trained: Path) -> list[str]:
+    """The command on a small data set, and without what downloads; all else as it is."""
+    words = [word for word in words if not word.startswith(("--init_from=gpt2", "--dataset=", "--wandb_log"))]
+    tiny = [f"--{k}={v}" for k, v in {**SHORT, "dataset": data, "out_dir": out_dir}.items()]
+    if "--init_from=resume" in words:
+        tiny[-1] = f"--out_dir={trained}"
+    return [*words, *tiny, *(["--init_from=scratch"] if "finetune" in " ".join(words) else [])]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command(line, data, tmp_path, trained):
+    first, *words = shlex.split(line)
+    python, env = command("")[0], {**os.environ, "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
+    script = words[0] if first == "python" else first
+    if first in ("./run_tests.sh", "./launch_quickstart.sh") or "--help" in words:  # tests of their own; CI runs them
+        arguments = [*([python] if first == "python" else []), *([script] if first == "python" else [first]), "--help"]
+    elif "prepare.py" in script:
+        options = subprocess.run(
+            [python, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        assert all(word.split("=")[0] in options for word in words if word.startswith("--"))
+        arguments = [python, script, "--help"]
+    elif first == "torchrun":
+        arguments = [python, "-m", "torch.distributed.run", *shrunk(words, data, tmp_path / "out", trained)]
+    elif first == "./launch_traditional_ddp.sh":
+        arguments = [first, *shrunk(["2", *words[1:]], data, tmp_path / "out", trained)]
+    elif script == "train.py":
+        arguments = [python, *shrunk(words, data, tmp_path / "out", trained)]
+    elif script in ("sample.py", "plot.py"):
+        words = [word for word in words if not word.startswith(("--init_from", "--out_dir", "out-"))]
+        folder = str(trained) if script == "plot.py" else f"--out_dir={trained}"
+        arguments = [python, *words, folder, *(["--max_new_tokens=5"] if script == "sample.py" else [])]
+    else:
+        pytest.fail(f"a command that this test does not know: {line}")
+    arguments = [word.replace("--nproc_per_node=8", "--nproc_per_node=2") for word in arguments]
+    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_that_the_pages_name_are_there():
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for name in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(
+            r"`((?:config|data|training|tests)/[\w/.]+)`", text
+        ):
+            assert (ROOT / name).exists(), f"{page} names {name}"
+
+
+def test_the_error_in_the_readme_is_the_real_one():
+    text = (ROOT / "README.md").read_text()
+    line, expected = re.findall(r"^\$ (python train.*)\n((?:.+\n)+?)```", text, re.M)[0]
+    done = subprocess.run([command("")[0], *line.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, expected)
