@@ -15,9 +15,9 @@ from train import Trainer
 from training import devices, run_folder
 from training.batches import Batches
 from training.config import parse
-from training.distributed import ALONE
+from training.distributed import ALONE, Ranks
 from training.evaluation import evaluate
-from training.optim import adamw, learning_rate
+from training.optim import adamw, learning_rate, set_learning_rate
 from training.origin import Origin
 from training.train_config import TrainConfig
 
@@ -44,8 +44,18 @@ def test_the_global_batch_does_not_depend_on_the_ranks(data):
         one = global_batch(cfg, 1, step)
         assert one.shape == (16, 32)
         assert all(torch.equal(global_batch(cfg, ranks, step), one) for ranks in (2, 4))
-    assert not torch.equal(global_batch(cfg, 1, 0), global_batch(cfg, 1, 7))
-    assert not torch.equal(global_batch(replace(cfg, seed=1), 1, 7), global_batch(cfg, 1, 7))
+    assert not torch.equal(global_batch(replace(cfg, seed=1), 1, 7), one)
+    batches = Batches(cfg, ALONE)
+    assert torch.equal(batches.train(0, 0)[0], global_batch(cfg, 1, 0)[:4])
+    assert torch.equal(batches.train(7, 0)[0], one[:4]), "the batches of a step depend on the step before"
+
+
+def test_dropout_belongs_to_the_micro_batch_whichever_rank_has_it(data):
+    cfg = config(data, gradient_accumulation_steps=4)
+    first, second, *_ = (Batches(cfg, replace(ALONE, rank=rank, world_size=2)) for rank in range(2))
+    seeds = [ranks.dropout_seed(step, micro) for step in (0, 1) for micro in (0, 1) for ranks in (first, second)]
+    assert seeds == [Batches(cfg, ALONE).dropout_seed(step, micro) for step in (0, 1) for micro in range(4)]
+    assert len(set(seeds)) == 8
 
 
 def test_every_place_of_the_text_can_be_drawn(make_data):
@@ -59,54 +69,57 @@ def test_every_place_of_the_text_can_be_drawn(make_data):
 def test_evaluation_has_its_own_batches_and_always_the_same(data):
     batches = Batches(config(data), ALONE)
     before = batches.evaluation("val", 3)[0]
-    batches.train(5, 0)
+    training = batches.train(5, 0)[0]
     assert torch.equal(batches.evaluation("val", 3)[0], before)
     assert not torch.equal(batches.evaluation("val", 4)[0], before)
+    assert not torch.equal(batches.evaluation("train", 5)[0], training)
+    for split in ("train", "val"):
+        text = (data / f"{split}.bin").read_bytes()
+        assert all(row.numpy().astype("<u2").tobytes() in text for row in batches.evaluation(split, 0)[0])
 
 
+class Share(Ranks):
+    """A rank whose mean is its own share of it: the test adds up the shares."""
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        return value / self.world_size
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("count", [1, 4, 5])
-def test_evaluation_is_the_mean_over_count_batches_on_any_number_of_ranks(data, count):
-    cfg = config(data)
+def test_evaluation_is_the_mean_over_count_batches_on_any_number_of_ranks(data, count, ranks):
+    cfg, passes = config(data), []
 
     def loss_of(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        passes.append(1)
         return tokens.double().mean()
 
     expected = evaluate(loss_of, Batches(cfg, ALONE), ALONE, count)
-    for ranks in (2, 3):
-        passes: list[int] = []
-        sums: list[torch.Tensor] = []
-
-        class Rank:  # collects what the ranks would add up
-            def __init__(self, rank: int, ranks: int, sums: list):
-                self.rank, self.world_size, self.device, self.sums = rank, ranks, torch.device("cpu"), sums
-
-            def mean(self, value: torch.Tensor) -> torch.Tensor:
-                self.sums.append(value)
-                return value / self.world_size
-
-        for rank in range(ranks):
-            calls = [0]
-
-            def counted(tokens: torch.Tensor, targets: torch.Tensor, calls: list = calls) -> torch.Tensor:
-                calls[0] += 1
-                return loss_of(tokens, targets)
-
-            me = Rank(rank, ranks, sums)
-            evaluate(counted, Batches(cfg, replace(ALONE, rank=rank, world_size=ranks)), me, count)  # type: ignore[arg-type]
-            passes.append(calls[0])
-        assert len(set(passes)) == 1, "a rank takes more forward passes than another and would wait for it"
-        train, val = (sum(sums) / count).tolist()
-        assert math.isclose(train, expected["train_loss"], rel_tol=1e-6)
-        assert math.isclose(val, expected["val_loss"], rel_tol=1e-6)
+    found = dict.fromkeys(expected, 0.0)
+    for rank in range(ranks):
+        passes.clear()
+        me = Share(rank, rank, ranks, ALONE.device)
+        for split, loss in evaluate(loss_of, Batches(cfg, me), me, count).items():
+            found[split] += loss
+        assert len(passes) == 2 * math.ceil(count / ranks), "a rank with fewer passes than another would wait for it"
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_ids_beyond_the_vocabulary_and_texts_that_are_too_short(make_data, tmp_path):
-    folder = make_data(np.full(100, 60), vocab_size=50)
+    folder = make_data(np.full(100, 50), vocab_size=50)
     told = run("train.py", **{**TINY, "dataset": folder, "out_dir": tmp_path / "out"})
     assert told.returncode == 2
-    assert f"error: {folder}/train.bin holds id 60, beyond its vocabulary of 50" in told.stderr
+    assert f"error: {folder}/train.bin holds id 50, beyond its vocabulary of 50" in told.stderr
     with pytest.raises(DataError, match="has 100 tokens: too few for block_size = 100, which needs one more"):
         Batches(config(folder, block_size=100), ALONE)
+    with pytest.raises(DataError, match="holds id 50"):
+        Batches(config(folder), ALONE)
+    ids = np.zeros(2**20, int)
+    ids[2**15 : 2**16] = 70  # where the first look, at 16 places, does not come
+    large = Batches(config(make_data(ids, 50, "large"), batch_size=500), ALONE)
+    with pytest.raises(DataError, match="holds id 70"):
+        large.evaluation("val", 0)
 
 
 def test_a_bin_that_shrinks_while_it_is_read(make_data):
@@ -118,7 +131,7 @@ def test_a_bin_that_shrinks_while_it_is_read(make_data):
 
 
 def test_the_optimizer_decays_matrices_once_and_is_adamw(data):
-    cfg = config(data, weight_decay=0.3)
+    cfg = config(data, weight_decay=0.3, beta1=0.8)
     model = GPT(cfg.model_config(257)).init_weights(0)
     optimizer = adamw(model, cfg)
     groups = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
@@ -128,7 +141,7 @@ def test_the_optimizer_decays_matrices_once_and_is_adamw(data):
     theirs = GPT(cfg.model_config(257)).init_weights(0)
     decay, rest = ([p for p in theirs.parameters() if (p.dim() == 2) == matrix] for matrix in (True, False))
     plain = [{"params": decay, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}]
-    reference = torch.optim.AdamW(plain, lr=cfg.learning_rate, betas=(0.9, 0.95), foreach=False)
+    reference = torch.optim.AdamW(plain, lr=cfg.learning_rate, betas=(0.8, 0.95), foreach=False)
     tokens, targets = Batches(cfg, ALONE).train(0, 0)
     for _ in range(3):
         for network, steps in ((model, optimizer), (theirs, reference)):
@@ -137,6 +150,8 @@ def test_the_optimizer_decays_matrices_once_and_is_adamw(data):
             steps.zero_grad()
     for one, other in zip(model.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
 def test_the_learning_rate_is_nanogpts(data):
@@ -160,22 +175,25 @@ def test_the_scaler_of_fp16_is_in_the_checkpoint(data, tmp_path):
     assert torch.equal(one, other)
 
 
-def test_peaks_are_those_of_the_name_and_none_is_guessed(monkeypatch):
+V100, BEFORE_TENSOR_CORES = [None, 125e12, 15.7e12], [None, None, None]
+
+
+@pytest.mark.parametrize("name, peaks", [("Tesla V100-SXM2", V100), ("NVIDIA GeForce GT 710", BEFORE_TENSOR_CORES)])
+def test_peaks_are_those_of_the_name_and_none_is_guessed(monkeypatch, name, peaks):
     names = list(devices.PEAK_TFLOPS)
-    for i, name in enumerate(names):
-        hidden = [before for before in names[:i] if before in name]
-        assert not hidden, f"{name} is never found: {hidden} match first"
+    for i, longer in enumerate(names):
+        assert not any(before in longer for before in names[:i]), f"{longer} is never found"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    assert [devices.peak_flops(torch.device("cuda"), dtype) for dtype in dtypes] == peaks
     assert devices.peak_flops(torch.device("cpu"), torch.float32) is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GT 710")
-    assert devices.peak_flops(torch.device("cuda"), torch.float32) is None
 
 
 def test_a_run_that_is_moved_aside_is_moved_whole(tmp_path):
-    for name in (*run_folder.CONTENTS, "notes.txt"):
-        if name == "checkpoints":
-            (tmp_path / name / "step_000001").mkdir(parents=True)
-        else:
-            (tmp_path / name).write_text(name)
+    (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
+    for name in {*run_folder.CONTENTS, "notes.txt"} - {"checkpoints"}:
+        (tmp_path / name).write_text(name)
     run_folder.move_aside(tmp_path)
     (previous,) = (tmp_path / "previous").iterdir()
     assert {path.name for path in previous.iterdir()} == set(run_folder.CONTENTS)
