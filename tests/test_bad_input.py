@@ -151,3 +151,21 @@ def test_a_disk_that_became_read_only(small_disk, data):
     told = refused(small_disk, data, init_from="resume", max_iters=40)
     assert "Read-only file system" in told and str(small_disk) in told
     assert Checkpoints(str(small_disk)).newest()[1]["step"] == 30
+
+
+def test_another_vocabulary_than_the_checkpoints(finished, make_data):
+    other = make_data([i % 50 for i in range(400)], vocab_size=50)
+    told = refused(finished, other, init_from="resume")
+    folder = finished / "checkpoints" / "step_000030"
+    what = f"dataset = '{other}' has those of 'char' (50 ids) or another vocabulary"
+    fix = "name the data set that the run started with"
+    assert told == f"{folder} was trained on tokens of 'byte' (257 ids), {what}; {fix}"
+
+
+def test_data_that_is_not_there_or_too_short(tmp_path, data, make_data):
+    told = refused(tmp_path, tmp_path / "none", ranks=2, gradient_accumulation_steps=2)
+    assert told.startswith(f"there is no data set {tmp_path / 'none'}") and "python data/text/prepare.py" in told
+    short = make_data(range(32))
+    told = refused(tmp_path, short, ranks=2, gradient_accumulation_steps=2)
+    assert told.startswith(f"{short}/train.bin has 32 tokens: too few for block_size = 32, which needs one more")
+    assert not list(tmp_path.glob("checkpoints")), "something was written before the data was looked at"
