@@ -1,6 +1,7 @@
 """GPT-2's weights: real models of `transformers`, small and random, through our loader."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -63,6 +64,11 @@ def test_fine_tuning_starts_at_the_weights_with_a_shorter_context(gpt2, data, tm
     [
         ({"model_type": "llama"}, "is of a 'llama' model with 'gelu_new'; only GPT-2 with GELU can be read"),
         ({"activation_function": "relu"}, "is of a 'gpt2' model with 'relu'; only GPT-2 with GELU can be read"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True; only GPT-2 with False"),
+        ({"scale_attn_weights": False}, "scale_attn_weights = False; only GPT-2 with True there can be read"),
+        ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon = 0.001; only GPT-2 with 1e-05 there can be read"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False; only GPT-2 with True there can be read"),
+        ({"n_inner": 64}, "n_inner = 64; only GPT-2 with 128 there can be read"),
     ],
 )
 def test_another_architecture_is_refused(gpt2, tmp_path, change, told):
@@ -70,6 +76,17 @@ def test_another_architecture_is_refused(gpt2, tmp_path, change, told):
     (tmp_path / "config.json").write_text(json.dumps({**about, **change}))
     with pytest.raises(UserError, match=told):
         pretrained.open_weights(str(tmp_path))
+
+
+def test_damaged_files_are_named(gpt2, tmp_path):
+    for name, told in [("model.safetensors", "cannot be read"), ("config.json", "is not a GPT-2's: JSONDecodeError")]:
+        folder = shutil.copytree(gpt2[0], tmp_path / name)
+        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+        with pytest.raises(UserError, match=f"{name} {told}"):
+            pretrained.open_weights(str(folder))
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="is not a GPT-2's: KeyError: 'n_positions'"):
+        pretrained.open_weights(str(folder))
 
 
 def test_weights_that_do_not_fit_the_run(gpt2, data, tmp_path):

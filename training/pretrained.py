@@ -13,6 +13,12 @@ from training.train_config import TrainConfig
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+# Our names of their sizes, and what else a GPT-2 of theirs can vary: these values are the ones that ours has.
+SIZES = {"block_size": "n_positions", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
+ONLY = {
+    **{"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    **{"tie_word_embeddings": True, "add_cross_attention": False},
+}
 # Theirs are Conv1D layers, with weights (in, out).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 FILES = ("config.json", "model.safetensors")
@@ -28,20 +34,23 @@ def open_weights(source: str) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise UserError(
             f"init_from = {source!r}: must be scratch, resume, {', '.join(HUB)}, or a folder with {' and '.join(FILES)}"
         )
-    theirs = json.loads((folder / "config.json").read_text())
-    kind, gelu = theirs.get("model_type"), theirs.get("activation_function", "gelu_new")
+    return shape(folder / "config.json"), renamed(read(folder))
+
+
+def shape(path: Path) -> GPTConfig:
+    """Raises UserError for what our GPT does not compute: its weights would fit, and its text would be another."""
+    try:
+        theirs = json.loads(path.read_text())
+        kind, gelu = theirs.get("model_type"), theirs.get("activation_function", "gelu_new")
+        sizes = {ours: theirs[name] for ours, name in SIZES.items()} if kind == "gpt2" else {}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a GPT-2's: {type(error).__name__}: {error}; fetch it again") from None
     if kind != "gpt2" or gelu not in GELU:
-        raise UserError(f"{folder}/config.json is of a {kind!r} model with {gelu!r}; only GPT-2 with GELU can be read")
-    config = GPTConfig(
-        block_size=theirs["n_positions"],
-        vocab_size=theirs["vocab_size"],
-        n_layer=theirs["n_layer"],
-        n_head=theirs["n_head"],
-        n_embd=theirs["n_embd"],
-        bias=True,
-        gelu=GELU[gelu],
-    )
-    return config, renamed(read(folder))
+        raise UserError(f"{path} is of a {kind!r} model with {gelu!r}; only GPT-2 with GELU can be read")
+    for name, value in {**ONLY, "n_inner": 4 * sizes["n_embd"]}.items():
+        if theirs.get(name) not in (None, value):
+            raise UserError(f"{path}: {name} = {theirs[name]!r}; only GPT-2 with {value!r} there can be read")
+    return GPTConfig(**sizes, bias=True, gelu=GELU[gelu])
 
 
 def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,10 +64,14 @@ def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
+    if (path := folder / "model.safetensors").is_file():
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
     if (folder / "pytorch_model.bin").is_file():
         return checkpoint.read(folder / "pytorch_model.bin")
     raise UserError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin")
