@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.dataset import Dataset
 from torch import Tensor
 
+from data.dataset import Dataset
 from model import GPTConfig
 from training import pretrained
 from training.checkpoint import Checkpoints
