@@ -88,7 +88,7 @@ def main() -> None:
     except DataError as error:
         raise ConfigError(f"start = {cfg.start!r}: {error}") from None
     if not len(ids):
-        raise ConfigError("start = '': is empty; give at least one character")
+        raise ConfigError(f"start = {cfg.start!r}: is empty; give at least one character")
     if cfg.compile:
         model.compile()
     torch.manual_seed(cfg.seed)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT
+from model import GPT, GPTConfig
 from tests.running import TINY, run, train
 from training import checkpoint, pretrained
+from training.config import parse
 from training.errors import UserError
+from training.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,8 @@ def test_logits_and_text_are_those_of_transformers(gpt2):
 def test_a_bin_file_of_weights_works_too(gpt2, tmp_path):
     folder, theirs = gpt2
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    masks = {f"transformer.h.0.attn.{name}": torch.ones(1) for name in ("bias", "masked_bias")}  # older files' masks
+    torch.save({**theirs.state_dict(), **masks}, tmp_path / "pytorch_model.bin")
     for (name, one), other in zip(load(str(tmp_path)).named_parameters(), load(str(folder)).parameters(), strict=True):
         assert torch.equal(one, other), name
 
@@ -87,6 +90,16 @@ def test_damaged_files_are_named(gpt2, tmp_path):
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match="is not a GPT-2's: KeyError: 'n_positions'"):
         pretrained.open_weights(str(folder))
+
+
+def test_the_run_decides_on_dropout_and_context_and_the_weights_on_the_rest(gpt2):
+    line = f"--init_from={gpt2[0]} --block_size=32 --dropout=0.3 --activation_checkpointing=True --n_layer=9"
+    cfg = parse(TrainConfig, line.split(), "")
+    config, weights = pretrained.start_from(cfg, 300)
+    assert config == GPTConfig(32, 300, 2, 2, 32, 0.3, True, "tanh", True)
+    assert weights["transformer.wpe.weight"].shape == (32, 32)
+    with pytest.raises(UserError, match=r"has 301 ids, the weights of .* know 300"):
+        pretrained.start_from(cfg, 301)
 
 
 def test_weights_that_do_not_fit_the_run(gpt2, data, tmp_path):

@@ -1,8 +1,12 @@
 """sample.py and plot.py on a real run."""
 
+import json
+import os
+
 import pytest
 
 from tests.running import rows, run, train
+from training.figures import positions, read_run
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +36,15 @@ def test_greedy_text_is_one_text(finished):
     done = sample(finished, num_samples=2, start="import ", temperature=0)
     one, other, _ = done.stdout.split("\n---------------\n")
     assert one == other
+    for likeliest in ({"top_k": 1}, {"top_k": 0, "top_p": 1e-6}):
+        assert sample(finished, num_samples=2, start="import ", **likeliest).stdout == done.stdout
 
 
 @pytest.mark.parametrize(
     "settings, told",
     [
         ({"start": ""}, "start = '': is empty; give at least one character"),
+        ({"start": f"FILE:{os.devnull}"}, f"start = 'FILE:{os.devnull}': is empty; give at least one character"),
         ({"start": "FILE:none.txt"}, "start = 'FILE:none.txt': cannot read none.txt"),
         ({"top_p": 0}, "top_p = 0.0 (command line): must be above 0 and at most 1"),
         ({"temperature": -1}, "temperature = -1.0 (command line): must not be negative"),
@@ -70,6 +77,17 @@ def test_plots_of_one_and_of_several_runs(finished, tmp_path, data, against):
         assert done.returncode == 0, done.stderr
         assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
     assert len(rows(finished, "eval")) == 5
+
+
+def test_the_axis_is_steps_tokens_or_seconds_of_training(tmp_path):
+    """Of rows as a run writes them, with a kind that is not drawn and half a line of a run that was killed."""
+    (tmp_path / "config.json").write_text('{"gradient_accumulation_steps": 2, "batch_size": 3, "block_size": 5}')
+    steps = [("eval", 0, None), ("train", 0, None), ("train", 10, 100), ("other", 11, None), ("train", 20, 300)]
+    lines = [json.dumps({"kind": kind, "step": step, "step_ms": ms}) for kind, step, ms in steps]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(['{"kind": "memory"}', *lines, '{"kind": "eval", "st']))
+    expected = {"steps": [0, 10, 20], "tokens": [0, 300, 600], "seconds": [0, 1, 4]}
+    for x, places in expected.items():
+        assert positions(*read_run(tmp_path), x) == dict(zip([0, 10, 20], places, strict=True))
 
 
 def test_nothing_to_plot(tmp_path):

@@ -10,16 +10,17 @@ X_LABELS = {"steps": "step", "tokens": "tokens", "seconds": "seconds of training
 
 
 def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(rows of metrics.jsonl, config.json); UserError where there is nothing to draw."""
+    """(train and eval rows of metrics.jsonl, config.json); UserError where there is nothing to draw."""
     try:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         config = json.loads((folder / "config.json").read_text())
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run can leave half a line
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no run folder: {error}") from None
-    if not rows:
+    drawn = [row for row in rows if row["kind"] in ("train", "eval")]
+    if not drawn:
         raise UserError(f"{folder}: metrics.jsonl is empty; nothing to plot yet")
-    return rows, config
+    return drawn, config
 
 
 def positions(rows: list[dict[str, Any]], config: dict[str, Any], x: str) -> dict[int, float]:
