@@ -17,7 +17,7 @@ environment requirements.txt
 [[ -e data/python_stdlib/meta.json ]] || "$python" data/python_stdlib/prepare.py
 
 # In the background, as a SIGTERM to this shell alone would otherwise leave the training behind. A Ctrl-C reaches
-# both. A run that was stopped has saved; there is nothing to show yet.
+# both. After a stop there is nothing to show yet.
 launch train.py config/train_quickstart.py "$@" &
 trap 'stopped=143; kill -TERM $!' TERM
 trap 'stopped=130' INT

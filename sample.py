@@ -41,6 +41,10 @@ class SampleConfig:
     compile: bool = key(False, "torch.compile the model")
 
     def problems(self) -> Iterator[Problem]:
+        if not self.out_dir:
+            yield "out_dir", "must not be empty; name a run folder"
+        if self.seed >= 2**64:
+            yield "seed", "must be below 2**64"
         for name in ("num_samples", "max_new_tokens"):
             if getattr(self, name) <= 0:
                 yield name, "must be above 0"

@@ -18,14 +18,14 @@ os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """A data set that a tiny model learns something from: the tests' own source, byte by byte."""
-    folder = tmp_path_factory.mktemp("data") / "source"
-    files = sorted(ROOT.glob("t*/*.py"))
-    assert len(files) > 10, "too few files to learn from"
-    tokenizer = ByteTokenizer()
-    with Writer(folder, tokenizer, "source") as writer:
-        for number, path in enumerate(files):
-            writer.write("val" if number % 5 == 0 else "train", tokenizer.encode(path.read_text()))
+    """A data set that a tiny model learns something from: sentences of few words, byte by byte."""
+    folder = tmp_path_factory.mktemp("data") / "words"
+    words = np.array(["a", "big", "cat", "and", "the", "dog", "see", "one", "red", "fox", "run", "home"])
+    random, tokenizer = np.random.default_rng(0), ByteTokenizer()
+    with Writer(folder, tokenizer, "words") as writer:
+        for split, sentences in (("train", 2000), ("val", 400)):
+            for _ in range(sentences):
+                writer.write(split, tokenizer.encode(" ".join(random.choice(words, 8)) + ".\n"))
     return folder
 
 

@@ -12,7 +12,7 @@ from data.errors import DataError
 from model import GPT
 from tests.running import TINY, run
 from train import Trainer
-from training import devices, run_folder
+from training import run_folder
 from training.batches import Batches
 from training.config import parse
 from training.distributed import ALONE, Ranks
@@ -173,21 +173,6 @@ def test_the_scaler_of_fp16_is_in_the_checkpoint(data, tmp_path):
     assert second.scaler.get_scale() == 1024.0 and second.scaler.state_dict()["_growth_tracker"] == 3
     one, other = (trainer.train_step(3, 1e-3)[0] for trainer in (first, second))
     assert torch.equal(one, other)
-
-
-V100, BEFORE_TENSOR_CORES = [None, 125e12, 15.7e12], [None, None, None]
-
-
-@pytest.mark.parametrize("name, peaks", [("Tesla V100-SXM2", V100), ("NVIDIA GeForce GT 710", BEFORE_TENSOR_CORES)])
-def test_peaks_are_those_of_the_name_and_none_is_guessed(monkeypatch, name, peaks):
-    names = list(devices.PEAK_TFLOPS)
-    for i, longer in enumerate(names):
-        assert not any(before in longer for before in names[:i]), f"{longer} is never found"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    assert [devices.peak_flops(torch.device("cuda"), dtype) for dtype in dtypes] == peaks
-    assert devices.peak_flops(torch.device("cpu"), torch.float32) is None
 
 
 def test_a_run_that_is_moved_aside_is_moved_whole(tmp_path):

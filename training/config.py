@@ -112,7 +112,7 @@ def convert(name: str, value: Any, fields: dict[str, dataclasses.Field]) -> Any:
     if isinstance(value, Text):
         value = read_text(value, kind)
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:
         example = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
         raise ConfigError(f"must be {example} ({kind.__name__})")

@@ -1,20 +1,23 @@
 """What the hardware can do and has used."""
 
+import re
 import resource
 import sys
 
 import torch
 
 # Dense matmul peaks in TFLOP/s, (bfloat16 and float16, float32 as TF32 where there is one), from NVIDIA's data sheets.
-# The SXM variants, but for names that say PCIe. First match wins, so longer names stand first.
+# The SXM variants, but for names that say otherwise. First match wins, so longer names stand first.
 PEAK_TFLOPS = {
     "B200": (2250, 1125),
     "B100": (1750, 875),
     "GH200": (989, 494),
+    "H200 NVL": (835, 417),
     "H200": (989, 494),
     "H100 PCIe": (756, 378),
     "H100 NVL": (835, 417),
     "H100": (989, 494),
+    "H800 PCIe": (756, 378),
     "H800": (989, 494),
     "A100": (312, 156),
     "A800": (312, 156),
@@ -28,6 +31,7 @@ PEAK_TFLOPS = {
     "RTX 6000 Ada": (364, 182),
     "RTX 4090": (165.2, 82.6),
     "RTX 3090": (71, 35.6),
+    "V100-PCIE": (112, 14),
     "V100": (125, 15.7),
     "T4": (65, 8.1),
 }
@@ -38,8 +42,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if re.search(r"\b(Laptop|Ti|SUPER|Max-Q|D|MIG)\b", name):  # other chips under the same name, or parts of one
+        return None
     for part, (half, single) in PEAK_TFLOPS.items():
-        if part in name:
+        if re.search(rf"\b{part}\b", name):
             if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
                 return None
             return (single if dtype == torch.float32 else half) * 1e12

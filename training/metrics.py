@@ -32,7 +32,8 @@ class Metrics:
         self.path = Path(cfg.out_dir) / "metrics.jsonl"
         self.steps = self.timed_steps = 0
         self.seconds, self.since = 0.0, time.perf_counter()
-        self.wandb = start_wandb(cfg) if cfg.wandb_log and ranks.main else None
+        self.recording = ranks.main and not cfg.eval_only  # who only evaluates leaves the run as it is
+        self.wandb = start_wandb(cfg) if cfg.wandb_log and self.recording else None
         live = ranks.main and sys.stderr.isatty()
         self.bar = tqdm(total=cfg.max_iters, unit="step", dynamic_ncols=True, smoothing=0.1) if live else None
         self.say(summary(cfg, ranks, origin, dtype))
@@ -44,10 +45,10 @@ class Metrics:
         """Drop what a killed run logged after the checkpoint of `step` that this one resumes from."""
         if self.bar:
             self.bar.update(step)
-        if self.ranks.main and self.path.exists():
+        if self.recording and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             rows = [(line, json.loads(line)) for line in lines]
-            write_text(self.path, "".join(line for line, r in rows if r["step"] < step + (r["kind"] == "eval")))
+            write_text(self.path, "".join(line for line, r in rows if r.get("step", 0) < step + (r["kind"] == "eval")))
 
     def count_step(self) -> None:
         """After every step; costs nothing on the device."""
@@ -113,6 +114,8 @@ class Metrics:
             (self.bar.write(text) if self.bar else print(text, flush=True))
 
     def write(self, row: dict[str, Any]) -> None:
+        if not self.recording:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb:
@@ -125,7 +128,7 @@ class Metrics:
             self.bar.close()
         if self.wandb:
             self.wandb.finish()
-        if self.ranks.main and self.path.exists():
+        if self.recording:
             draw_loss([self.path.parent], self.path.with_name("loss.png"))
 
 

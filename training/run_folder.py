@@ -14,12 +14,27 @@ from training.checkpoint import write_text
 from training.distributed import Ranks
 from training.train_config import TrainConfig
 
-CONTENTS = ("latest", "best", "config.json", "environment.json", "metrics.jsonl", "loss.png", "checkpoints")
+CONTENTS = (
+    "latest",
+    "best",
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "loss.png",
+    "checkpoints",
+    "wandb",
+    "wandb_id",
+)
 
 
 def prepare(cfg: TrainConfig, ranks: Ranks) -> Path:
-    """Make the folder ready; a run that starts anew where another was moves that one into previous/."""
+    """Make the folder ready; a run that starts anew where another was moves that one into previous/.
+
+    Nothing is written by a run that only evaluates.
+    """
     folder = Path(cfg.out_dir)
+    if cfg.eval_only:
+        return folder
     with ranks.together():
         if ranks.main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +48,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> Path:
 def move_aside(folder: Path) -> None:
     """Nothing saved is lost: not to a command that was typed twice either. A run without a checkpoint is no loss."""
     if any((folder / "checkpoints").glob("step_*")):
-        previous = folder / "previous" / time.strftime("%Y%m%d-%H%M%S")
+        previous = folder / "previous" / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 10**6 % 1000:03d}"
         previous.mkdir(parents=True)
         for name in CONTENTS:
             if (folder / name).exists():

@@ -80,17 +80,19 @@ class TrainConfig:
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 yield name, "must not be negative"
+        if not self.out_dir:
+            yield "out_dir", "must not be empty; name a folder"
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 yield name, f"must be one of {', '.join(choices)}"
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield name, "must be at least 0 and below 1"
-        if self.n_head > 0 and self.n_embd % self.n_head:
+        if self.n_head > 0 and self.n_embd > 0 and self.n_embd % self.n_head:
             near = self.n_head * round(self.n_embd / self.n_head) or self.n_head
             yield "n_embd", f"must be divisible by n_head = {self.n_head}; {near} is"
         ranks, micro_steps = world_size(), self.gradient_accumulation_steps
-        if micro_steps % ranks:
+        if micro_steps > 0 and micro_steps % ranks:
             fits = " or ".join(str(n * ranks) for n in (micro_steps // ranks, micro_steps // ranks + 1) if n)
             yield "gradient_accumulation_steps", f"must be divisible by the {ranks} ranks that share it; set {fits}"
 
