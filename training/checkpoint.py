@@ -47,9 +47,7 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             whole = self.whole()
             kept = f"{whole[-1]} is whole, --init_from=resume goes on from it" if whole else "nothing was saved before"
-            raise CheckpointError(
-                f"cannot save {name}: {error}; make room or choose another --out_dir ({kept})"
-            ) from None
+            raise CheckpointError(f"cannot save {name}: {error} ({kept})") from None
 
     def complete(self, unfinished: Path, name: str, about: dict[str, Any], best: bool) -> None:
         """The order is what makes a kill harmless: files on disk, then the name, then `latest`."""

@@ -1,5 +1,6 @@
 """Ranks: who am I among how many, on which device; the only reader of the launcher's environment variables."""
 
+import errno
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from data.errors import DataError
 from training.errors import ConfigError, UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def world_size() -> int:
@@ -120,9 +122,10 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def words(error: Exception) -> str:
     """One line for the user."""
-    if isinstance(error, OSError):
-        return f"{error.filename or 'input/output'}: {error.strerror or error}"
-    return str(error)
+    if not isinstance(error, OSError):
+        return str(error)
+    fix = "; make room or choose another --out_dir" if error.errno in NOT_WRITABLE else ""
+    return f"{error.filename or 'input/output'}: {error.strerror or error}{fix}"
 
 
 def run(main: Callable[[], None]) -> None:
