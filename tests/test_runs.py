@@ -133,6 +133,11 @@ def test_a_run_that_starts_anew_keeps_the_one_before(tmp_path, data):
     assert len(losses(tmp_path)) == 2
 
 
+def test_a_machine_without_git_can_train(tmp_path, data):
+    train(tmp_path, data, max_iters=1, env={"PATH": ""})
+    assert json.loads((tmp_path / "environment.json").read_text())["git_commit"] is None
+
+
 def test_other_ranks_are_quiet_and_plain_lines_have_no_control_characters(tmp_path, data):
     output = train(tmp_path, data, ranks=2, gradient_accumulation_steps=2, max_iters=4)
     assert output.count("step 3:") == 1

@@ -60,22 +60,27 @@ def move_aside(folder: Path) -> None:
 
 def environment(ranks: Ranks) -> dict:
     """Code, versions and devices: what a number in metrics.jsonl was measured with."""
-    root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
     cuda = ranks.device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "git_commit": commit.stdout.strip() or None,
-        "git_changes": bool(changed.stdout.strip()),
+        "git_commit": git("rev-parse", "HEAD") or None,
+        "git_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(ranks.device) if cuda else processor(),
         "world_size": ranks.world_size,
         "threads_per_rank": torch.get_num_threads(),
     }
+
+
+def git(*arguments: str) -> str:
+    """What git says of this code; nothing where there is no git, or no repository."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def processor() -> str:
