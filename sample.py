@@ -53,8 +53,8 @@ class SampleConfig:
                 yield name, "must not be negative"
         if not 0 < self.top_p <= 1:
             yield "top_p", "must be above 0 and at most 1"
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            yield "dtype", "must be one of auto, float32, bfloat16, float16"
+        if self.dtype not in distributed.DTYPES:
+            yield "dtype", f"must be one of {', '.join(distributed.DTYPES)}"
 
 
 def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:

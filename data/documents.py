@@ -40,11 +40,14 @@ def pieces(path: Path, field: str) -> Iterator[Piece]:
 
 
 def plain(path: Path) -> Iterator[Piece]:
+    """A text of any size in parts whose tokens are those of the whole; DataError where it is not UTF-8."""
     decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
     with path.open("rb") as file:
-        while chunk := file.read(PIECE):
+        chunk = b"first"
+        while chunk:
+            chunk = file.read(PIECE)
             try:
-                rest += decoder.decode(chunk)
+                rest += decoder.decode(chunk, final=not chunk)  # a character that is cut off at the end is an error
             except UnicodeDecodeError as error:
                 place = file.tell() - len(chunk) + error.start
                 raise DataError(f"{path}: byte {place:,} is not UTF-8; convert it first (iconv -t utf-8)") from None

@@ -34,14 +34,6 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(2)
 
 
-def read_text(path: Path) -> str:
-    """A whole file of UTF-8."""
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start:,} is not UTF-8; convert it first (iconv -t utf-8)") from None
-
-
 def download(url: str, path: Path) -> Path:
     """url -> path, once; DataError says what to do without a network."""
     if not path.exists():

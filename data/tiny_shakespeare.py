@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from data.documents import plain
 from data.errors import DataError
-from data.front import download, options, read_text
+from data.front import download, options
 from data.tokenizer import tokenizer_from
 from data.writer import Writer
 
@@ -15,7 +16,7 @@ def prepare(script: str, about: str, tokenizer_name: str) -> None:
     parser.add_argument("--input", type=Path, help=f"the text; else it is downloaded from {URL}")
     args = parser.parse_args()
     path = args.input or download(URL, args.out / "input.txt")
-    text = read_text(path)
+    text = "".join(piece for piece, _ in plain(path))
     if not text:
         raise DataError(f"{path} is empty; give a text")
     tokenizer = tokenizer_from({"name": tokenizer_name, "characters": text})

@@ -59,6 +59,7 @@ def test_a_meta_json_that_is_wrong(make_data, change, rule):
     "name, text, told",
     [
         ("a.txt", b"caf\xe9\n", "a.txt: byte 3 is not UTF-8; convert it first (iconv -t utf-8)"),
+        ("a.txt", b"caf\xc3", "is not UTF-8; convert it first (iconv -t utf-8)"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', "a.jsonl:2: has no text under 'text', only txt; set --field"),
         ("a.jsonl", b'{"text": "x"}\n{', "a.jsonl:2: is not JSON"),
         ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as parquet"),

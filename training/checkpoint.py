@@ -71,9 +71,10 @@ class Checkpoints:
         best = self.out_dir / "best"
         keep = {best.read_text().strip()} if best.exists() else set()
         keep |= {path.name for path in self.whole()[-self.keep :]}
+        finished = self.finished()
         for path in self.folder.iterdir():
             if path.name not in keep:
-                if path in self.finished():  # at once, or a kill would leave one that looks damaged
+                if path in finished:  # at once, or a kill would leave one that looks damaged
                     path = path.rename(path.with_name(f"removed_{path.name}"))
                 shutil.rmtree(path, ignore_errors=True)
 

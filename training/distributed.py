@@ -16,6 +16,7 @@ from data.errors import DataError
 from training.errors import ConfigError, UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 

@@ -101,12 +101,11 @@ class Metrics:
             if self.bar:
                 self.bar.set_postfix_str(text)
             else:
-                print(f"step {step}: {text}", flush=True)
+                self.say(f"step {step}: {text}")
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        if self.ranks.main:
-            self.write({"kind": "eval", "step": step, **losses})
-            self.say(f"step {step}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}")
+        self.write({"kind": "eval", "step": step, **losses})
+        self.say(f"step {step}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}")
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar where there is one; the main rank only."""

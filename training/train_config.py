@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from model import GPTConfig
 from training.config import Problem, key
-from training.distributed import world_size
+from training.distributed import DTYPES, world_size
 
 
 @dataclass(frozen=True)
@@ -102,4 +102,4 @@ POSITIVE = (
     *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "max_iters"),
 )
 NOT_NEGATIVE = ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed")
-CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float16"), "backend": ("auto", "nccl", "gloo")}
+CHOICES = {"dtype": DTYPES, "backend": ("auto", "nccl", "gloo")}
