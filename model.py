@@ -6,6 +6,7 @@ Imports torch and nothing of this repository: the model knows nothing of ranks, 
 import math
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,20 +43,38 @@ class GPTConfig:
         return 6 * n + 12 * self.n_layer * self.n_embd * self.block_size
 
 
-class Linear(nn.Linear):
-    """A linear layer that trains faster on x86 in fp32: as the convolution over one position that it also is.
+class Pointwise(torch.autograd.Function):
+    """The convolution over one position that a linear layer also is.
 
-    PyTorch gives fp32 matmuls to MKL and convolutions to oneDNN, which on AMD's cores is nearly twice as fast.
+    PyTorch gives fp32 matmuls to MKL and convolutions to oneDNN, nearly twice as fast on AMD's cores. What is saved for
+    backward is the parameter itself: a view would keep a gathered copy alive where parameters are partitioned.
     """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (1, C_in, 1, N), weight (C_out, C_in), bias (C_out) -> (1, C_out, 1, N)"""
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight[:, :, None, None], bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        settings = ([len(weight)], (1, 1), (0, 0), (1, 1), False, (0, 0), 1, ctx.needs_input_grad)
+        x, w, b = torch.ops.aten.convolution_backward(grad, x, weight[:, :, None, None], *settings)
+        return x, w.flatten(1), b
+
+
+class Linear(nn.Linear):
+    """A linear layer that trains faster in fp32 on x86."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C_in) -> (..., C_out)"""
-        on_cpu = x.is_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and ONEDNN
-        if not on_cpu or torch.compiler.is_compiling():
+        in_fp32 = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not (in_fp32 and ONEDNN and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return super().forward(x)
-        pixels = x.reshape(1, -1, 1, x.size(-1)).permute(0, 3, 1, 2)  # channels last: no copy
-        y = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        pixels = x.reshape(1, 1, -1, x.size(-1)).permute(0, 3, 1, 2)  # channels last: no copy
+        y = Pointwise.apply(pixels, self.weight, self.bias)
+        return y.permute(0, 2, 3, 1).view(*x.shape[:-1], -1)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -162,6 +181,7 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = LayerNorm(config)
+        self.recompute = partial(checkpoint, use_reentrant=False)  # how, where blocks are: a strategy may have its own
 
     def forward(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T) int64 -> (B, T, C)."""
@@ -172,7 +192,7 @@ class Transformer(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = self.recompute(block, x)
             else:
                 x = block(x, cache)
         if cache is not None:

@@ -24,6 +24,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size() -> int:
+    """Ranks on this node; LOCAL_SIZE is what DeepSpeed's launcher calls it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+
+
 @dataclass(frozen=True)
 class Ranks:
     rank: int
@@ -63,13 +68,16 @@ ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @contextmanager
-def start(device: str, backend: str) -> Iterator[Ranks]:
-    """Join the process group if a launcher started several ranks, and leave it at the end."""
+def start(device: str, backend: str, alone: bool = False) -> Iterator[Ranks]:
+    """Join the process group if a launcher started several ranks, and leave it at the end.
+
+    alone: a process without others has a process group, too; DeepSpeed needs one.
+    """
     local_rank, world = int(os.environ.get("LOCAL_RANK", 0)), world_size()
     ranks = Ranks(int(os.environ.get("RANK", 0)), local_rank, world, pick_device(device, local_rank, world))
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    if world == 1:
+    if world == 1 and not alone:
         yield ranks
         return
     if backend == "auto":
@@ -77,7 +85,11 @@ def start(device: str, backend: str) -> Iterator[Ranks]:
     if backend == "nccl" and ranks.device.type != "cuda":
         raise ConfigError(f"backend = 'nccl': needs GPUs, this run is on {ranks.device.type}; leave it at auto")
     bound = ranks.device if backend == "nccl" else None
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
+    own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound, **own)
+    if alone:  # DeepSpeed asks these two what torch is told above
+        os.environ["DS_ACCELERATOR"] = ranks.device.type
+        os.environ.setdefault("LOCAL_RANK", "0")
     yield ranks
     # Only on the good way out: after an error the others may be gone, and a barrier would wait for them.
     dist.barrier()
@@ -95,7 +107,7 @@ def pick_device(wanted: str, local_rank: int, ranks: int) -> torch.device:
         raise ConfigError(f"device = {wanted!r}: unknown; write auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":
         visible = torch.cuda.device_count()
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        here = local_world_size()
         index = local_rank if ranks > 1 else device.index or 0
         if max(index + 1, here) > visible:  # on every rank alike: none waits for one that gave up
             what = f"{here} ranks on this machine" if ranks > 1 else f"device = {wanted!r}"

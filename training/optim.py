@@ -12,9 +12,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices and embeddings decay; biases and layer norms (one dimension) do not. Tied weights are listed once."""
     parameters = list(model.parameters())
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
     ]
+
+
+def dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: under ZeRO-3 an empty shell stands for it, and ds_shape is its shape."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
