@@ -233,7 +233,7 @@ class GPT(nn.Module):
             return self.lm_head(x[:, -1])
         logits, targets = self.lm_head(x).flatten(0, 1), targets.flatten()
         if torch.compiler.is_compiling() or not logits.requires_grad:  # compiled: the fp32 copy is fused away
-            return F.cross_entropy(logits, targets) if not logits.is_cpu else F.cross_entropy(logits.float(), targets)
+            return F.cross_entropy(logits.float(), targets)
         return CrossEntropy.apply(logits, targets)
 
     @torch.inference_mode()

@@ -61,9 +61,9 @@ class Trainer:
         self.model.train()
         return loss
 
-    def train_step(self, step: int, lr: float) -> tuple[Tensor, Tensor | None]:
-        """One update. Returns this rank's mean loss and the norm of the global gradient, both still on the device."""
-        set_learning_rate(self.optimizer, lr)
+    def train_step(self, step: int) -> tuple[Tensor, Tensor | None, float]:
+        """One update. Returns this rank's mean loss, the norm of the global gradient (both still on the device), lr."""
+        lr = set_learning_rate(self.optimizer, self.cfg, step)
         micro_steps = self.batches.micro_steps
         mean_loss = torch.zeros((), device=self.ranks.device)
         for micro_step in range(micro_steps):
@@ -83,7 +83,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return mean_loss, grad_norm
+        return mean_loss, grad_norm, lr
 
     def save(self, folder: Path) -> None:
         """Every rank has the same state: the main one writes it."""
@@ -106,7 +106,7 @@ def main() -> None:
         with ranks.together():
             dtype = pick_dtype(cfg.dtype, ranks.device)
             batches = Batches(cfg, ranks)
-            origin = find_origin(cfg, checkpoints, batches.dataset)
+            origin = find_origin(cfg, checkpoints, batches.dataset, "ddp" if ranks.world_size > 1 else "single")
         run_folder.prepare(cfg, ranks)
         trainer = Trainer(cfg, ranks, batches, origin, dtype)
         loop.train(cfg, ranks, batches, trainer, checkpoints, origin)

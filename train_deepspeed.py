@@ -8,7 +8,6 @@ Arguments are config files and --key=value, in any order; the later one wins.
 """
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,30 +15,30 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from model import GPT, initial_value
-from training import checkpoint, deepspeed_config, distributed, loop, run_folder
+from training import checkpoint, deepspeed_config, deepspeed_ops, distributed, loop, run_folder
 from training.batches import Batches
 from training.checkpoint import Checkpoints
 from training.config import parse
-from training.deepspeed_config import DeepSpeedTrainConfig, Json
+from training.deepspeed_config import DeepSpeedTrainConfig, Json, strategy_of
+from training.deepspeed_log import DeepSpeedLog
 from training.distributed import Ranks, pick_dtype
 from training.optim import adamw, parameter_groups, set_learning_rate
 from training.origin import Origin, find_origin
 
 
 class Trainer:
-    """Every rank holds its partition of the model state: of as much of it as the ZeRO stage says."""
+    """Every rank holds a partition of the model state: of as much of it as the ZeRO stage says."""
 
-    def __init__(self, cfg: DeepSpeedTrainConfig, ranks: Ranks, batches: Batches, origin: Origin, config: Json):
-        import deepspeed  # not above: where it works is decided when it is imported, and --device is known here only
+    def __init__(self, cfg, ranks: Ranks, batches: Batches, origin: Origin, dtype: torch.dtype, config: Json):
+        import deepspeed  # here: it looks for its device when it is imported, and must find the one of --device
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed()
-
-        self.cfg, self.ranks, self.batches = cfg, ranks, batches
-        self.strategy = deepspeed_config.strategy(config)
-        self.partitioned = self.strategy.startswith("zero3")
-        if self.partitioned:  # each parameter is split over the ranks as soon as its module is made
-            with deepspeed.zero.Init(config_dict_or_path=config):
+        self.cfg, self.ranks, self.batches, self.dtype = cfg, ranks, batches, dtype
+        self.deepspeed, self.strategy = deepspeed, strategy_of(config)
+        self.log = DeepSpeedLog(cfg, ranks)
+        deepspeed_ops.load(deepspeed, config, ranks)
+        deepspeed.init_distributed()  # finds the process group that there is
+        if self.strategy.startswith("zero3"):
+            with deepspeed.zero.Init(config_dict_or_path=config):  # splits a parameter as soon as it is made
                 self.model = GPT(origin.model)
         else:
             with torch.device("meta"):  # no memory and no time for weights that are overwritten at once
@@ -54,45 +53,49 @@ class Trainer:
             model_parameters=parameter_groups(self.model, cfg.weight_decay),
             config=config,
         )
+        if cfg.compile:
+            self.engine.compile()
         if origin.checkpoint:
             self.load(origin.checkpoint)
 
     @torch.no_grad()
     def fill(self, origin: Origin) -> None:
         """One parameter after the other, so that no rank ever holds the whole of a partitioned model."""
-        import deepspeed
-
         for name, parameter in self.model.named_parameters():
-            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=self.partitioned):
-                if self.ranks.main or not self.partitioned:
-                    fresh = origin.weights is None
-                    value = initial_value(name, parameter.shape, origin.model, self.cfg.seed) if fresh else origin.weights[name]
-                    parameter.copy_(value)
+            partitioned = hasattr(parameter, "ds_id")
+            with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):  # nothing, if it is whole
+                if self.ranks.main or not partitioned:
+                    fresh = initial_value(name, parameter.shape, origin.model, self.cfg.seed)
+                    parameter.copy_(origin.weights[name] if origin.weights else fresh)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """For evaluation: no dropout."""
+        """For evaluation: no dropout. Under ZeRO-3 a collective, as every forward pass."""
         self.engine.eval()
         loss = self.engine(tokens, targets)
         self.engine.train()
         return loss
 
-    def train_step(self, step: int, lr: float) -> tuple[Tensor, Tensor | None]:
-        """One update. Returns this rank's mean loss and the norm of the global gradient, both still on the device."""
-        set_learning_rate(self.optimizer, lr)
+    def train_step(self, step: int) -> tuple[Tensor, Tensor | None, float]:
+        """One update. Returns this rank's mean loss, the norm of the global gradient (both still on the device), lr."""
+        lr = self.engine.get_lr()[0] if self.scheduler else set_learning_rate(self.optimizer, self.cfg, step)
         micro_steps = self.batches.micro_steps
-        mean_loss = torch.zeros((), device=self.ranks.device)
+        mean_loss, grad_norm = torch.zeros((), device=self.ranks.device), None
         for micro_step in range(micro_steps):
             if self.cfg.dropout:
                 torch.manual_seed(self.batches.dropout_seed(step, micro_step))
             tokens, targets = self.batches.train(step, micro_step)
             loss = self.engine(tokens, targets)
-            self.engine.backward(loss)  # divides by micro_steps; averages the gradients over the ranks
+            self.engine.backward(loss)  # divides it by micro_steps; averages the gradients over the ranks
             mean_loss += loss.detach() / micro_steps
+            if self.strategy == "zero0" and self.dtype == torch.float32 and self.engine.is_gradient_accumulation_boundary():
+                grad_norm = get_total_norm(p.grad for p in self.model.parameters())  # DeepSpeed keeps none there
             self.engine.step()  # clips and updates after the last micro-step, does nothing before
-        return mean_loss, torch.as_tensor(self.engine.get_global_grad_norm() or 0.0)
+        if grad_norm is None:
+            grad_norm = torch.as_tensor(self.engine.get_global_grad_norm())
+        return mean_loss, grad_norm, lr
 
     def save(self, folder: Path) -> None:
-        """Every rank writes its partition."""
+        """Every rank writes its partition, in DeepSpeed's format."""
         self.engine.save_checkpoint(folder.parent, tag=folder.name, save_latest=False)
 
     def load(self, folder: Path) -> None:
@@ -101,17 +104,16 @@ class Trainer:
 
 def main() -> None:
     cfg = parse(DeepSpeedTrainConfig, deepspeed_config.arguments(sys.argv[1:]), __doc__ or "")
-    json = deepspeed_config.read(Path(cfg.deepspeed_config))
+    config = deepspeed_config.read(cfg.deepspeed_config)
     with distributed.start(cfg.device, cfg.backend, alone=True) as ranks:
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():
-            dtype = pick_dtype(deepspeed_config.wanted_dtype(cfg, json), ranks.device)
+            dtype = pick_dtype(deepspeed_config.wanted_dtype(cfg, config), ranks.device)
             batches = Batches(cfg, ranks)
-            origin = find_origin(cfg, checkpoints, batches.dataset)
-            json = deepspeed_config.resolve(cfg, ranks, origin.model, json, dtype)
-        run_folder.prepare(cfg, ranks)
-        trainer = Trainer(cfg, ranks, batches, origin, json)
-        trainer.dtype = dtype
+            origin = find_origin(cfg, checkpoints, batches.dataset, strategy_of(config))
+            config = deepspeed_config.resolve(cfg, ranks, origin.model, config, dtype)
+        run_folder.prepare(cfg, ranks, config)
+        trainer = Trainer(cfg, ranks, batches, origin, dtype, config)
         loop.train(cfg, ranks, batches, trainer, checkpoints, origin)
 
 

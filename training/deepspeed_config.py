@@ -49,12 +49,13 @@ def arguments(argv: list[str]) -> list[str]:
     return found
 
 
-def read(path: Path) -> Json:
+def read(name: str) -> Json:
     """Raises ConfigError for a file that is missing, or no JSON, or says a thing twice."""
+    path = Path(name)
     if not path.is_file():
         near = difflib.get_close_matches(str(path), sorted(map(str, path.parent.glob("*.json"))), n=1)
         hint = f"; did you mean {near[0]}?" if near else "; those that come with this code are in deepspeed_configs/"
-        raise ConfigError(f"deepspeed_config = {str(path)!r}: no such file{hint}")
+        raise ConfigError(f"deepspeed_config = {name!r}: no such file{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except json.JSONDecodeError as error:
@@ -82,7 +83,7 @@ def wanted_dtype(cfg: DeepSpeedTrainConfig, config: Json) -> str:
     return cfg.dtype
 
 
-def strategy(config: Json) -> str:
+def strategy_of(config: Json) -> str:
     """zero0 ... zero3, with _offload (to the CPU) or _nvme behind it."""
     zero = config.get("zero_optimization", {})
     devices = {dotted(zero, f"offload_{what}.device") for what in ("optimizer", "param")}
@@ -159,7 +160,7 @@ def choose_optimizer(config: Json, device: torch.device) -> None:
     if "optimizer" not in config:
         config["zero_force_ds_cpu_optimizer"] = False  # the client's own may be offloaded, too
         return
-    params, offloaded = config["optimizer"].get("params", {}), strategy(config)[5:]
+    params, offloaded = config["optimizer"].get("params", {}), strategy_of(config)[5:]
     if device.type == "cpu" and not offloaded:
         params.setdefault("torch_adam", True)
     if params.get("torch_adam"):

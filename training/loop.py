@@ -13,7 +13,6 @@ from training.checkpoint import Checkpoints
 from training.distributed import Ranks
 from training.evaluation import evaluate
 from training.metrics import Metrics
-from training.optim import learning_rate
 from training.origin import Origin
 from training.train_config import TrainConfig
 
@@ -26,7 +25,7 @@ class Trainer(Protocol):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor: ...
 
-    def train_step(self, step: int, lr: float) -> tuple[Tensor, Tensor | None]: ...
+    def train_step(self, step: int) -> tuple[Tensor, Tensor | None, float]: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -54,8 +53,7 @@ def train(
                         trainer.save(folder)
         if last:
             break
-        lr = learning_rate(cfg, step)
-        loss, grad_norm = trainer.train_step(step, lr)
+        loss, grad_norm, lr = trainer.train_step(step)
         metrics.count_step()
         if step % cfg.log_interval == 0:
             metrics.train(step, ranks.mean(loss).item(), lr, grad_norm.item() if grad_norm is not None else None)

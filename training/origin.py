@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from training.checkpoint import Checkpoints
 from training.errors import CheckpointError
 from training.train_config import TrainConfig
 
+WHOLE = ("single", "ddp")
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
@@ -25,7 +27,7 @@ class Origin:
     best_val_loss: float | None = None
 
 
-def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) -> Origin:
+def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset, strategy: str) -> Origin:
     """Raises CheckpointError, ConfigError or UserError where cfg.init_from leads nowhere."""
     if cfg.init_from == "scratch":
         return Origin(cfg.model_config(dataset.vocab_size))
@@ -33,6 +35,7 @@ def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) ->
         model, weights = pretrained.start_from(cfg, dataset.vocab_size)
         return Origin(model, cfg.init_from, weights)
     folder, about = checkpoints.newest()
+    check_strategy(folder, about, strategy, checkpoints.ranks.world_size)
     saved, here = about["tokenizer"], dataset.tokenizer.describe()
     if saved != here:
         raise CheckpointError(
@@ -48,3 +51,16 @@ def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) ->
         raise CheckpointError(f"{folder} is of another model; resume it with {', '.join(lines)}")
     model = replace(model, dropout=cfg.dropout, activation_checkpointing=cfg.activation_checkpointing)
     return Origin(model, about["init_from"], None, folder, about["step"], about["best_val_loss"])
+
+
+def check_strategy(folder: Path, about: dict[str, Any], strategy: str, world_size: int) -> None:
+    """train.py's checkpoints hold the whole model state, on any number of ranks; a ZeRO checkpoint is its ranks' parts."""
+    saved, ranks = about["strategy"], about["world_size"]
+    whole = not saved.startswith("zero")
+    if (whole and strategy in WHOLE) or (saved == strategy and ranks == world_size):
+        return
+    works = "train.py, on any number of ranks" if whole else f"./launch_deepspeed_{saved}.sh {ranks}"
+    raise CheckpointError(
+        f"{folder} was written by {saved} on {ranks} rank{'s' * (ranks > 1)}, this run is {strategy} on {world_size}; "
+        f"resume it with {works}"
+    )

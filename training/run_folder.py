@@ -6,7 +6,10 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +21,8 @@ CONTENTS = (
     "latest",
     "best",
     "config.json",
+    "deepspeed.json",
+    "deepspeed.log",
     "environment.json",
     "metrics.jsonl",
     "loss.png",
@@ -27,10 +32,10 @@ CONTENTS = (
 )
 
 
-def prepare(cfg: TrainConfig, ranks: Ranks) -> Path:
+def prepare(cfg: TrainConfig, ranks: Ranks, deepspeed: dict[str, Any] | None = None) -> Path:
     """Make the folder ready; a run that starts anew where another was moves that one into previous/.
 
-    Nothing is written by a run that only evaluates.
+    deepspeed: what DeepSpeed is given, for deepspeed.json. Nothing is written by a run that only evaluates.
     """
     folder = Path(cfg.out_dir)
     if cfg.eval_only:
@@ -42,6 +47,8 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> Path:
                 move_aside(folder)
             write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
             write_text(folder / "environment.json", json.dumps(environment(ranks), indent=1))
+            if deepspeed:
+                write_text(folder / "deepspeed.json", json.dumps(deepspeed, indent=1))
     return folder
 
 
@@ -68,6 +75,7 @@ def environment(ranks: Ranks) -> dict:
         "git_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "deepspeed": version("deepspeed") if find_spec("deepspeed") else None,
         "device": torch.cuda.get_device_name(ranks.device) if cuda else processor(),
         "world_size": ranks.world_size,
         "threads_per_rank": torch.get_num_threads(),

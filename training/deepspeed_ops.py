@@ -1,0 +1,79 @@
+"""DeepSpeed's C++ ops: those that a run needs are compiled before anything is allocated, once, with a word before.
+
+DeepSpeed itself is passed in by train_deepspeed.py: nothing here imports it.
+"""
+
+import shutil
+import sysconfig
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch.utils import cpp_extension
+
+from training.deepspeed_rules import dotted
+from training.distributed import Ranks
+from training.errors import UserError
+
+STALE = 600  # seconds after which a lock in a build folder is what a killed compilation has left behind
+
+
+def load(deepspeed: ModuleType, config: dict[str, Any], ranks: Ranks) -> None:
+    """On every rank; the first of each node compiles. Raises UserError with the fix where that does not work."""
+    # This one serves inference only, would be compiled by every run, and leaves 66 MB behind in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for op, builder in needed(config, ranks.device.type).items():
+        made = deepspeed.accelerator.get_accelerator().create_op_builder(builder)
+        built = deepspeed.git_version_info.installed_ops.get(op)  # DS_BUILD_... = 1 when DeepSpeed was installed
+        for turn in (True, False):
+            with ranks.together():
+                if turn == (ranks.local_rank == 0):
+                    build(op, made, announce=not built)
+
+
+def needed(config: dict[str, Any], device: str) -> dict[str, str]:
+    """op -> DeepSpeed's builder of it."""
+    zero = config.get("zero_optimization", {})
+    offload = {what: dotted(zero, f"offload_{what}.device") for what in ("optimizer", "param")}
+    ops = {}
+    if "optimizer" in config and not dotted(config, "optimizer.params.torch_adam"):
+        if offload["optimizer"] in ("cpu", "nvme"):
+            ops["cpu_adam"] = "CPUAdamBuilder"
+        elif device == "cuda":
+            ops["fused_adam"] = "FusedAdamBuilder"
+    if "nvme" in offload.values():
+        ops["async_io"] = "AsyncIOBuilder"
+    return ops
+
+
+def build(op: str, builder: Any, announce: bool) -> None:
+    folder = Path(cpp_extension._get_build_directory(op, verbose=False))
+    if announce and not (folder / f"{op}.so").exists():
+        print(f"compiling {op} of DeepSpeed, once, about 30 s", flush=True)
+    lock = folder / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > STALE:
+        lock.unlink()
+    try:
+        builder.load(verbose=False)
+    except Exception as error:
+        raise UserError(f"{op}, a C++ op of DeepSpeed's that this run needs: {reason(op, error)}") from None
+
+
+def reason(op: str, error: Exception) -> str:
+    """What is missing, and the fix."""
+    compiler = cpp_extension.get_cxx_compiler()
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    without = '; or set "torch_adam": true in optimizer.params' if op != "async_io" else ""
+    if not shutil.which(compiler.split()[0]):
+        return f"no compiler ({compiler}); apt-get install g++{without}"
+    if not cpp_extension.is_ninja_available():
+        return f"no ninja; pip install ninja{without}"
+    if not headers.exists():
+        return f"no Python headers ({headers}); apt-get install python3-dev{without}"
+    if op == "async_io" and "compatible" in str(error):
+        return "no libaio; apt-get install libaio-dev"
+    if "CUDA" in type(error).__name__:
+        return f"{' '.join(str(error).split())}; install the CUDA toolkit that torch was built with{without}"
+    lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
+    return (lines or [str(error)])[-1][:300] + without
