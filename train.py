@@ -22,7 +22,7 @@ from training.batches import Batches
 from training.checkpoint import Checkpoints
 from training.config import parse
 from training.distributed import Ranks, pick_dtype
-from training.optim import adamw, set_learning_rate
+from training.optim import adamw, parameter_groups, set_learning_rate
 from training.origin import Origin, find_origin
 from training.train_config import TrainConfig
 
@@ -39,7 +39,7 @@ class Trainer:
             checkpoint.fill(self.model, origin.weights)
         elif not origin.checkpoint:
             self.model.init_weights(cfg.seed)
-        self.optimizer = adamw(self.model, cfg)
+        self.optimizer = adamw(parameter_groups(self.model, cfg.weight_decay), cfg)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
         mixed = dtype != torch.float32
         self.autocast = torch.autocast(ranks.device.type, dtype) if mixed else nullcontext()

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from model import GPT, initial_value
-from training import checkpoint, deepspeed_config, deepspeed_ops, distributed, loop, run_folder
+from training import deepspeed_config, deepspeed_ops, deepspeed_rules, distributed, loop, run_folder
 from training.batches import Batches
 from training.checkpoint import Checkpoints
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, Json, strategy_of
+from training.deepspeed_files import DeepSpeedFiles
 from training.deepspeed_log import DeepSpeedLog
 from training.distributed import Ranks, pick_dtype
 from training.optim import adamw, parameter_groups, set_learning_rate
@@ -29,34 +30,51 @@ from training.origin import Origin, find_origin
 class Trainer:
     """Every rank holds a partition of the model state: of as much of it as the ZeRO stage says."""
 
-    def __init__(self, cfg, ranks: Ranks, batches: Batches, origin: Origin, dtype: torch.dtype, config: Json):
-        import deepspeed  # here: it looks for its device when it is imported, and must find the one of --device
+    def __init__(
+        self,
+        cfg: DeepSpeedTrainConfig,
+        ranks: Ranks,
+        batches: Batches,
+        origin: Origin,
+        dtype: torch.dtype,
+        config: Json,
+    ):
+        import deepspeed  # here: as it is imported it looks for its device, and must find the one of --device
 
-        self.cfg, self.ranks, self.batches, self.dtype = cfg, ranks, batches, dtype
         self.deepspeed, self.strategy = deepspeed, strategy_of(config)
+        self.cfg, self.ranks, self.batches, self.dtype = cfg, ranks, batches, dtype
         self.log = DeepSpeedLog(cfg, ranks)
+        deepspeed.init_distributed(verbose=cfg.verbose)  # finds the process group that there is
+        deepspeed_rules.nested(config, deepspeed.DeepSpeedConfig, cfg.deepspeed_config)
         deepspeed_ops.load(deepspeed, config, ranks)
-        deepspeed.init_distributed()  # finds the process group that there is
+        with self.log.about("building the model"):
+            self.build(origin, config)
+        self.step = origin.step
+        if origin.checkpoint:
+            self.load(origin.checkpoint)
+
+    def build(self, origin: Origin, config: Json) -> None:
         if self.strategy.startswith("zero3"):
-            with deepspeed.zero.Init(config_dict_or_path=config):  # splits a parameter as soon as it is made
+            with self.deepspeed.zero.Init(config_dict_or_path=config):  # partitions a parameter as soon as it is made
                 self.model = GPT(origin.model)
         else:
             with torch.device("meta"):  # no memory and no time for weights that are overwritten at once
                 self.model = GPT(origin.model)
-            self.model.materialise(ranks.device)
+            self.model.materialise(self.ranks.device)
         if not origin.checkpoint:
             self.fill(origin)
-        own = None if "optimizer" in config else adamw(self.model, cfg)
-        self.engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
-            model=self.model,
-            optimizer=own,
-            model_parameters=parameter_groups(self.model, cfg.weight_decay),
-            config=config,
+        if "activation_checkpointing" in config:
+            self.deepspeed.checkpointing.configure(None, deepspeed_config=config)
+            self.model.transformer.recompute = self.deepspeed.checkpointing.checkpoint
+        groups = parameter_groups(self.model, self.cfg.weight_decay)
+        own = None if "optimizer" in config else adamw(groups, self.cfg)
+        self.engine, self.optimizer, _, self.scheduler = self.deepspeed.initialize(
+            model=self.model, model_parameters=groups, optimizer=own, config=config
         )
-        if cfg.compile:
+        self.plain = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0: not wrapped
+        self.files = DeepSpeedFiles(self.engine)
+        if self.cfg.compile:
             self.engine.compile()
-        if origin.checkpoint:
-            self.load(origin.checkpoint)
 
     @torch.no_grad()
     def fill(self, origin: Origin) -> None:
@@ -84,22 +102,27 @@ class Trainer:
             if self.cfg.dropout:
                 torch.manual_seed(self.batches.dropout_seed(step, micro_step))
             tokens, targets = self.batches.train(step, micro_step)
-            loss = self.engine(tokens, targets)
-            self.engine.backward(loss)  # divides it by micro_steps; averages the gradients over the ranks
+            with self.log.about(f"step {step}"):
+                loss = self.engine(tokens, targets)
+                self.engine.backward(loss)  # divides it by micro_steps; averages the gradients over the ranks
+                if self.plain and micro_step == micro_steps - 1:
+                    grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+                self.engine.step()  # clips and updates after the last micro-step, does nothing before
             mean_loss += loss.detach() / micro_steps
-            if self.strategy == "zero0" and self.dtype == torch.float32 and self.engine.is_gradient_accumulation_boundary():
-                grad_norm = get_total_norm(p.grad for p in self.model.parameters())  # DeepSpeed keeps none there
-            self.engine.step()  # clips and updates after the last micro-step, does nothing before
-        if grad_norm is None:
-            grad_norm = torch.as_tensor(self.engine.get_global_grad_norm())
-        return mean_loss, grad_norm, lr
+        self.step = step + 1
+        return mean_loss, grad_norm if self.plain else torch.as_tensor(self.engine.get_global_grad_norm()), lr
 
     def save(self, folder: Path) -> None:
         """Every rank writes its partition, in DeepSpeed's format."""
-        self.engine.save_checkpoint(folder.parent, tag=folder.name, save_latest=False)
+        with self.log.about(f"saving step {self.step}"):
+            state = {"step": self.step}
+            self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
+        self.files.check()
 
     def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(folder.parent, tag=folder.name)
+        with self.log.about(f"loading {folder}"):
+            _, state = self.engine.load_checkpoint(folder.parent, tag=folder.name)
+        assert state["step"] == self.step, f"{folder} holds step {state['step']}"
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ with distributed.start("cpu", "auto") as ranks:
     batches = Batches(cfg, ranks)
     trainer = Trainer(cfg, ranks, batches, Origin(cfg.model_config(257)), torch.float32)
     for step in range(2):
-        trainer.train_step(step, 1e-3)
+        trainer.train_step(step)
     with torch.profiler.profile() as profile:
-        trainer.train_step(2, 1e-3)
+        trainer.train_step(2)
     if ranks.main:
         print(batches.micro_steps, sum(e.count for e in profile.key_averages() if "allreduce" in e.key.lower()))
 """

@@ -17,7 +17,7 @@ from training.batches import Batches
 from training.config import parse
 from training.distributed import ALONE, Ranks
 from training.evaluation import evaluate
-from training.optim import adamw, learning_rate, set_learning_rate
+from training.optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from training.origin import Origin
 from training.train_config import TrainConfig
 
@@ -133,7 +133,7 @@ def test_a_bin_that_shrinks_while_it_is_read(make_data):
 def test_the_optimizer_decays_matrices_once_and_is_adamw(data):
     cfg = config(data, weight_decay=0.3, beta1=0.8)
     model = GPT(cfg.model_config(257)).init_weights(0)
-    optimizer = adamw(model, cfg)
+    optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg)
     groups = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
     assert [p.dim() for p in groups[0.3]] == [2] * len(groups[0.3]) and {p.dim() for p in groups[0.0]} == {1}
     assert sorted(map(id, groups[0.3] + groups[0.0])) == sorted(map(id, model.parameters()))
@@ -150,7 +150,7 @@ def test_the_optimizer_decays_matrices_once_and_is_adamw(data):
             steps.zero_grad()
     for one, other in zip(model.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    set_learning_rate(optimizer, 0.25)
+    assert set_learning_rate(optimizer, replace(cfg, learning_rate=0.25, decay_lr=False), 0) == 0.25
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
@@ -166,12 +166,12 @@ def test_the_scaler_of_fp16_is_in_the_checkpoint(data, tmp_path):
     first = Trainer(cfg, ALONE, Batches(cfg, ALONE), Origin(cfg.model_config(257)), torch.float16)
     first.scaler.load_state_dict({**first.scaler.state_dict(), "scale": 1024.0})
     for step in range(3):
-        first.train_step(step, 1e-3)
+        first.train_step(step)
     first.save(tmp_path)
     second = Trainer(cfg, ALONE, first.batches, Origin(cfg.model_config(257), checkpoint=tmp_path), torch.float16)
     assert second.scaler.state_dict() == first.scaler.state_dict()
     assert second.scaler.get_scale() == 1024.0 and second.scaler.state_dict()["_growth_tracker"] == 3
-    one, other = (trainer.train_step(3, 1e-3)[0] for trainer in (first, second))
+    one, other = (trainer.train_step(3)[0] for trainer in (first, second))
     assert torch.equal(one, other)
 
 

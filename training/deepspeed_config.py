@@ -40,7 +40,7 @@ class DeepSpeedTrainConfig(TrainConfig):
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """DeepSpeed's launcher and its users have command line habits of their own: bring them into the form --key=value."""
+    """DeepSpeed's launcher and its users write some arguments in forms of their own: bring them to --key=value."""
     given, found = iter(a for a in argv if a != "--deepspeed" and not a.startswith("--local_rank")), []
     for argument in given:
         if argument == "--deepspeed_config":
@@ -68,9 +68,10 @@ def read(name: str) -> Json:
 
 
 def once(pairs: list[tuple[str, Any]]) -> Json:
-    for key, _ in pairs:
-        if sum(key == other for other, _ in pairs) > 1:
-            raise ValueError(f"{key!r} stands there twice; keep one")
+    """DeepSpeed refuses a key that stands in a block twice, too."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} stands there twice; keep one")
     return dict(pairs)
 
 
@@ -98,7 +99,7 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
         if found in (None, "auto"):
             put(config, path, value)
         elif found != value:
-            problems.append(f"{path} = {json.dumps(found)}: contradicts {owner}; write \"auto\", or change that")
+            problems.append(f'{path} = {json.dumps(found)}: contradicts {owner}; write "auto", or change that')
     for path, value in suggested(cfg, model, config).items():
         if dotted(config, path) == "auto":
             put(config, path, value)
@@ -129,9 +130,15 @@ def owned(cfg: TrainConfig, ranks: Ranks, config: Json, dtype: torch.dtype) -> d
         "train_batch_size": (per_step, identity),
         "gradient_clipping": (cfg.grad_clip, f"grad_clip = {cfg.grad_clip}"),
     }
-    if not dotted(config, "torch_autocast.enabled"):
-        values["bf16.enabled"] = dtype == torch.bfloat16, f"dtype = {name}"
-        values["fp16.enabled"] = dtype == torch.float16, f"dtype = {name}"
+    # Without ZeRO, DeepSpeed's own bf16 accumulates in bf16 and skips the first update; autocast is what train.py has.
+    autocast = bool(dotted(config, "torch_autocast.enabled"))
+    if not dotted(config, "zero_optimization.stage") and dtype == torch.bfloat16:
+        autocast = True
+        values["torch_autocast.enabled"] = True, f"dtype = {name} under ZeRO-0"
+    if autocast:
+        values["torch_autocast.dtype"] = name, f"dtype = {name}"
+    values["bf16.enabled"] = dtype == torch.bfloat16 and not autocast, f"dtype = {name}"
+    values["fp16.enabled"] = dtype == torch.float16 and not autocast, f"dtype = {name}"
     if "optimizer" in config:
         values["optimizer.params.lr"] = cfg.learning_rate, f"learning_rate = {cfg.learning_rate}"
         values["optimizer.params.betas"] = [cfg.beta1, cfg.beta2], f"beta1 = {cfg.beta1}, beta2 = {cfg.beta2}"

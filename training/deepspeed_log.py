@@ -1,4 +1,4 @@
-"""What DeepSpeed says: breakdowns, profiles and warnings go to out_dir/deepspeed.log, not between the lines of a run."""
+"""What DeepSpeed says: breakdowns, profiles and warnings go to out_dir/deepspeed.log, not between a run's lines."""
 
 import contextlib
 import logging

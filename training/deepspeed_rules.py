@@ -12,16 +12,13 @@ from training.errors import ConfigError
 from training.train_config import TrainConfig
 
 Json = dict[str, Any]
-# The keys of the top level, which DeepSpeed does not check.
-TOP = """
-activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile csv_monitor
-data_types disable_allgather dump_state flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
-gradient_clipping gradient_predivide_factor log_level memory_breakdown optimizer prescale_gradients scheduler
-steps_per_print tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown
-wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
-""".split()
 # The keys of the blocks that DeepSpeed does not check; those of the others it does (see `nested`).
 BLOCKS = {
+    "": """activation_checkpointing aio bf16 checkpoint comms_logger communication_data_type compile csv_monitor
+        data_types dump_state flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+        gradient_predivide_factor log_level memory_breakdown optimizer prescale_gradients scheduler steps_per_print
+        tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb
+        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""",
     "activation_checkpointing": """partition_activations contiguous_memory_optimization cpu_checkpointing
         number_checkpoints synchronize_checkpoint_boundary profile""",
     "aio": """block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds""",
@@ -39,7 +36,8 @@ REFUSED = {
     "data_efficiency": "batches come from this code, so that every strategy sees the same ones",
     "curriculum_learning": "batches come from this code, so that every strategy sees the same ones",
     "sparse_gradients": "the embedding is also the output matrix, so its gradient is dense",
-    "elasticity": "not supported",
+    "elasticity": "a run keeps its number of ranks",
+    "autotuning": "it starts runs of its own, which this code cannot follow",
 }
 SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
@@ -54,26 +52,20 @@ def dotted(config: Json, path: str) -> Any:
 
 def check(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
     """A line for each problem of a JSON whose "auto" is filled in."""
-    for name in config:
-        if name in REFUSED:
-            yield f"{name}: {REFUSED[name]}; remove it"
-        elif name not in TOP:
-            yield unknown(name, TOP)
+    yield from (f"{name}: {why}; remove it" for name, why in REFUSED.items() if name in config)
     for block, names in BLOCKS.items():
-        found = dotted(config, block)
+        found = dotted(config, block) if block else config
         if isinstance(found, dict):
-            yield from (unknown(name, names.split(), f"{block}.") for name in found if name not in names.split())
+            for name in found.keys() - set(names.split()) - REFUSED.keys():
+                near = difflib.get_close_matches(name, names.split(), n=1)
+                fix = f"did you mean {near[0]}?" if near else "remove it"
+                yield f"{block}{'.' * bool(block)}{name}: unknown key; {fix}"
         elif found is not None:
             yield f"{block} = {found!r}: must be an object"
-    yield from (f"{path} = \"auto\": has no automatic value here; write one, or remove it" for path in unresolved(config))
+    yield from (f'{path} = "auto": has no automatic value here; write one, or remove it' for path in unresolved(config))
     yield from of_optimizer(config)
     yield from of_activations(config, cfg, ranks)
     yield from of_offload(config, model, ranks)
-
-
-def unknown(name: str, known: list[str], block: str = "") -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{block}{name}: unknown key" + (f"; did you mean {near[0]}?" if near else "; remove it")
 
 
 def unresolved(config: Any, path: str = "") -> Iterator[str]:
@@ -93,9 +85,6 @@ def of_optimizer(config: Json) -> Iterator[str]:
     kind = dotted(config, "scheduler.type")
     if "scheduler" in config and kind not in SCHEDULERS:
         yield f"scheduler.type = {kind!r}: must be one of {', '.join(SCHEDULERS)}; without the block, it is ours"
-    if dotted(config, "bf16.enabled") and dotted(config, "data_types.grad_accum_dtype") not in (None, "bf16"):
-        if not dotted(config, "zero_optimization.stage"):
-            yield 'data_types.grad_accum_dtype: ZeRO-0 accumulates in the dtype of the weights; remove it, or take stage 1'
 
 
 def of_activations(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
@@ -103,10 +92,15 @@ def of_activations(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str
     if not isinstance(block, dict):
         return
     if not cfg.activation_checkpointing:
-        yield "activation_checkpointing: is here, activation_checkpointing = False there; set --activation_checkpointing=True"
-    if block.get("cpu_checkpointing") and not block.get("partition_activations"):
-        if ranks.device.type == "cpu":
-            yield "activation_checkpointing.cpu_checkpointing: on a CPU, needs partition_activations as well"
+        yield "activation_checkpointing: only says how; set --activation_checkpointing=True, or remove the block"
+    if block.get("cpu_checkpointing") and not block.get("partition_activations") and ranks.device.type == "cpu":
+        yield "activation_checkpointing.cpu_checkpointing: on a CPU, needs partition_activations = true as well"
+    fits = block.get("partition_activations") and block.get("number_checkpoints") == cfg.n_layer
+    if block.get("contiguous_memory_optimization") and not fits:
+        yield (
+            "activation_checkpointing.contiguous_memory_optimization: needs partition_activations = true and "
+            f"number_checkpoints = {cfg.n_layer}, the number of blocks"
+        )
 
 
 def of_offload(config: Json, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
@@ -128,7 +122,7 @@ def of_disk(name: str, path: str | None, needed: int) -> Iterator[str]:
     if not path or not Path(path).is_dir():
         yield f"{name} = {path!r}: no such folder; set --nvme_path to one on a local NVMe disk"
     elif (free := shutil.disk_usage(path).free) < needed:
-        yield f"{name} = {path!r}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; set --nvme_path elsewhere"
+        yield f"{name} = {path!r}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; set --nvme_path elsewhere"
 
 
 def nested(config: Json, parse: type, path: str) -> None:

@@ -85,8 +85,10 @@ def start(device: str, backend: str, alone: bool = False) -> Iterator[Ranks]:
     if backend == "nccl" and ranks.device.type != "cuda":
         raise ConfigError(f"backend = 'nccl': needs GPUs, this run is on {ranks.device.type}; leave it at auto")
     bound = ranks.device if backend == "nccl" else None
-    own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound, **own)
+    if world > 1:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
     if alone:  # DeepSpeed asks these two what torch is told above
         os.environ["DS_ACCELERATOR"] = ranks.device.type
         os.environ.setdefault("LOCAL_RANK", "0")

@@ -22,9 +22,8 @@ def dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+def adamw(groups: list[dict], cfg: TrainConfig) -> torch.optim.AdamW:
     """fused: one kernel for all parameters, on CPUs too (there, torch's default is a Python loop over them)."""
-    groups = parameter_groups(model, cfg.weight_decay)
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 

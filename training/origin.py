@@ -54,7 +54,7 @@ def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset, st
 
 
 def check_strategy(folder: Path, about: dict[str, Any], strategy: str, world_size: int) -> None:
-    """train.py's checkpoints hold the whole model state, on any number of ranks; a ZeRO checkpoint is its ranks' parts."""
+    """train.py's checkpoints hold the whole model state; a ZeRO checkpoint consists of the partitions of its ranks."""
     saved, ranks = about["strategy"], about["world_size"]
     whole = not saved.startswith("zero")
     if (whole and strategy in WHOLE) or (saved == strategy and ranks == world_size):
