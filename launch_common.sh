@@ -18,8 +18,9 @@ usage() {
     fi
 }
 
-# environment [compiler] FILE...: sets $python to one that has the packages of the requirements files: the active one
-# if it has all, else that of .venv, which is made if need be. "compiler": what builds C++ ops must be there, too.
+# environment [compiler] [libaio] FILE...: sets $python to one that has the packages of the requirements files: the
+# active one if it has all, else that of .venv, which is made if need be. "compiler": what builds C++ ops must be there,
+# too; "libaio": what those that read and write NVMe disks are built with.
 environment() {
     look_around "$@"
     if [[ $missing ]]; then
@@ -31,11 +32,12 @@ environment() {
     fi
 }
 
-# look_around [compiler] FILE...: sets $python, $files, $base (what .venv is made with), $missing (from this machine, in
+# look_around [compiler] [libaio] FILE...: sets $python, $files, $base (what .venv is made with), $missing (from this machine, in
 # words) and $apt (the same as Debian's packages). It changes nothing.
 look_around() {
-    local compiler='' cxx=${CXX:-c++} headers
+    local compiler='' libaio='' cxx=${CXX:-c++} headers
     if [[ ${1:-} == compiler ]]; then compiler=yes && shift; fi
+    if [[ ${1:-} == libaio ]]; then libaio=yes && shift; fi
     files=("$@") missing='' apt=''
     python=$(command -v python || command -v python3 || true)
     base=$python
@@ -47,6 +49,9 @@ look_around() {
         command -v "${cxx%% *}" >/dev/null || need g++ g++
         headers=$("$base" -c 'import sysconfig; print(sysconfig.get_config_var("INCLUDEPY"))' 2>/dev/null) || true
         [[ -e $headers/Python.h ]] || need "Python headers" python3-dev
+    fi
+    if [[ $libaio ]]; then
+        "${cxx%% *}" -include libaio.h -x c++ -fsyntax-only /dev/null 2>/dev/null || need libaio libaio-dev
     fi
 }
 
@@ -139,7 +144,8 @@ ranks() {
     echo "$n"
 }
 
-# launch SCRIPT CONFIG [N] [ARGUMENTS]: becomes the launcher of N ranks; CONFIG is for when ARGUMENTS name none.
+# launch SCRIPT CONFIG [N] [ARGUMENTS]: becomes the launcher of N ranks; CONFIG is for when ARGUMENTS name none. What
+# is in $setting stands before them.
 launch() {
     local script=$1 config=$2 n='' argument
     shift 2
@@ -152,5 +158,18 @@ launch() {
         esac
     done
     n=$(ranks "$n")
-    exec "$python" launch.py "$n" "$script" ${config:+"$config"} "$@"
+    exec "$python" launch.py "$n" "$script" ${setting:+"$setting"} ${config:+"$config"} "$@"
+}
+
+# launch_deepspeed STRATEGY [N] [ARGUMENTS]: the whole of a launch_deepspeed_*.sh.
+launch_deepspeed() {
+    local strategy=$1 setting=--deepspeed_config=deepspeed_configs/$1_config.json
+    shift
+    usage "$@"
+    case $strategy in
+        *_nvme) environment compiler libaio requirements.txt ;;
+        *_offload) environment compiler requirements.txt ;;
+        *) environment requirements.txt ;;
+    esac
+    launch train_deepspeed.py "config/train_gpt2_deepspeed_$strategy.py" "$@"
 }

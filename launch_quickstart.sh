@@ -2,7 +2,7 @@
 # ./launch_quickstart.sh [N] [--key=value ...]
 #
 # From a fresh clone to a trained model and a page of what it writes: the packages, a small data set of Python
-# source that needs no download, training on every GPU (or N, or 2 CPU ranks), a sample.
+# source that needs no download, training with ZeRO-2 on every GPU (or N, or 2 CPU ranks), a sample.
 
 # shellcheck source=launch_common.sh
 source "$(dirname "$0")/launch_common.sh"
@@ -18,7 +18,7 @@ environment requirements.txt
 
 # In the background, as a SIGTERM to this shell alone would otherwise leave the training behind. A Ctrl-C reaches
 # both. After a stop there is nothing to show yet.
-launch train.py config/train_quickstart.py "$@" &
+launch train_deepspeed.py config/train_quickstart.py "$@" &
 trap 'stopped=143; kill -TERM $!' TERM
 trap 'stopped=130' INT
 status=0

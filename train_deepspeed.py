@@ -44,11 +44,17 @@ class Trainer:
         self.deepspeed, self.strategy = deepspeed, strategy_of(config)
         self.cfg, self.ranks, self.batches, self.dtype = cfg, ranks, batches, dtype
         self.log = DeepSpeedLog(cfg, ranks)
+        # For inference only; it would be compiled at every run's start, and leave 66 MB in /dev/shm at its end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=cfg.verbose)  # finds the process group that there is
         deepspeed_rules.nested(config, deepspeed.DeepSpeedConfig, cfg.deepspeed_config)
         deepspeed_ops.load(deepspeed, config, ranks)
         with self.log.about("building the model"):
             self.build(origin, config)
+        if self.ranks.main:
+            taken = type(self.engine.basic_optimizer)
+            schedule = f", {type(self.scheduler).__name__}" if self.scheduler else ""
+            print(f"{self.strategy}: {taken.__name__} of {taken.__module__.split('.')[0]}{schedule}", flush=True)
         self.step = origin.step
         if origin.checkpoint:
             self.load(origin.checkpoint)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import cpp_extension
 
 from model import GPTConfig
 from training.config import Problem, key
@@ -163,12 +164,12 @@ def suggested(cfg: TrainConfig, model: GPTConfig, config: Json) -> Json:
 
 
 def choose_optimizer(config: Json, device: torch.device) -> None:
-    """torch's fused AdamW on a CPU: DeepSpeed's FusedAdam is no faster there, and must be compiled first."""
+    """torch's fused AdamW on a CPU, and where no nvcc is: DeepSpeed's FusedAdam must be compiled first."""
     if "optimizer" not in config:
         config["zero_force_ds_cpu_optimizer"] = False  # the client's own may be offloaded, too
         return
     params, offloaded = config["optimizer"].get("params", {}), strategy_of(config)[5:]
-    if device.type == "cpu" and not offloaded:
+    if not offloaded and (device.type == "cpu" or cpp_extension.CUDA_HOME is None):
         params.setdefault("torch_adam", True)
     if params.get("torch_adam"):
         params.setdefault("fused", True)

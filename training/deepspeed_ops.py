@@ -3,6 +3,7 @@
 DeepSpeed itself is passed in by train_deepspeed.py: nothing here imports it.
 """
 
+import functools
 import shutil
 import sysconfig
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cpuinfo
 from torch.utils import cpp_extension
 
 from training.deepspeed_rules import dotted
@@ -21,9 +23,11 @@ STALE = 600  # seconds after which a lock in a build folder is what a killed com
 
 def load(deepspeed: ModuleType, config: dict[str, Any], ranks: Ranks) -> None:
     """On every rank; the first of each node compiles. Raises UserError with the fix where that does not work."""
-    # This one serves inference only, would be compiled by every run, and leaves 66 MB behind in /dev/shm.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for op, builder in needed(config, ranks.device.type).items():
+    ops = needed(config, ranks.device.type)
+    if ops:  # the builders ask for the CPU's name and abilities five times over, a second each
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+        cpuinfo.get_cpu_info()
+    for op, builder in ops.items():
         made = deepspeed.accelerator.get_accelerator().create_op_builder(builder)
         built = deepspeed.git_version_info.installed_ops.get(op)  # DS_BUILD_... = 1 when DeepSpeed was installed
         for turn in (True, False):

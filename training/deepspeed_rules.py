@@ -105,17 +105,20 @@ def of_activations(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str
 
 def of_offload(config: Json, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
     stage = dotted(config, "zero_optimization.stage") or 0
-    for what, least in (("optimizer", 1), ("param", 3)):
-        block = f"zero_optimization.offload_{what}"
-        device = dotted(config, f"{block}.device")
-        if device in ("cpu", "nvme") and stage < (3 if device == "nvme" else least):
-            needed = 3 if device == "nvme" else least
-            yield f"{block}.device = {device!r}: stage {stage} lacks it; take stage {needed}, or remove the block"
+    # 12 bytes: the optimizer's fp32 parameter, first and second moment; the weights themselves are 2 or 4.
+    for what, least, size in (("optimizer", 1, 12), ("param", 3, 2 if dotted(config, "bf16.enabled") else 4)):
+        name = f"zero_optimization.offload_{what}"
+        block = dotted(config, name) or {}
+        device = block.get("device")
+        least = 3 if device == "nvme" else least
+        if device in ("cpu", "nvme") and stage < least:
+            yield f"{name}.device = {device!r}: stage {stage} lacks it; take stage {least}, or remove the block"
         elif device == "nvme":
-            # 12 bytes: the optimizer's fp32 parameter, first and second moment; the weights themselves are 2 or 4
-            bytes_each = 12 if what == "optimizer" else 2 if dotted(config, "bf16.enabled") else 4
-            needed = bytes_each * model.parameter_count() * local_world_size() // ranks.world_size
-            yield from of_disk(f"{block}.nvme_path", dotted(config, f"{block}.nvme_path"), needed)
+            needed = size * model.parameter_count() * local_world_size() // ranks.world_size
+            yield from of_disk(f"{name}.nvme_path", block.get("nvme_path"), needed)
+            largest = -(-model.vocab_size * model.n_embd // ranks.world_size)
+            if what == "param" and block.get("buffer_size", 1e8) < largest:
+                yield f"{name}.buffer_size = {block['buffer_size']}: a rank's largest partition has {largest}; set that"
 
 
 def of_disk(name: str, path: str | None, needed: int) -> Iterator[str]:
