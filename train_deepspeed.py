@@ -20,7 +20,7 @@ from training.batches import Batches
 from training.checkpoint import Checkpoints
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, Json, strategy_of
-from training.deepspeed_files import DeepSpeedFiles
+from training.deepspeed_files import DeepSpeedFiles, restore_swapped, sub_groups
 from training.deepspeed_log import DeepSpeedLog
 from training.distributed import Ranks, pick_dtype
 from training.optim import adamw, parameter_groups, set_learning_rate
@@ -78,6 +78,7 @@ class Trainer:
             model=self.model, model_parameters=groups, optimizer=own, config=config
         )
         self.plain = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0: not wrapped
+        self.on_nvme = self.engine.zero_nvme_offload_optimizer()
         self.files = DeepSpeedFiles(self.engine)
         if self.cfg.compile:
             self.engine.compile()
@@ -121,13 +122,15 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Every rank writes its partition, in DeepSpeed's format."""
         with self.log.about(f"saving step {self.step}"):
-            state = {"step": self.step}
+            state = {"step": self.step, "sub_groups": sub_groups(self.optimizer) if self.on_nvme else None}
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
         self.files.check()
 
     def load(self, folder: Path) -> None:
         with self.log.about(f"loading {folder}"):
             _, state = self.engine.load_checkpoint(folder.parent, tag=folder.name)
+            if self.on_nvme:
+                restore_swapped(self.optimizer, folder, self.ranks.rank, state["sub_groups"])
         assert state["step"] == self.step, f"{folder} holds step {state['step']}"
 
 

@@ -38,10 +38,14 @@ def run(script: str, *arguments: str, ranks: int = 0, env: dict[str, str] | None
 
 def train(out_dir: Path, dataset: Path, *arguments: str, ranks: int = 0, env: dict[str, str] | None = None, **settings):
     """A run of a tiny model that must end well; its output."""
-    tiny = {**TINY, "dataset": dataset, "out_dir": out_dir, **settings}
-    done = run("train.py", *arguments, ranks=ranks, env=env, **tiny)
+    script = "train_deepspeed.py" if "deepspeed_config" in settings else "train.py"
+    done = run(script, *arguments, ranks=ranks, env=env, **{**TINY, "dataset": dataset, "out_dir": out_dir, **settings})
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def zero_json(strategy: str) -> str:
+    return f"deepspeed_configs/{strategy}_config.json"
 
 
 def prepare(name: str, *arguments) -> str:
@@ -73,15 +77,15 @@ def rows(out_dir: Path, kind: str) -> list[dict]:
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def losses(out_dir: Path) -> dict[int, float]:
+def losses(out_dir: Path, what: str = "loss") -> dict[int, float]:
     found = rows(out_dir, "train")
     steps = [row["step"] for row in found]
     assert len(steps) == len(set(steps)), f"a step is logged twice: {steps}"
-    return {row["step"]: row["loss"] for row in found}
+    return {row["step"]: row[what] for row in found}
 
 
-def difference(one: Path, other: Path) -> float:
-    """The largest difference of loss at any step of two runs."""
-    a, b = losses(one), losses(other)
+def difference(one: Path, other: Path, what: str = "loss") -> float:
+    """The largest difference of loss (or "grad_norm") at any step of two runs."""
+    a, b = losses(one, what), losses(other, what)
     assert a.keys() == b.keys(), f"other steps: {sorted(a.keys() ^ b.keys())}"
     return max(abs(a[step] - b[step]) for step in a)

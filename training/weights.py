@@ -42,20 +42,36 @@ def trained_weights(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
         return checkpoint.read(folder / "model.pt")
     with safe_globals(STAND_INS):
         model = checkpoint.read(min(folder.glob("*mp_rank_00_model_states.pt")))
-        paths = [find(folder, rank) for rank in range(about["world_size"])] if about["strategy"] != "zero0" else []
-        states = [checkpoint.read(path)["optimizer_state_dict"] for path in paths]
-    if not states:
-        return {name: weight.float() for name, weight in model["module"].items() if name != TIED}
+        if about["strategy"] == "zero0":
+            return {name: weight.float() for name, weight in model["module"].items() if name != TIED}
+        states = [states_of(folder, rank) for rank in range(about["world_size"])]
     groups: Groups = model["param_shapes"]
-    join = of_stage_3 if "fp32_flat_groups" in states[0] else of_stages_1_and_2
-    return dict(join(states, groups))
+    if "fp32_flat_groups" not in states[0]:
+        return dict(of_stages_1_and_2(states, groups))
+    parts = []
+    for rank, state in enumerate(states):
+        names = model.get("sub_groups") or [("", 0)] * len(state["fp32_flat_groups"])
+        flat = zip(state["fp32_flat_groups"], names, strict=True)
+        parts.append(torch.cat([flat_part(part, folder, rank, *name) for part, name in flat]))
+    return dict(of_stage_3(parts, groups))
 
 
-def find(folder: Path, rank: int) -> Path:
+def states_of(folder: Path, rank: int) -> dict[str, Any]:
+    """The optimizer states of a rank, as DeepSpeed arranges them."""
     found = list(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
     if not found:
         raise CheckpointError(f"{folder} lacks the optimizer states of rank {rank}; take another checkpoint")
-    return found[0]
+    return checkpoint.read(found[0])["optimizer_state_dict"]
+
+
+def flat_part(part: Tensor, folder: Path, rank: int, name: str, numel: int) -> Tensor:
+    """part itself, or, where it was on NVMe and is empty here, what DeepSpeed copied of it beside its checkpoint."""
+    if len(part) or not numel:
+        return part
+    path = folder / "offloaded_tensors" / f"rank{rank:02d}" / f"{name}.tensor.swp"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; take another checkpoint")
+    return torch.from_file(str(path), size=numel, dtype=torch.float32)
 
 
 def of_stages_1_and_2(states: list[dict[str, Any]], groups: Groups) -> Iterator[tuple[str, Tensor]]:
@@ -70,9 +86,9 @@ def of_stages_1_and_2(states: list[dict[str, Any]], groups: Groups) -> Iterator[
             yield name, torch.cat(pieces).view(shape)
 
 
-def of_stage_3(states: list[dict[str, Any]], groups: Groups) -> Iterator[tuple[str, Tensor]]:
+def of_stage_3(parts: list[Tensor], groups: Groups) -> Iterator[tuple[str, Tensor]]:
     """Every parameter is cut into a piece a rank, the last one padded; a rank's pieces follow one another."""
-    parts, start = [torch.cat(state["fp32_flat_groups"]) for state in states], 0
+    start = 0
     for name, shape in (item for group in groups for item in group.items()):
         size = -(-shape.numel() // len(parts))
         yield name, torch.cat([part[start : start + size] for part in parts])[: shape.numel()].view(shape)
