@@ -31,30 +31,21 @@ class Trainer:
     """Every rank holds a partition of the model state: of as much of it as the ZeRO stage says."""
 
     def __init__(
-        self,
-        cfg: DeepSpeedTrainConfig,
-        ranks: Ranks,
-        batches: Batches,
-        origin: Origin,
-        dtype: torch.dtype,
-        config: Json,
+        self, cfg: DeepSpeedTrainConfig, ranks: Ranks, batches: Batches, origin: Origin, dtype: torch.dtype, ds: Json
     ):
         import deepspeed  # here: as it is imported it looks for its device, and must find the one of --device
 
-        self.deepspeed, self.strategy = deepspeed, strategy_of(config)
+        self.deepspeed, self.strategy = deepspeed, strategy_of(ds)
         self.cfg, self.ranks, self.batches, self.dtype = cfg, ranks, batches, dtype
         self.log = DeepSpeedLog(cfg, ranks)
         # For inference only; it would be compiled at every run's start, and leave 66 MB in /dev/shm at its end.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=cfg.verbose)  # finds the process group that there is
-        deepspeed_rules.nested(config, deepspeed.DeepSpeedConfig, cfg.deepspeed_config)
-        deepspeed_ops.load(deepspeed, config, ranks)
+        deepspeed_rules.nested(ds, deepspeed.DeepSpeedConfig, cfg.deepspeed_config)
+        deepspeed_ops.load(deepspeed, ds, ranks)
         with self.log.about("building the model"):
-            self.build(origin, config)
-        if self.ranks.main:
-            taken = type(self.engine.basic_optimizer)
-            schedule = f", {type(self.scheduler).__name__}" if self.scheduler else ""
-            print(f"{self.strategy}: {taken.__name__} of {taken.__module__.split('.')[0]}{schedule}", flush=True)
+            self.build(origin, ds)
+        self.log.describe(self.strategy, self.engine)
         self.step = origin.step
         if origin.checkpoint:
             self.load(origin.checkpoint)
@@ -90,8 +81,10 @@ class Trainer:
             partitioned = hasattr(parameter, "ds_id")
             with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):  # nothing, if it is whole
                 if self.ranks.main or not partitioned:
-                    fresh = initial_value(name, parameter.shape, origin.model, self.cfg.seed)
-                    parameter.copy_(origin.weights[name] if origin.weights else fresh)
+                    if origin.weights:
+                        parameter.copy_(origin.weights[name])
+                    else:
+                        parameter.copy_(initial_value(name, parameter.shape, origin.model, self.cfg.seed))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """For evaluation: no dropout. Under ZeRO-3 a collective, as every forward pass."""
@@ -124,6 +117,8 @@ class Trainer:
         with self.log.about(f"saving step {self.step}"):
             state = {"step": self.step, "sub_groups": sub_groups(self.optimizer) if self.on_nvme else None}
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
+            if self.engine._config.comms_config.comms_logger_enabled:
+                self.deepspeed.comm.log_summary()
         self.files.check()
 
     def load(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
 # GPT-2 124M on OpenWebText with ZeRO-1: optimizer states partitioned.
 #
 #   python data/openwebtext/prepare.py
-#   ./launch_deepspeed_zero1.sh 8
+#   ./launch_deepspeed_zero1.sh 8 config/train_gpt2_deepspeed_zero1.py
 #
 # The recipe, and so the loss, is that of config/train_gpt2.py.
 

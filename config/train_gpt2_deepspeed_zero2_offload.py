@@ -1,7 +1,7 @@
 # GPT-2 124M on OpenWebText with ZeRO-2: optimizer states and gradients partitioned, the optimizer on the CPU.
 #
 #   python data/openwebtext/prepare.py
-#   ./launch_deepspeed_zero2_offload.sh 8
+#   ./launch_deepspeed_zero2_offload.sh 8 config/train_gpt2_deepspeed_zero2_offload.py
 #
 # The recipe, and so the loss, is that of config/train_gpt2.py.
 

@@ -1,4 +1,4 @@
-"""The launch scripts in a folder of their own, with stubs for train.py and, on PATH, for what the machine has."""
+"""The launch scripts in a folder of their own, with stubs for the train scripts and for what the machine has."""
 
 import os
 import shutil
@@ -25,6 +25,7 @@ class Clone:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
         self.write("train.py", REPORT)
+        self.write("train_deepspeed.py", REPORT)
         self.bin.mkdir()
         self.env = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "CXX")}
         self.env["PATH"] = f"{self.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -8,6 +8,7 @@ import pytest
 from model import GPTConfig
 from tests.running import ROOT, run
 from training.config import parse
+from training.deepspeed_config import DeepSpeedTrainConfig, read, strategy_of
 from training.errors import ConfigError
 from training.train_config import TrainConfig
 
@@ -180,7 +181,11 @@ def test_a_settings_file_may_compute_but_helpers_are_marked(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes(path):
-    cfg = settings(str(path))
+    cls = DeepSpeedTrainConfig if "deepspeed" in path.name else TrainConfig
+    cfg = parse(cls, [str(path)], "")
+    if isinstance(cfg, DeepSpeedTrainConfig):
+        assert strategy_of(read(cfg.deepspeed_config)) == path.stem.removeprefix("train_gpt2_deepspeed_")
+        assert (cfg.n_layer, cfg.max_iters) == (12, 600000), "it is another recipe than config/train_gpt2.py"
     assert cfg.lr_decay_iters <= cfg.max_iters or not cfg.decay_lr
     comment = path.read_text().split("\n\n")[0]
     assert comment.startswith("#") and f"config/{path.name}" in comment, "it does not say how it is launched"

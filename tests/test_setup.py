@@ -108,7 +108,7 @@ def test_quickstart_prepares_once_trains_and_samples(quickstart):
 
 
 def test_quickstart_ends_where_training_fails(quickstart):
-    quickstart.write("train.py", "import sys; sys.exit('error: no')")
+    quickstart.write("train_deepspeed.py", "import sys; sys.exit('error: no')")
     status, output, errors = quickstart.run("./launch_quickstart.sh", "1")
     assert status == 1
     assert "error: no" in errors and "sampled" not in output
@@ -117,7 +117,7 @@ def test_quickstart_ends_where_training_fails(quickstart):
 @pytest.mark.parametrize("handler", ["signal.SIG_DFL", "lambda *_: sys.exit(0)"])
 def test_quickstart_passes_sigterm_on_and_does_not_sample(quickstart, handler):
     quickstart.write(
-        "train.py",
+        "train_deepspeed.py",
         "import os, signal, sys, time\n"
         f"signal.signal(signal.SIGTERM, {handler})\n"
         "print(os.getpid(), flush=True)\ntime.sleep(60)",

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from training.deepspeed_config import DeepSpeedTrainConfig
 from training.distributed import Ranks
@@ -15,6 +15,7 @@ class DeepSpeedLog:
     """To be made after DeepSpeed was imported, as it has its logger then. With --verbose, all goes to the terminal."""
 
     def __init__(self, cfg: DeepSpeedTrainConfig, ranks: Ranks):
+        self.ranks = ranks
         path = Path(cfg.out_dir) / "deepspeed.log" if ranks.main and not (cfg.verbose or cfg.eval_only) else None
         self.file: TextIO | None = path.open("a", buffering=1) if path else None
         level = logging.INFO if cfg.verbose else logging.WARNING if self.file else logging.ERROR
@@ -26,6 +27,13 @@ class DeepSpeedLog:
                 handler.setStream(self.file)
         if not cfg.verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+    def describe(self, strategy: str, engine: Any) -> None:
+        """Which optimizer runs, and whose schedule, if DeepSpeed's."""
+        if self.ranks.main:
+            optimizer, schedule = type(engine.basic_optimizer), engine.lr_scheduler
+            text = f"{strategy}: {optimizer.__name__} of {optimizer.__module__.split('.')[0]}"
+            print(text + (f", {type(schedule).__name__}" if schedule else ""), flush=True)
 
     @contextlib.contextmanager
     def about(self, what: str) -> Iterator[None]:
