@@ -28,6 +28,8 @@ def launch(strategy: str, ranks: int, out_dir: Path, arguments: list[str], last:
     script = ["train.py"]
     if strategy not in PLAIN:
         script = ["train_deepspeed.py", f"--deepspeed_config=deepspeed_configs/{strategy}_config.json"]
+    if strategy in PLAIN:  # which do not know DeepSpeed's keys
+        arguments = [argument for argument in arguments if not argument.startswith("--nvme_path")]
     n = "1" if strategy == "single" else str(ranks)
     command = [sys.executable, "launch.py", n, *before, *script, *arguments, f"--out_dir={out_dir}"]
     started, first, said = time.perf_counter(), 0.0, []
@@ -52,7 +54,13 @@ def metrics(out_dir: Path) -> list[dict[str, Any]]:
 
 def measure(args: argparse.Namespace, arguments: list[str], folder: Path) -> list[dict[str, Any]]:
     """One row a strategy, the rounds together."""
-    steps = [f"--max_iters={args.steps}", "--log_interval=1", "--eval_interval=1000000", "--eval_iters=2"]
+    steps = [
+        f"--max_iters={args.steps}",
+        "--always_save_checkpoint=False",
+        "--log_interval=1",
+        "--eval_interval=1000000",
+        "--eval_iters=2",
+    ]
     runs: dict[str, list[list[dict[str, Any]]]] = {s: [] for s in args.strategies}
     starts: dict[str, list[float]] = {s: [] for s in args.strategies}
     for number in range(args.rounds):

@@ -31,8 +31,16 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/no/disk"}}},
         "nvme_path = '/no/disk': no such folder; set --nvme_path to one on a local NVMe disk",
     ),
-    ({"train_batch_size": 32}, "train_batch_size = 32: contradicts batch_size = 4 x 2 micro-steps x 2 ranks = 16"),
-    ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5: contradicts grad_clip = 1.0"),
+    ({"train_batch_size": 30}, "train_batch_size = 30: contradicts batch_size = 4 x 2 micro-steps x 2 ranks = 16"),
+    (
+        {"train_batch_size": 30},
+        'write "auto", or set --gradient_accumulation_steps=6 (for 24), or set --gradient_accumulation_steps=8 (for 32)',
+    ),
+    ({"gradient_accumulation_steps": 8}, '; write "auto", or set --gradient_accumulation_steps=16'),
+    (
+        {"gradient_clipping": 0.5},
+        'gradient_clipping = 0.5: contradicts grad_clip = 1.0; write "auto", or set --grad_clip=0.5',
+    ),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": 1}}},
         "optimizer.params.lr = 1: contradicts learning_rate = 0.001",

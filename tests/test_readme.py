@@ -55,8 +55,18 @@ def test_command(line, data, tmp_path, trained):
         arguments = [python, script, "--help"]
     elif first == "torchrun":
         arguments = [python, "-m", "torch.distributed.run", *shrunk(words, data, tmp_path / "out", trained)]
-    elif first == "./launch_traditional_ddp.sh":
+    elif first == "deepspeed":
+        arguments = [python, "-m", "deepspeed.launcher.runner", *shrunk(words, data, tmp_path / "out", trained)]
+    elif first == "./launch_traditional_ddp.sh" or first.startswith("./launch_deepspeed_"):
+        words = [word if not word.startswith("--nvme_path") else f"--nvme_path={tmp_path}" for word in words]
         arguments = [first, *shrunk(["2", *words[1:]], data, tmp_path / "out", trained)]
+    elif script == "convert.py":
+        arguments = [python, script, str(trained), str(tmp_path / "weights.safetensors")]
+    elif script == "benchmark.py":
+        tiny = [f"--{k}={v}" for k, v in {**SHORT, "dataset": data}.items()]
+        words = [word for word in words if not word.startswith(("--write", "--rounds", "--ranks", "--nvme_path"))]
+        words = [re.sub("^--steps=.*", "--steps=3", re.sub("^(--strategies=[^,]*,).*", r"\1zero3", w)) for w in words]
+        arguments = [python, *words, *tiny]
     elif script == "train.py":
         arguments = [python, *shrunk(words, data, tmp_path / "out", trained)]
     elif script in ("sample.py", "plot.py"):
@@ -65,7 +75,7 @@ def test_command(line, data, tmp_path, trained):
         arguments = [python, *words, folder, *(["--max_new_tokens=5"] if script == "sample.py" else [])]
     else:
         pytest.fail(f"a command that this test does not know: {line}")
-    arguments = [word.replace("--nproc_per_node=8", "--nproc_per_node=2") for word in arguments]
+    arguments = [re.sub("^(--nproc_per_node|--num_gpus)=8$", r"\1=2", word) for word in arguments]
     done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -21,6 +21,12 @@ from training.errors import ConfigError
 from training.train_config import TrainConfig
 
 Json = dict[str, Any]
+SETTINGS = {
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_clipping": "grad_clip",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.weight_decay": "weight_decay",
+}
 EPSILON = 1e-8  # of AdamW; torch's default, which train.py has too
 
 
@@ -100,7 +106,8 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
         if found in (None, "auto"):
             put(config, path, value)
         elif found != value:
-            problems.append(f'{path} = {json.dumps(found)}: contradicts {owner}; write "auto", or change that')
+            fix = "".join(f", or set {setting}" for setting in fixes(cfg, ranks, path, found))
+            problems.append(f'{path} = {json.dumps(found)}: contradicts {owner}; write "auto"{fix}')
     for path, value in suggested(cfg, model, config).items():
         if dotted(config, path) == "auto":
             put(config, path, value)
@@ -114,6 +121,18 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n  ".join([f"{head} in {cfg.deepspeed_config}", *problems]))
     return config
+
+
+def fixes(cfg: TrainConfig, ranks: Ranks, path: str, found: Any) -> Iterator[str]:
+    """The settings that would agree with the JSON, or come nearest to it."""
+    if path in SETTINGS:
+        yield f"--{SETTINGS[path]}={found}"
+    elif path == "gradient_accumulation_steps" and isinstance(found, int):
+        yield f"--gradient_accumulation_steps={found * ranks.world_size}"
+    elif path == "train_batch_size" and isinstance(found, int):
+        least = cfg.batch_size * ranks.world_size  # sequences in a step of one micro-step a rank
+        for near in sorted({found // least * least, -(-found // least) * least} - {0}):
+            yield f"--gradient_accumulation_steps={near // cfg.batch_size} (for {near})"
 
 
 def owned(cfg: TrainConfig, ranks: Ranks, config: Json, dtype: torch.dtype) -> dict[str, tuple[Any, str]]:
@@ -132,11 +151,9 @@ def owned(cfg: TrainConfig, ranks: Ranks, config: Json, dtype: torch.dtype) -> d
         "gradient_clipping": (cfg.grad_clip, f"grad_clip = {cfg.grad_clip}"),
     }
     # Without ZeRO, DeepSpeed's own bf16 accumulates in bf16 and skips the first update; autocast is what train.py has.
-    autocast = bool(dotted(config, "torch_autocast.enabled"))
-    if not dotted(config, "zero_optimization.stage") and dtype == torch.bfloat16:
-        autocast = True
+    without_zero = not dotted(config, "zero_optimization.stage") and dtype == torch.bfloat16
+    if autocast := bool(without_zero or dotted(config, "torch_autocast.enabled")):
         values["torch_autocast.enabled"] = True, f"dtype = {name} under ZeRO-0"
-    if autocast:
         values["torch_autocast.dtype"] = name, f"dtype = {name}"
     values["bf16.enabled"] = dtype == torch.bfloat16 and not autocast, f"dtype = {name}"
     values["fp16.enabled"] = dtype == torch.float16 and not autocast, f"dtype = {name}"

@@ -1,0 +1,163 @@
+"""Runs of train_deepspeed.py: its launchers, its schedule, its log, and what it says where it cannot go on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.running import ROOT, TINY, difference, losses, rows, run, started_with, train, zero_json
+from training.checkpoint import Checkpoints
+
+SHORT: dict[str, Any] = {"max_iters": 6, "lr_decay_iters": 6, "warmup_iters": 2, "gradient_accumulation_steps": 4}
+
+
+def variant(folder: Path, strategy: str, **blocks) -> Path:
+    """A JSON of deepspeed_configs/ with blocks added; None removes one."""
+    config = json.loads((ROOT / zero_json(strategy)).read_text()) | blocks
+    path = folder / f"{strategy}.json"
+    path.write_text(json.dumps({name: block for name, block in config.items() if block is not None}))
+    return path
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_one_process_needs_no_launcher(tmp_path, data, strategy):
+    train(tmp_path / "one", data, **SHORT)
+    train(tmp_path / "zero", data, deepspeed_config=zero_json(strategy), **SHORT)
+    assert difference(tmp_path / "one", tmp_path / "zero") <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [["deepspeed.launcher.runner", "--num_gpus=2"], ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]],
+    ids=lambda words: words[0].split(".")[0],
+)
+def test_other_launchers_train_the_same(tmp_path, data, launcher):
+    """deepspeed puts --local_rank before the arguments; its users write --deepspeed_config FILE."""
+    tiny = [f"--{k}={v}" for k, v in {**TINY, **SHORT, "dataset": data, "out_dir": tmp_path / "zero"}.items()]
+    words = [
+        "train_deepspeed.py",
+        "config/train_gpt2_deepspeed_zero3.py",
+        "--deepspeed_config",
+        zero_json("zero1"),
+        *tiny,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "zero1: AdamW of torch" in done.stdout
+    train(tmp_path / "one", data, **{**SHORT, "weight_decay": 0.1})
+    assert difference(tmp_path / "one", tmp_path / "zero") <= 1e-5
+
+
+def test_a_scheduler_of_deepspeed_sets_the_learning_rate(tmp_path, data):
+    block = {"type": "WarmupDecayLR", "params": {"warmup_type": "linear"}}
+    for name in ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"):
+        block["params"][name] = "auto"
+    settings = {**SHORT, "max_iters": 12, "warmup_iters": 4, "eval_interval": 6}
+    path = variant(tmp_path, "zero2", scheduler=block)
+    output = train(tmp_path / "out", data, ranks=2, deepspeed_config=path, **settings)
+    assert "zero2: AdamW of torch, WarmupDecayLR" in output
+    rates = list(losses(tmp_path / "out", "lr").values())
+    assert max(rates) == pytest.approx(1e-3) and rates[1] < rates[3] and rates[6] > rates[8] > rates[11] > 0
+    given = json.loads((tmp_path / "out" / "deepspeed.json").read_text())["scheduler"]["params"]
+    assert (given["warmup_num_steps"], given["total_num_steps"]) == (4, 12)
+
+
+def test_without_an_optimizer_block_it_is_train_pys(tmp_path, data):
+    train(tmp_path / "one", data, **SHORT)
+    for strategy in ("zero1", "zero2_offload"):
+        path = variant(tmp_path, strategy, optimizer=None)
+        output = train(tmp_path / strategy, data, ranks=2, deepspeed_config=path, **SHORT)
+        assert f"{strategy}: AdamW of torch" in output
+        assert difference(tmp_path / "one", tmp_path / strategy) <= 1e-5
+
+
+@pytest.mark.parametrize("block", [{}, {"partition_activations": True, "cpu_checkpointing": True}], ids=str)
+def test_deepspeeds_activation_checkpointing_changes_no_loss(tmp_path, data, block):
+    settings = {**SHORT, "dropout": 0.1}
+    train(tmp_path / "one", data, **settings)
+    path = variant(tmp_path, "zero3", activation_checkpointing={**block, "profile": True})
+    settings |= {"activation_checkpointing": True, "deepspeed_config": path, "verbose": True}
+    output = train(tmp_path / "zero", data, ranks=2, **settings)
+    assert difference(tmp_path / "one", tmp_path / "zero") <= 1e-5
+    assert "forward" in output and "backward" in output, "its profile is not there: it did not run"
+
+
+def test_compile_changes_no_loss(tmp_path, data):
+    train(tmp_path / "one", data, **SHORT)
+    train(tmp_path / "zero", data, ranks=2, deepspeed_config=zero_json("zero3"), **{**SHORT, "compile": True})
+    assert difference(tmp_path / "one", tmp_path / "zero") <= 1e-5
+
+
+def test_breakdowns_and_profiles_go_to_the_log(tmp_path, data):
+    blocks = {
+        **{"wall_clock_breakdown": True, "memory_breakdown": True, "comms_logger": {"enabled": True}},
+        "flops_profiler": {"enabled": True, "profile_step": 3, "detailed": False},
+    }
+    path = variant(tmp_path, "zero2", **blocks)
+    output = train(tmp_path / "out", data, ranks=2, deepspeed_config=path, **SHORT)
+    assert all(line.startswith(("zero2: ", "step ", "28,", "2", "1", "3")) for line in output.splitlines()), output
+    log = (tmp_path / "out" / "deepspeed.log").read_text()
+    for part in ("\nstep 0\n", "fwd_microstep", "CPU Virtual Memory", "Flops Profiler", "all_reduce"):
+        assert part in log, part
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "out"
+    train(out, data, ranks=2, deepspeed_config=zero_json("zero2"), **{**SHORT, "eval_interval": 3})
+    return out
+
+
+def resume(trained: Path, data: Path, ranks: int, script: str = "train_deepspeed.py", **settings) -> str:
+    """The one message of a resume that cannot be; no rank is left."""
+    given = {**TINY, **SHORT, "dataset": data, "out_dir": trained, "init_from": "resume", **settings}
+    mark = f"MARK={trained}-{len(settings)}"
+    done = run(script, ranks=ranks, env=dict([mark.split("=")]), **given)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert not started_with(mark)
+    return done.stderr
+
+
+def test_a_checkpoint_of_another_stage_or_number_of_ranks_says_what_works(trained, data):
+    works = "resume it with ./launch_deepspeed_zero2.sh 2"
+    message = resume(trained, data, 2, deepspeed_config=zero_json("zero3"))
+    assert f"was written by zero2 on 2 ranks, this run is zero3 on 2; {works}" in message
+    message = resume(trained, data, 4, deepspeed_config=zero_json("zero2"))
+    assert f"this run is zero2 on 4; {works}" in message
+    assert f"this run is single on 1; {works}" in resume(trained, data, 0, "train.py")
+
+
+def test_a_damaged_shard_is_named_and_the_checkpoint_before_it_offered(trained, data, tmp_path):
+    copy = tmp_path / "out"
+    subprocess.run(["cp", "-r", trained, copy], check=True)
+    shard = copy / "checkpoints" / "step_000006" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:1000])
+    message = resume(copy, data, 2, deepspeed_config=zero_json("zero2"))
+    assert f"{shard.name} has 1,000 of {size:,} bytes" in message and "step_000003 is whole" in message
+    shard.unlink()
+    assert f"{shard.name} is missing" in resume(copy, data, 2, deepspeed_config=zero_json("zero2"))
+
+
+def test_a_disk_that_gets_full_ends_all_ranks_and_keeps_what_was_saved(data, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    try:
+        settings = {**TINY, **SHORT, "dataset": data, "out_dir": tmp_path / "out", "eval_interval": 2}
+        settings |= {"deepspeed_config": zero_json("zero2"), "keep_checkpoints": 5, "max_iters": 40}
+        done = run("train_deepspeed.py", ranks=2, **settings)
+        assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, (
+            done.stderr
+        )
+        assert "cannot save step_" in done.stderr and "No space left on device" in done.stderr
+        newest = Checkpoints(str(tmp_path / "out")).newest()[0]
+        assert f"{newest} is whole, --init_from=resume goes on from it" in done.stderr
+        assert rows(tmp_path / "out", "train")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
