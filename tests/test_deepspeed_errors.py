@@ -34,7 +34,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"train_batch_size": 30}, "train_batch_size = 30: contradicts batch_size = 4 x 2 micro-steps x 2 ranks = 16"),
     (
         {"train_batch_size": 30},
-        'write "auto", or set --gradient_accumulation_steps=6 (for 24), or set --gradient_accumulation_steps=8 (for 32)',
+        "or set --gradient_accumulation_steps=6 (for 24), or set --gradient_accumulation_steps=8 (for 32)",
     ),
     ({"gradient_accumulation_steps": 8}, '; write "auto", or set --gradient_accumulation_steps=16'),
     (

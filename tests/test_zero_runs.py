@@ -54,9 +54,8 @@ def test_other_launchers_train_the_same(tmp_path, data, launcher):
 
 
 def test_a_scheduler_of_deepspeed_sets_the_learning_rate(tmp_path, data):
-    block = {"type": "WarmupDecayLR", "params": {"warmup_type": "linear"}}
-    for name in ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"):
-        block["params"][name] = "auto"
+    names = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
+    block = {"type": "WarmupDecayLR", "params": {"warmup_type": "linear", **dict.fromkeys(names, "auto")}}
     settings = {**SHORT, "max_iters": 12, "warmup_iters": 4, "eval_interval": 6}
     path = variant(tmp_path, "zero2", scheduler=block)
     output = train(tmp_path / "out", data, ranks=2, deepspeed_config=path, **settings)
