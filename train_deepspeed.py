@@ -89,7 +89,8 @@ class Trainer:
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """For evaluation: no dropout. Under ZeRO-3 a collective, as every forward pass."""
         self.engine.eval()
-        loss = self.engine(tokens, targets)
+        with self.log.about("evaluation"):
+            loss = self.engine(tokens, targets)
         self.engine.train()
         return loss
 

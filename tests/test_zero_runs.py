@@ -12,6 +12,7 @@ from tests.running import ROOT, TINY, difference, losses, rows, run, started_wit
 from training.checkpoint import Checkpoints
 
 SHORT: dict[str, Any] = {"max_iters": 6, "lr_decay_iters": 6, "warmup_iters": 2, "gradient_accumulation_steps": 4}
+SHORT["log_interval"] = 1
 
 
 def variant(folder: Path, strategy: str, **blocks) -> Path:
@@ -79,11 +80,11 @@ def test_without_an_optimizer_block_it_is_train_pys(tmp_path, data):
 def test_deepspeeds_activation_checkpointing_changes_no_loss(tmp_path, data, block):
     settings = {**SHORT, "dropout": 0.1}
     train(tmp_path / "one", data, **settings)
-    path = variant(tmp_path, "zero3", activation_checkpointing={**block, "profile": True})
+    path = variant(tmp_path, "zero3", activation_checkpointing=block)
     settings |= {"activation_checkpointing": True, "deepspeed_config": path, "verbose": True}
     output = train(tmp_path / "zero", data, ranks=2, **settings)
     assert difference(tmp_path / "one", tmp_path / "zero") <= 1e-5
-    assert "forward" in output and "backward" in output, "its profile is not there: it did not run"
+    assert "Activation Checkpointing Information" in output, "it did not run"
 
 
 def test_compile_changes_no_loss(tmp_path, data):
