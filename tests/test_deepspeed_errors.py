@@ -117,3 +117,15 @@ def test_no_compiler_is_told_with_the_fix(tmp_path, data):
         gradient_accumulation_steps=2,
     )
     assert "zero2_offload: AdamW of torch" in output
+
+
+def test_a_lock_that_a_killed_compilation_left_does_not_stop_the_next(tmp_path, data):
+    """PyTorch's would be waited for for ever."""
+    ops = tmp_path / "ops"
+    for op in ("cpu_adam", "async_io", "pin_memory"):
+        (ops / op).mkdir(parents=True)
+        (ops / op / "lock").touch()
+    given = {"deepspeed_config": zero_json("zero3_nvme"), "nvme_path": tmp_path, "max_iters": 2}
+    env = {"TORCH_EXTENSIONS_DIR": str(ops)}
+    output = train(tmp_path / "out", data, env=env, ranks=2, gradient_accumulation_steps=2, **given)
+    assert "compiling cpu_adam of DeepSpeed, once" in output and "compiling async_io of DeepSpeed, once" in output

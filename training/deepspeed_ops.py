@@ -3,10 +3,10 @@
 DeepSpeed itself is passed in by train_deepspeed.py: nothing here imports it.
 """
 
+import fcntl
 import functools
 import shutil
 import sysconfig
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from training.deepspeed_rules import dotted
 from training.distributed import Ranks
 from training.errors import UserError
 
-STALE = 600  # seconds after which a lock in a build folder is what a killed compilation has left behind
+PARTS = {"async_io": ["pin_memory"]}  # ops that another one compiles and loads with itself
 
 
 def load(deepspeed: ModuleType, config: dict[str, Any], ranks: Ranks) -> None:
@@ -52,16 +52,19 @@ def needed(config: dict[str, Any], device: str) -> dict[str, str]:
 
 
 def build(op: str, builder: Any, announce: bool) -> None:
-    folder = Path(cpp_extension._get_build_directory(op, verbose=False))
-    if announce and not (folder / f"{op}.so").exists():
+    folders = [Path(cpp_extension._get_build_directory(name, verbose=False)) for name in (op, *PARTS.get(op, ()))]
+    if announce and not (folders[0] / f"{op}.so").exists():
         print(f"compiling {op} of DeepSpeed, once, about 30 s", flush=True)
-    lock = folder / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > STALE:
-        lock.unlink()
-    try:
-        builder.load(verbose=False)
-    except Exception as error:
-        raise UserError(f"{op}, a C++ op of DeepSpeed's that this run needs: {reason(op, error)}") from None
+    with (folders[0].parent / "nanozero.lock").open("w") as ours:
+        # torch's own lock is a file that a killed compilation leaves behind, and for which all later ones would wait
+        # for ever. Ours ends with the process that holds it: who has it may remove that.
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        for folder in folders:
+            (folder / "lock").unlink(missing_ok=True)
+        try:
+            builder.load(verbose=False)
+        except Exception as error:
+            raise UserError(f"{op}, a C++ op of DeepSpeed's that this run needs: {reason(op, error)}") from None
 
 
 def reason(op: str, error: Exception) -> str:
