@@ -133,6 +133,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="folder for benchmark.json and benchmark.md")
     args, arguments = parser.parse_known_args()
     unknown = [s for s in args.strategies if s not in PLAIN and not Path(f"deepspeed_configs/{s}_config.json").exists()]
+    if args.steps < 5:
+        raise UserError(f"steps = {args.steps}: must be 5 or more, as the first three are not timed")
     if unknown:
         raise UserError(f"strategies: {', '.join(unknown)}: unknown; take single, ddp or a name of deepspeed_configs/")
     with tempfile.TemporaryDirectory() as folder:

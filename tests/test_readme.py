@@ -65,7 +65,7 @@ def test_command(line, data, tmp_path, trained):
     elif script == "benchmark.py":
         tiny = [f"--{k}={v}" for k, v in {**SHORT, "dataset": data}.items()]
         words = [word for word in words if not word.startswith(("--write", "--rounds", "--ranks", "--nvme_path"))]
-        words = [re.sub("^--steps=.*", "--steps=3", re.sub("^(--strategies=[^,]*,).*", r"\1zero3", w)) for w in words]
+        words = [re.sub("^--steps=.*", "--steps=5", re.sub("^(--strategies=[^,]*,).*", r"\1zero3", w)) for w in words]
         arguments = [python, *words, *tiny]
     elif script == "train.py":
         arguments = [python, *shrunk(words, data, tmp_path / "out", trained)]
