@@ -14,11 +14,11 @@ def test_all_that_debian_has_to_give_is_asked_for_at_once(clone):
     clone.stub("python", f'case "$*" in *INCLUDEPY*) echo /none ;; *) exec {sys.executable} "$@" ;; esac')
     clone.without("c++")
     status, _, errors = clone.run("./run_tests.sh")
-    fix = f"{SUDO}apt-get install g++ python3-dev"
-    assert (status, errors) == (2, f"run_tests.sh: missing: g++, Python headers. Install with: {fix}\n")
+    fix = f"{SUDO}apt-get install g++ python3-dev libaio-dev"
+    assert (status, errors) == (2, f"run_tests.sh: missing: g++, Python headers, libaio. Install with: {fix}\n")
     assert clone.ddp("1")[0] == 0  # needs neither
     clone.env["CXX"] = "python -x"
-    assert "missing: Python headers. " in clone.run("./run_tests.sh")[2]
+    assert "missing: Python headers" in clone.run("./run_tests.sh")[2]
 
 
 @pytest.mark.parametrize(
