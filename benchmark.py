@@ -4,7 +4,7 @@
     python benchmark.py --strategies=ddp,zero2 --ranks=4 --memory --write=results/memory config/train_debug.py
 
 Each is a real launch of its own; they take turns, --rounds times. What is no option here goes to the train scripts.
-The first strategy is what the others are compared with.
+The first strategy is what the others are compared with, round by round; a table shows the median of the rounds.
 """
 
 import argparse
@@ -73,14 +73,18 @@ def measure(args: argparse.Namespace, arguments: list[str], folder: Path) -> lis
     base = runs[args.strategies[0]][0]
     rows = []
     for strategy in args.strategies:
-        times = [row["step_ms"] for run in runs[strategy] for row in run if row["step_ms"]]
+        of_rounds = [[row["step_ms"] for row in run if row["step_ms"]] for run in runs[strategy]]
+        times = [time for run in of_rounds for time in run]
         pairs = list(zip(base, runs[strategy][0], strict=True))
         row = {"strategy": strategy, "ranks": 1 if strategy == "single" else args.ranks, "step_ms": median(times)}
         row |= {"fastest_ms": round(min(times), 1), "slowest_ms": round(max(times), 1)}
         row |= {"steps_timed": len(times), "start_s": median(starts[strategy])}
         row |= {f"{k}_difference": max(abs(a[k] - b[k]) for a, b in pairs) for k in ("loss", "grad_norm")}
+        row["rounds_ms"] = [median(run) for run in of_rounds]
         rows.append(row)
-        row["steps_per_second_ratio"] = round(rows[0]["step_ms"] / row["step_ms"], 3)
+        # round by round, as other work on the machine comes and goes
+        ratios = [a / b for a, b in zip(rows[0]["rounds_ms"], row["rounds_ms"], strict=True)]
+        row["steps_per_second_ratio"] = round(statistics.median(ratios), 3)
         if args.memory:
             note = folder / f"{strategy}.json"
             before = ("census.py", str(note))

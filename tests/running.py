@@ -44,6 +44,20 @@ def train(out_dir: Path, dataset: Path, *arguments: str, ranks: int = 0, env: di
     return done.stdout
 
 
+def message(done: subprocess.CompletedProcess) -> str:
+    """The one message of a script that ended for its user's error."""
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr.removeprefix("error: ").strip()
+
+
+def refused(out_dir: Path, dataset: Path, ranks: int = 0, env: dict[str, str] | None = None, **settings) -> str:
+    """The one message that a run of a tiny model ends with."""
+    script = "train_deepspeed.py" if "deepspeed_config" in settings else "train.py"
+    return message(run(script, ranks=ranks, env=env, **{**TINY, "dataset": dataset, "out_dir": out_dir, **settings}))
+
+
 def zero_json(strategy: str) -> str:
     return f"deepspeed_configs/{strategy}_config.json"
 

@@ -2,11 +2,10 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests.running import TINY, run, train
+from tests.running import TINY, message, refused, run, train
 from training.checkpoint import Checkpoints
 
 CONFIG = {
@@ -28,14 +27,6 @@ SETTINGS = {
 }
 
 
-def message(done: subprocess.CompletedProcess) -> str:
-    """The one message of a script that ended for its user's error."""
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.startswith("error: ")
-    return done.stderr.removeprefix("error: ").strip()
-
-
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
@@ -55,11 +46,6 @@ def test_several_problems_are_told_at_once(configs):
     told = message(run("train.py", f"{configs}/unknown.py", "--dropout=2", "--max_iters=many", "--compile"))
     assert told.startswith("4 problems in the settings\n")
     assert all(key in told for key in ("n_heads = 2", "dropout = ", "max_iters = 'many'", "--compile (command line)"))
-
-
-def refused(out_dir: Path, data: Path, ranks: int = 0, **settings) -> str:
-    """The message that a tiny run ends with."""
-    return message(run("train.py", ranks=ranks, **{**TINY, "dataset": data, "out_dir": out_dir, **settings}))
 
 
 def test_accumulation_that_the_ranks_cannot_share(tmp_path, data):

@@ -1,11 +1,12 @@
 """DeepSpeed's JSON, and what it needs: each mistake told with its fix, once, and every rank ended."""
 
 import json
+from shutil import which
 from typing import Any
 
 import pytest
 
-from tests.running import ROOT, TINY, run, train, zero_json
+from tests.running import ROOT, message, refused, run, train, zero_json
 from tests.test_deepspeed_config import resolved
 from training.errors import ConfigError
 
@@ -92,19 +93,16 @@ def test_a_bad_json_ends_every_rank_with_one_message(tmp_path, data, text, messa
     path = tmp_path / "config.json"
     if text is not None:
         path.write_text(text)
-    given = {**TINY, "dataset": data, "out_dir": tmp_path / "out", "deepspeed_config": path}
-    done = run("train_deepspeed.py", ranks=2, **{**given, "gradient_accumulation_steps": 2})
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
-    assert message in done.stderr
+    given = {"deepspeed_config": path, "gradient_accumulation_steps": 2}
+    assert message in refused(tmp_path / "out", data, ranks=2, **given)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_no_compiler_is_told_with_the_fix(tmp_path, data):
-    given = {**TINY, "dataset": data, "out_dir": tmp_path / "out", "deepspeed_config": zero_json("zero2_offload")}
     env = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")}
-    done = run("train_deepspeed.py", ranks=2, env=env, **{**given, "gradient_accumulation_steps": 2})
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "cpu_adam" in done.stderr and "no compiler (no-such-compiler); apt-get install g++" in done.stderr
+    given = {"deepspeed_config": zero_json("zero2_offload"), "gradient_accumulation_steps": 2}
+    told = refused(tmp_path / "out", data, ranks=2, env=env, **given)
+    assert "cpu_adam" in told and "no compiler (no-such-compiler); apt-get install g++" in told
     config = json.loads((ROOT / zero_json("zero2_offload")).read_text())
     config["optimizer"]["params"]["torch_adam"] = True  # what the message says
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -129,3 +127,26 @@ def test_a_lock_that_a_killed_compilation_left_does_not_stop_the_next(tmp_path, 
     env = {"TORCH_EXTENSIONS_DIR": str(ops)}
     output = train(tmp_path / "out", data, env=env, ranks=2, gradient_accumulation_steps=2, **given)
     assert "compiling cpu_adam of DeepSpeed, once" in output and "compiling async_io of DeepSpeed, once" in output
+
+
+def test_no_libaio_is_told_with_the_fix(tmp_path, data):
+    """A machine without it is one whose linker does not find it."""
+    compiler = tmp_path / "compiler"
+    refuse = 'case " $* " in *" -laio "*) exit 1;; esac'
+    compiler.write_text(f'#!/bin/sh\n{refuse}\nexec {which("c++")} "$@"\n')
+    compiler.chmod(0o755)
+    env = {"CC": str(compiler), "CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")}
+    given = {"deepspeed_config": zero_json("zero3_nvme"), "nvme_path": tmp_path, "gradient_accumulation_steps": 2}
+    told = refused(tmp_path / "out", data, ranks=2, env=env, **given)
+    assert told == "async_io, a C++ op of DeepSpeed's that this run needs: no libaio; apt-get install libaio-dev"
+
+
+def test_more_ranks_than_gpus_are_refused(tmp_path, data):
+    given = {"device": "cuda", "deepspeed_config": zero_json("zero2"), "gradient_accumulation_steps": 2}
+    told = refused(tmp_path / "out", data, ranks=2, env={"CUDA_VISIBLE_DEVICES": ""}, **given)
+    assert told == "2 ranks on this machine: 0 GPUs are visible; use fewer ranks, or --device=cpu"
+
+
+def test_a_config_for_deepspeed_given_to_train_py_is_told_where_it_belongs(tmp_path, data):
+    told = message(run("train.py", "config/train_gpt2_deepspeed_zero2.py"))
+    assert "unknown key; it belongs to train_deepspeed.py and ./launch_deepspeed_*.sh" in told

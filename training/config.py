@@ -107,6 +107,8 @@ def convert(name: str, value: Any, fields: dict[str, dataclasses.Field]) -> Any:
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all; a helper variable starts with _"
+        if name == "deepspeed_config":
+            hint = "it belongs to train_deepspeed.py and ./launch_deepspeed_*.sh"
         raise ConfigError(f"unknown key; {hint}")
     kind = type(fields[name].default)
     if isinstance(value, Text):
