@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training import distributed
+from training import ending
 from training.errors import UserError
 
 PLAIN = ("single", "ddp")
@@ -153,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    ending.run(main)

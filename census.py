@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from training import distributed
+from training import ending
 
 
 def live_tensors() -> list[Tensor]:
@@ -98,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    ending.run(main)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import GPTConfig
-from training import distributed
+from training import ending
 from training.checkpoint import Checkpoints, damage
 from training.errors import CheckpointError, ConfigError
 from training.weights import TIED, trained_weights
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    ending.run(main)

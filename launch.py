@@ -1,38 +1,70 @@
-"""Start N ranks of a script on this machine, and end them together.
+"""Start the ranks of this machine, and end them together.
 
     python launch.py 4 train.py config/train_gpt2.py --batch_size=8
 
-It sets what torchrun sets, so torchrun works in its place, and over several nodes it is the one to take. On one
-node this starts a second sooner (the launcher holds no torch), passes on every signal, keeps the exit status of
-the rank that failed first (torchrun makes it 1), and adds one line to that rank's own words, not a page.
+It sets what torchrun sets, so torchrun works in its place. This starts a second sooner (the launcher holds no torch),
+passes on every signal, keeps the exit status of the rank that failed first (torchrun makes it 1), and adds one line
+to that rank's own words, not a page. On several machines, launch_hosts.py starts it on each as `launch.py --node`: what
+to start comes on stdin, and when nothing more is heard there, the ranks are ended. Without ssh, start it on each:
+
+    python launch.py --nnodes=2 --node_rank=0 --master_addr=host1 --master_port=29500 8 train.py config/train_gpt2.py
 """
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
+from itertools import takewhile
 from math import inf
 from pathlib import Path
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 USER_ERROR = 2  # the status of a rank whose user was told what to mend
+STOPPED, LOST = 75, 77  # of a rank that saved and stopped as it was asked; of one that lost another, which is the cause
+TOGETHER = (USER_ERROR, STOPPED, LOST)  # ends that come to all ranks by themselves
 GRACE = 10.0  # seconds that the other ranks get to end by themselves, and then from SIGTERM to SIGKILL
+SILENCE = 20.0  # seconds without a word from launch_hosts.py, which says one every second, until it counts as gone
+GONE = -1  # among the signals
 LIBC = ctypes.CDLL(None)
 
 
 def main(argv: list[str]) -> int:
+    listens, variables = argv == ["--node"], {}
+    if listens:
+        plan = json.loads(sys.stdin.buffer.readline())
+        os.environ.update(plan["environment"])
+        argv, variables = plan["command"], plan["variables"]
+    options = list(takewhile(lambda argument: argument.startswith("--"), argv))
+    argv = argv[len(options) :]
     if len(argv) < 2 or not argv[0].isdecimal() or int(argv[0]) < 1:
         return say(f"{' '.join(argv) or 'no arguments'}: must be RANKS SCRIPT [ARGUMENTS], RANKS 1 or more")
     if not Path(argv[1]).is_file():
         return say(f"{argv[1]}: no such script; it comes after the number of ranks")
+    if options:
+        several = dict(option[2:].split("=", 1) for option in options if "=" in option)
+        if several.keys() != {"nnodes", "node_rank", "master_addr", "master_port"}:
+            return say("over several machines it needs --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=29500")
+        variables = several_machines(int(argv[0]), several)
     signals: list[int] = []
     for signum in (*STOP, signal.SIGUSR1):
         signal.signal(signum, lambda signum, _: signals.append(signum))
-    return watch(start(int(argv[0]), argv[1:]), signals)
+    if listens:
+        threading.Thread(target=listen, args=[signals], daemon=True).start()
+    return watch(start(int(argv[0]), argv[1:], variables), signals)
+
+
+def several_machines(count: int, given: dict[str, str]) -> dict[str, object]:
+    """This command on each, with its own node_rank: 0 on master_addr."""
+    world, first = int(given["nnodes"]) * count, int(given["node_rank"]) * count
+    where = {"MASTER_ADDR": given["master_addr"], "MASTER_PORT": given["master_port"]}
+    return {**where, "WORLD_SIZE": world, "FIRST_RANK": first}
 
 
 def say(problem: str) -> int:
@@ -40,23 +72,42 @@ def say(problem: str) -> int:
     return USER_ERROR
 
 
-def start(count: int, command: list[str]) -> list[subprocess.Popen]:
+def listen(signals: list[int]) -> None:
+    """Each byte from launch_hosts.py is a signal's number to pass on; 0 only says that it is still there."""
+    os.set_blocking(0, False)
+    heard = time.monotonic()
+    while time.monotonic() - heard < SILENCE:
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(0, 100)
+            if not data:
+                break
+            heard = time.monotonic()
+            signals.extend(byte for byte in data if byte)
+        time.sleep(0.1)
+    signals.append(GONE)
+
+
+def start(count: int, command: list[str], variables: Mapping[str, object]) -> list[subprocess.Popen]:
+    """variables: of the process group; FIRST_RANK and WORLD_SIZE where this machine is one of several."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    first = int(str(variables.get("FIRST_RANK", 0)))
     shared = {
         "WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": variables.get("MASTER_PORT") or free_port(),
         "LOCAL_WORLD_SIZE": count,
         "LOCAL_SIZE": count,  # DeepSpeed's word for it
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, cores // count)),
+        **variables,
     }
     ranks = []
     for rank in range(count):
-        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        own = {name: str(value) for name, value in {**shared, "RANK": first + rank, "LOCAL_RANK": rank}.items()}
         ranks.append(
             subprocess.Popen(
                 [sys.executable, "-u", *command],
                 env={**os.environ, **own},
+                stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches a rank once, from here; its children can be found
                 preexec_fn=end_with_launcher if sys.platform == "linux" else None,
             )
@@ -86,16 +137,20 @@ def watch(ranks: list[subprocess.Popen], signals: list[int]) -> int:
     failed = code = 0  # the first rank that failed, and its return code
     while True:
         codes, now = [rank.poll() for rank in ranks], time.monotonic()
-        if not code and any(codes):
-            failed, code = next((rank, code) for rank, code in enumerate(codes) if code)
-            # A user's error ends all ranks, but rank 0, which prints it, may not be there yet.
-            terminate = now + GRACE if code == USER_ERROR else now
-            kill = terminate + GRACE
+        if not code or (code == LOST and terminate < inf):  # who lost another rank is not the cause
+            ended = [(rank, code) for rank, code in enumerate(codes) if code]
+            ended.sort(key=lambda end: end[1] == LOST)
+            if ended and ended[0][1] != code:
+                failed, code = ended[0]
+                terminate = now + GRACE if code in TOGETHER else now
+                kill = terminate + GRACE
         if None not in codes:
             break
         while signals:
             signum = signals.pop(0)
-            if signum not in STOP or stopped == inf:
+            if signum == GONE:
+                code, terminate, kill = code or LOST, now, now + GRACE
+            elif signum not in STOP or stopped == inf:
                 send(ranks, signum)
             elif now > stopped + 1:  # asked again, and not the same Ctrl-C twice: no more waiting for a save
                 kill = now
@@ -106,15 +161,13 @@ def watch(ranks: list[subprocess.Popen], signals: list[int]) -> int:
         if now >= kill:
             kill_groups(ranks)
         time.sleep(0.02)
-    if not code:
-        return 0
-    kill_groups(ranks)  # what the ranks have started
+    kill_groups(ranks if code else [])  # what the ranks have started
     told_by_rank_0 = code == USER_ERROR == codes[0]
     wanted = stopped < inf and -code in STOP
-    if not (told_by_rank_0 or wanted):
+    if code and not (told_by_rank_0 or wanted or code in (STOPPED, LOST)):
         how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"status {code}"
         say(f"rank {failed} ended with {how}")
-    return code if code > 0 else 128 - code
+    return code if code >= 0 else 128 - code
 
 
 def send(ranks: list[subprocess.Popen], signum: int) -> None:

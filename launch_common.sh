@@ -145,10 +145,22 @@ ranks() {
 }
 
 # launch SCRIPT CONFIG [N] [ARGUMENTS]: becomes the launcher of N ranks; CONFIG is for when ARGUMENTS name none. What
-# is in $setting stands before them.
+# is in $setting stands before them. HOSTFILE=FILE: on every host of that file, as many ranks as it says.
 launch() {
-    local script=$1 config=$2 n='' argument
+    local script=$1 config=$2 n='' argument hosts=() rest=()
     shift 2
+    if [[ ${HOSTFILE:-} ]]; then
+        for argument; do
+            case $argument in
+                --restarts=* | --include=* | --exclude=* | --ssh=* | --master_*=*) hosts+=("$argument") ;;
+                --*) rest+=("$argument") ;;
+                *.py) rest+=("$argument") && config='' ;;
+                *) fail "$argument ranks: $HOSTFILE says how many, as slots=; leave the number out" ;;
+            esac
+        done
+        exec "$python" launch_hosts.py --hostfile="$HOSTFILE" ${hosts[@]+"${hosts[@]}"} \
+            "$script" ${setting:+"$setting"} ${config:+"$config"} ${rest[@]+"${rest[@]}"}
+    fi
     if (($#)) && [[ $1 != --* && $1 != *.py ]]; then n=$1 && shift; fi
     for argument; do
         case $argument in

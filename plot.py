@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from training.distributed import run
+from training.ending import run
 from training.errors import UserError
 from training.figures import X_LABELS, draw_loss
 

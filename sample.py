@@ -15,7 +15,7 @@ import torch
 from data.errors import DataError
 from data.tokenizer import Tokenizer, tokenizer_from
 from model import GPT, GPTConfig
-from training import checkpoint, distributed, pretrained
+from training import checkpoint, distributed, ending, pretrained
 from training.checkpoint import Checkpoints
 from training.config import Problem, key, parse
 from training.errors import ConfigError
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    ending.run(main)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPT
-from training import checkpoint, distributed, loop, run_folder
+from training import checkpoint, distributed, ending, loop, run_folder
 from training.batches import Batches
 from training.checkpoint import Checkpoints
 from training.config import parse
@@ -101,16 +101,16 @@ class Trainer:
 
 def main() -> None:
     cfg = parse(TrainConfig, sys.argv[1:], __doc__ or "")
-    with distributed.start(cfg.device, cfg.backend) as ranks:
+    with distributed.start(cfg.device, cfg.backend, cfg.hang_minutes) as ranks:
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():
             dtype = pick_dtype(cfg.dtype, ranks.device)
             batches = Batches(cfg, ranks)
             origin = find_origin(cfg, checkpoints, batches.dataset, "ddp" if ranks.world_size > 1 else "single")
-        run_folder.prepare(cfg, ranks)
+        run_folder.prepare(cfg, ranks, origin)
         trainer = Trainer(cfg, ranks, batches, origin, dtype)
         loop.train(cfg, ranks, batches, trainer, checkpoints, origin)
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    ending.run(main)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from model import GPT, initial_value
-from training import deepspeed_config, deepspeed_ops, deepspeed_rules, distributed, loop, run_folder
+from training import deepspeed_config, deepspeed_ops, deepspeed_rules, distributed, ending, loop, run_folder
 from training.batches import Batches
 from training.checkpoint import Checkpoints
 from training.config import parse
@@ -133,17 +133,17 @@ class Trainer:
 def main() -> None:
     cfg = parse(DeepSpeedTrainConfig, deepspeed_config.arguments(sys.argv[1:]), __doc__ or "")
     config = deepspeed_config.read(cfg.deepspeed_config)
-    with distributed.start(cfg.device, cfg.backend, alone=True) as ranks:
+    with distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, alone=True) as ranks:
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():
             dtype = pick_dtype(deepspeed_config.wanted_dtype(cfg, config), ranks.device)
             batches = Batches(cfg, ranks)
             origin = find_origin(cfg, checkpoints, batches.dataset, strategy_of(config))
             config = deepspeed_config.resolve(cfg, ranks, origin.model, config, dtype)
-        run_folder.prepare(cfg, ranks, config)
+        run_folder.prepare(cfg, ranks, origin, config)
         trainer = Trainer(cfg, ranks, batches, origin, dtype, config)
         loop.train(cfg, ranks, batches, trainer, checkpoints, origin)
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    ending.run(main)

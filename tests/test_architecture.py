@@ -15,7 +15,12 @@ FOLDERS = ("config", "data", "tests", "training")
 FOUND = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
 FILES = sorted(path.relative_to(ROOT) for path in FOUND)
 SCRIPTS = {path.stem for path in FILES if path.parent == Path()} - {"model"}
-OUTSIDE = ("tests", "data", "launch.py")  # data/ and the launcher know nothing of ranks, or make them
+OUTSIDE = (
+    "tests",
+    "data",
+    "launch.py",
+    "launch_hosts.py",
+)  # data/ and the launcher know nothing of ranks, or make them
 LIMITS = {"train.py": 150, "train_deepspeed.py": 150, "training/loop.py": 90, "model.py": 300}
 BASE = {"config", "train_config", "distributed", "errors"}  # of training/: they import none of the rest of it
 

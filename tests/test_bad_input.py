@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -123,7 +124,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_disk_that_gets_full_leaves_what_was_saved(small_disk, data, ranks):
-    settings = {"gradient_accumulation_steps": 2, "eval_interval": 5}
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "eval_interval": 5}
     told = refused(small_disk, data, ranks=ranks, **settings)
     whole = Checkpoints(str(small_disk)).whole()
     assert whole and Checkpoints(str(small_disk)).newest()[0] == whole[-1]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import deepspeed
 from model import initial_value
-from training import deepspeed_config, distributed
+from training import deepspeed_config, distributed, ending
 from training.batches import Batches
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig
@@ -55,7 +55,7 @@ def main():
         if ranks.main:
             print(json.dumps({"whole": whole, "peaks": peaks, "same": initial}))
 
-distributed.run(main)
+ending.run(main)
 """
 
 

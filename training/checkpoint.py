@@ -97,13 +97,18 @@ class Checkpoints:
             whole = self.whole()
             offer = f"{whole[-1]} is whole and is taken then" if whole else "there is no other: start from scratch"
             raise CheckpointError(f"{path} is damaged: {broken}; remove that folder ({offer})")
-        return path, json.loads((path / "checkpoint.json").read_text())
+        return path, read_about(path)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """checkpoint.json: what the checkpoint is of."""
+    return json.loads((path / "checkpoint.json").read_text())
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, by the sizes of its files."""
     try:
-        about = json.loads((path / "checkpoint.json").read_text())
+        about = read_about(path)
         if about["format"] != FORMAT:
             return f"checkpoint.json has format {about['format']}, this code reads {FORMAT}"
         for name, size in about["files"].items():

@@ -2,22 +2,28 @@
 
 import errno
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from data.errors import DataError
-from training.errors import ConfigError, UserError
+from training.errors import ConfigError, NodeError, Stopped, UserError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+LATER = timedelta(seconds=30)  # than the watchdog, which says more
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def world_size() -> int:
@@ -35,6 +41,7 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # gloo, for the ranks' own affairs; None: the default group is
 
     @property
     def main(self) -> bool:
@@ -47,6 +54,15 @@ class Ranks:
             value /= self.world_size
         return value
 
+    def gather(self, numbers: list[float]) -> list[list[float]]:
+        """The numbers of every rank, by rank. On the CPU: nobody waits for a device."""
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        all_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
+        if self.world_size == 1:
+            return [mine.tolist()]
+        dist.all_gather(all_ranks, mine, group=self.control)
+        return [row.tolist() for row in all_ranks]
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """What fails for the user on one rank (a full disk, a missing file) fails on all, with the same message."""
@@ -58,7 +74,7 @@ class Ranks:
         errors: list[str | None] = [mine]
         if self.world_size > 1:
             errors = [None] * self.world_size
-            dist.all_gather_object(errors, mine)
+            dist.all_gather_object(errors, mine, group=self.control)
         first = next((e for e in errors if e is not None), None)
         if first is not None:
             raise UserError(first)
@@ -68,34 +84,55 @@ ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @contextmanager
-def start(device: str, backend: str, alone: bool = False) -> Iterator[Ranks]:
+def start(device: str, backend: str, minutes: float = 10, alone: bool = False) -> Iterator[Ranks]:
     """Join the process group if a launcher started several ranks, and leave it at the end.
 
+    minutes: to wait for the other ranks, here and in every collective; 0: ten.
     alone: a process without others has a process group, too; DeepSpeed needs one.
     """
-    local_rank, world = int(os.environ.get("LOCAL_RANK", 0)), world_size()
-    ranks = Ranks(int(os.environ.get("RANK", 0)), local_rank, world, pick_device(device, local_rank, world))
+    ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()))
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     elif ranks.device.type == "cpu":  # large tensors on huge pages: page faults were a third of a ZeRO step
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if world == 1 and not alone:
+    if alone:  # DeepSpeed asks these two what torch is told here
+        os.environ["DS_ACCELERATOR"] = ranks.device.type
+        os.environ.setdefault("LOCAL_RANK", "0")
+    if ranks.world_size == 1 and not alone:
         yield ranks
         return
+    ranks = join(ranks, backend, timedelta(minutes=minutes or 10) + LATER)
+    try:
+        yield ranks
+    except Stopped:  # by all ranks
+        leave()
+        raise
+    leave()
+
+
+def join(ranks: Ranks, backend: str, timeout: timedelta) -> Ranks:
     if backend == "auto":
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     if backend == "nccl" and ranks.device.type != "cuda":
         raise ConfigError(f"backend = 'nccl': needs GPUs, this run is on {ranks.device.type}; leave it at auto")
     bound = ranks.device if backend == "nccl" else None
-    if world > 1:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
-    else:
+    if ranks.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
-    if alone:  # DeepSpeed asks these two what torch is told above
-        os.environ["DS_ACCELERATOR"] = ranks.device.type
-        os.environ.setdefault("LOCAL_RANK", "0")
-    yield ranks
-    # Only on the good way out: after an error the others may be gone, and a barrier would wait for them.
+    else:
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        except RuntimeError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise NodeError(
+                f"rank {ranks.rank} could not join the others at {address} ({str(error).splitlines()[0]}); "
+                "every host must reach that; where a host has several networks, name the right one in "
+                f"{backend.upper()}_SOCKET_IFNAME"
+            ) from None
+    return replace(ranks, control=dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None)
+
+
+def leave() -> None:
+    """Only on a good way out: after an error the others may be gone, and a barrier would wait for them."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -143,25 +180,3 @@ def words(error: Exception) -> str:
         return str(error)
     fix = "; make room or choose another --out_dir" if error.errno in NOT_WRITABLE else ""
     return f"{error.filename or 'input/output'}: {error.strerror or error}{fix}"
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script: what the user did wrong is told in one message, and every rank ends with status 2."""
-    rank, status, message = int(os.environ.get("RANK", 0)), 2, None
-    try:
-        main()
-        status = 0
-    except UserError as error:  # every rank has it: from the settings, which all read, or from `together`
-        message = words(error) if rank == 0 else None
-    except (DataError, OSError) as error:  # this rank's own: the launcher ends the others
-        message = words(error) if world_size() == 1 else f"rank {rank}: {words(error)}"
-    except KeyboardInterrupt:  # end by the signal, as a shell expects, and without a traceback of every rank
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    if message:
-        print(f"error: {message}", file=sys.stderr)
-    if world_size() > 1:  # a process group that ends with the interpreter aborts now and then, and may wait for others
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)

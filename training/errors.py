@@ -1,4 +1,11 @@
-"""What a user did wrong: one short message (value, rule, fix) and exit status 2, never a traceback."""
+"""What a user did wrong: one short message (value, rule, fix) and exit status 2, never a traceback.
+
+Other ends of a run have a status of their own, for schedulers and supervisors.
+"""
+
+STOPPED = 75  # on request, with everything saved: the same command with --resume=auto goes on (sysexits.h: EX_TEMPFAIL)
+HUNG = 76  # the watchdog ended it
+LOST = 77  # another rank went away: that one is the cause
 
 
 class UserError(ValueError):
@@ -11,3 +18,11 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another model."""
+
+
+class NodeError(UserError):
+    """One that a node's ranks have for themselves: told by the first of each node."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and did: raised on every rank at the same step, after the checkpoint was written."""

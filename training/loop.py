@@ -14,6 +14,7 @@ from training.distributed import Ranks
 from training.evaluation import evaluate
 from training.metrics import Metrics
 from training.origin import Origin
+from training.pulse import Pulse
 from training.train_config import TrainConfig
 
 
@@ -33,28 +34,44 @@ class Trainer(Protocol):
 def train(
     cfg: TrainConfig, ranks: Ranks, batches: Batches, trainer: Trainer, checkpoints: Checkpoints, origin: Origin
 ) -> None:
-    """From origin.step to max_iters. A step's number is the number of updates made before it."""
+    """From origin.step to max_iters, or to where it is asked to stop: raises Stopped then, on all ranks.
+
+    A step's number is the number of updates made before it.
+    """
     metrics = Metrics(cfg, ranks, batches.tokens_per_step, origin, trainer.dtype)
-    about: dict[str, Any] = {"model": asdict(origin.model), "tokenizer": batches.dataset.tokenizer.describe()}
-    about |= {"vocab_size": batches.dataset.vocab_size, "init_from": origin.init_from}
-    about |= {"strategy": trainer.strategy, "world_size": ranks.world_size}
-    best = origin.best_val_loss or math.inf
+    pulse = Pulse(cfg, ranks, checkpoints, trainer.dtype)
+    about = describe(ranks, batches, trainer, origin)
+    best, evaluated = origin.best_val_loss or math.inf, origin.evaluated
+    saved = origin.step - (not evaluated and origin.step > 0)  # the newest checkpoint's step; 0 needs none
     for step in range(origin.step, cfg.max_iters + 1):
-        last = step == cfg.max_iters or cfg.eval_only
-        resumed = step == origin.step and origin.checkpoint is not None  # evaluated and saved before
-        if cfg.eval_only or ((last or step % cfg.eval_interval == 0) and not resumed):
+        last, improved = step == cfg.max_iters or cfg.eval_only, False
+        if cfg.eval_only or ((last or step % cfg.eval_interval == 0) and not evaluated):
             with metrics.untimed():
-                losses = evaluate(trainer.loss, batches, ranks, cfg.eval_iters)
+                losses = evaluate(trainer.loss, batches, ranks, cfg.eval_iters, pulse.exchange)
+            if losses:  # else it was asked to stop meanwhile
                 metrics.evaluation(step, losses)
-                improved, best = losses["val_loss"] < best, min(best, losses["val_loss"])
-                if step > origin.step and (improved or cfg.always_save_checkpoint):
-                    now = {"step": step, "best_val_loss": best, **about}
-                    with checkpoints.writing(now, improved) as folder:
-                        trainer.save(folder)
-        if last:
+                evaluated, improved, best = True, losses["val_loss"] < best, min(best, losses["val_loss"])
+        wanted = improved or pulse.stop or pulse.save or (evaluated and cfg.always_save_checkpoint)
+        if wanted and step > saved and not cfg.eval_only:
+            now = {"step": step, "best_val_loss": best, "evaluated": evaluated}
+            with metrics.untimed(), pulse.saving(), checkpoints.writing({**now, **about}, improved) as folder:
+                trainer.save(folder)
+            saved = step
+        if last or pulse.stop:
             break
         loss, grad_norm, lr = trainer.train_step(step)
+        evaluated = False
+        pulse.step_done(step, loss, grad_norm)
         metrics.count_step()
         if step % cfg.log_interval == 0:
             metrics.train(step, ranks.mean(loss).item(), lr, grad_norm.item() if grad_norm is not None else None)
     metrics.close()
+    if pulse.stop and not (last and evaluated):
+        pulse.leave(saved)
+
+
+def describe(ranks: Ranks, batches: Batches, trainer: Trainer, origin: Origin) -> dict[str, Any]:
+    """What a checkpoint is of."""
+    about: dict[str, Any] = {"model": asdict(origin.model), "tokenizer": batches.dataset.tokenizer.describe()}
+    about |= {"vocab_size": batches.dataset.vocab_size, "init_from": origin.init_from}
+    return about | {"strategy": trainer.strategy, "world_size": ranks.world_size}

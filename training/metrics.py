@@ -33,7 +33,7 @@ class Metrics:
         self.steps = self.timed_steps = 0
         self.seconds, self.since = 0.0, time.perf_counter()
         self.recording = ranks.main and not cfg.eval_only  # who only evaluates leaves the run as it is
-        self.wandb = start_wandb(cfg) if cfg.wandb_log and self.recording else None
+        self.wandb = start_wandb(cfg, origin) if cfg.wandb_log and self.recording else None
         live = ranks.main and sys.stderr.isatty()
         self.bar = tqdm(total=cfg.max_iters, unit="step", dynamic_ncols=True, smoothing=0.1) if live else None
         self.say(summary(cfg, ranks, origin, dtype))
@@ -127,7 +127,7 @@ class Metrics:
             self.bar.close()
         if self.wandb:
             self.wandb.finish()
-        if self.recording:
+        if self.recording and self.path.exists():  # it does not, where the first evaluation was stopped
             draw_loss([self.path.parent], self.path.with_name("loss.png"))
 
 
@@ -143,12 +143,12 @@ def summary(cfg: TrainConfig, ranks: Ranks, origin: Origin, dtype: torch.dtype) 
     )
 
 
-def start_wandb(cfg: TrainConfig) -> Any:
+def start_wandb(cfg: TrainConfig, origin: Origin) -> Any:
     """The same W&B run when a run is resumed: its id stays in the run folder. Offline with WANDB_MODE=offline."""
     import wandb  # not before it is wanted: it costs a third of a second
 
     path = Path(cfg.out_dir) / "wandb_id"
-    if cfg.init_from != "resume" or not path.exists():
+    if not origin.checkpoint or not path.exists():
         path.write_text(uuid.uuid4().hex[:8])
     return wandb.init(
         project=cfg.wandb_project,

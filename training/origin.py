@@ -9,7 +9,7 @@ from torch import Tensor
 from data.dataset import Dataset
 from model import GPTConfig
 from training import pretrained
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, read_about
 from training.errors import CheckpointError
 from training.train_config import TrainConfig
 
@@ -25,16 +25,18 @@ class Origin:
     checkpoint: Path | None = None
     step: int = 0
     best_val_loss: float | None = None
+    evaluated: bool = False  # at that step, before it was saved
 
 
 def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset, strategy: str) -> Origin:
     """Raises CheckpointError, ConfigError or UserError where cfg.init_from leads nowhere."""
-    if cfg.init_from == "scratch":
+    whole = checkpoints.whole() if cfg.resume == "auto" else []
+    if cfg.init_from == "scratch" and not whole:
         return Origin(cfg.model_config(dataset.vocab_size))
-    if cfg.init_from != "resume":
+    if cfg.init_from != "resume" and not whole:
         model, weights = pretrained.start_from(cfg, dataset.vocab_size)
         return Origin(model, cfg.init_from, weights)
-    folder, about = checkpoints.newest()
+    folder, about = (whole[-1], read_about(whole[-1])) if whole else checkpoints.newest()
     check_strategy(folder, about, strategy, checkpoints.ranks.world_size)
     saved, here = about["tokenizer"], dataset.tokenizer.describe()
     if saved != here:
@@ -50,7 +52,9 @@ def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset, st
         lines = [f"--{k}={getattr(model, k)} (not {getattr(cfg, k)})" for k in unlike]
         raise CheckpointError(f"{folder} is of another model; resume it with {', '.join(lines)}")
     model = replace(model, dropout=cfg.dropout, activation_checkpointing=cfg.activation_checkpointing)
-    return Origin(model, about["init_from"], None, folder, about["step"], about["best_val_loss"])
+    return Origin(
+        model, about["init_from"], None, folder, about["step"], about["best_val_loss"], about.get("evaluated", True)
+    )
 
 
 def check_strategy(folder: Path, about: dict[str, Any], strategy: str, world_size: int) -> None:

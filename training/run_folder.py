@@ -15,6 +15,7 @@ import torch
 
 from training.checkpoint import write_text
 from training.distributed import Ranks
+from training.origin import Origin
 from training.train_config import TrainConfig
 
 CONTENTS = (
@@ -27,12 +28,13 @@ CONTENTS = (
     "metrics.jsonl",
     "loss.png",
     "checkpoints",
+    "hang",
     "wandb",
     "wandb_id",
 )
 
 
-def prepare(cfg: TrainConfig, ranks: Ranks, deepspeed: dict[str, Any] | None = None) -> Path:
+def prepare(cfg: TrainConfig, ranks: Ranks, origin: Origin, deepspeed: dict[str, Any] | None = None) -> Path:
     """Make the folder ready; a run that starts anew where another was moves that one into previous/.
 
     deepspeed: what DeepSpeed is given, for deepspeed.json. Nothing is written by a run that only evaluates.
@@ -43,7 +45,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks, deepspeed: dict[str, Any] | None = N
     with ranks.together():
         if ranks.main:
             folder.mkdir(parents=True, exist_ok=True)
-            if cfg.init_from != "resume":
+            if not origin.checkpoint:
                 move_aside(folder)
             write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
             write_text(folder / "environment.json", json.dumps(environment(ranks), indent=1))

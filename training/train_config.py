@@ -17,12 +17,15 @@ class TrainConfig:
         "scratch",
         "scratch; resume (go on with out_dir); gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder of such weights",
     )
+    resume: str = key("", "auto: go on with out_dir if it holds a checkpoint, else start as init_from says")
     eval_only: bool = key(False, "evaluate once and stop")
     eval_interval: int = key(2000, "steps between evaluations, each followed by a checkpoint")
     eval_iters: int = key(200, "batches of each split in an evaluation, over all ranks")
     log_interval: int = key(1, "steps between lines in the log")
     always_save_checkpoint: bool = key(True, "save after every evaluation; False: only where val loss is the best yet")
     keep_checkpoints: int = key(2, "newest checkpoints to keep, besides the best")
+    max_minutes: float = key(0.0, "save and stop after so long, for a scheduler's time limit; 0: no limit")
+    hang_minutes: float = key(10.0, "end a run that makes no progress for so long, and say where it hangs; 0: never")
     seed: int = key(1337, "weights, batches and dropout are functions of it")
 
     wandb_log: bool = key(False, "log to Weights & Biases as well", "Weights & Biases")
@@ -101,5 +104,8 @@ POSITIVE = (
     *("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "gradient_accumulation_steps"),
     *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "max_iters"),
 )
-NOT_NEGATIVE = ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed")
-CHOICES = {"dtype": DTYPES, "backend": ("auto", "nccl", "gloo")}
+NOT_NEGATIVE = (
+    *("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed"),
+    *("max_minutes", "hang_minutes"),
+)
+CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo")}

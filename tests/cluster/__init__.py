@@ -1,0 +1,158 @@
+"""Hosts for tests: network namespaces on a bridge, each with its own address, host name, sshd and link."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SSHD = "/usr/sbin/sshd"
+NUMBERS = itertools.count()
+
+
+def run(*command: object, check: bool = True) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+def require() -> None:
+    """Skip where hosts cannot be made."""
+    lacking = [tool for tool in ("ip", "tc", "nft", SSHD, "ssh-keygen") if not shutil.which(tool)]
+    if (os.geteuid() or lacking) and "REQUIRE_HOSTS" not in os.environ:
+        pytest.skip(f"hosts need root, iproute2, nftables and openssh-server; {lacking or 'root'} is missing")
+
+
+class Host:
+    def __init__(self, number: int, tag: str, subnet: str):
+        self.name, self.space, self.link = f"host{number}", f"{tag}-{number}", f"{tag}v{number}"
+        self.address = subnet.format(number)
+        self.sshd: subprocess.Popen | None = None
+
+    def pids(self) -> list[int]:
+        """Of all that runs there, its sshd and what belongs to that aside."""
+        found = []
+        for pid in map(int, run("ip", "netns", "pids", self.space, check=False).split()):
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if command and "sshd" not in command:
+                found.append(pid)
+        return found
+
+    def kill(self, signum: int = signal.SIGKILL, what: str = "") -> None:
+        for pid in self.pids():
+            if what.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signum)
+
+    def inside(self, *command: object, check: bool = True) -> str:
+        return run("ip", "netns", "exec", self.space, *command, check=check)
+
+    def limit(self, rate: str) -> None:
+        """Of what it sends, as tc writes it: 100mbit."""
+        burst = "256kb" if rate.endswith("mbit") else "4mb"
+        self.inside(
+            "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", burst, "latency", "50ms"
+        )
+
+    def drop(self, percent: int) -> None:
+        """Packets, at random, on their way in; 0: none. (Not netem, which kernels of small machines lack.)"""
+        self.inside("nft", "flush", "ruleset")
+        if percent:
+            self.inside("nft", "add table ip lossy")
+            self.inside("nft", "add chain ip lossy in { type filter hook input priority 0 ; }")
+            self.inside("nft", f'add rule ip lossy in iifname "eth0" numgen random mod 100 < {percent} drop')
+
+    def unplug(self) -> None:
+        run("ip", "link", "set", self.link, "down")
+
+
+class Cluster:
+    """`with Cluster(folder, 2) as cluster:` makes the hosts and takes all of them down, whatever happens."""
+
+    def __init__(self, folder: Path, count: int):
+        number = next(NUMBERS)  # several may be there at once, also of several test processes
+        self.folder, self.tag = folder, f"nz{os.getpid() % 100000}{chr(97 + number % 26)}"
+        self.subnet = f"10.{64 + os.getpid() % 128}.{(os.getpid() // 128 * 26 + number) % 256}.{{}}"
+        self.hosts = [Host(number, self.tag, self.subnet) for number in range(1, count + 1)]
+        self.ssh = f"ssh -F {folder}/ssh_config"
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self.keys()
+            run("ip", "link", "add", self.tag, "type", "bridge")
+            run("ip", "addr", "add", f"{self.subnet.format(254)}/24", "dev", self.tag)
+            run("ip", "link", "set", self.tag, "up")
+            for host in self.hosts:
+                self.make(host)
+            for host in self.hosts:
+                self.wait_for(host)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def keys(self) -> None:
+        for name in ("host_key", "user_key"):
+            run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name)
+        key = (self.folder / "host_key.pub").read_text()
+        (self.folder / "known_hosts").write_text("".join(f"{h.name},{h.address} {key}" for h in self.hosts))
+        names = "".join(f"Host {h.name}\n  HostName {h.address}\n" for h in self.hosts)
+        own = f"UserKnownHostsFile {self.folder}/known_hosts\nIdentityFile {self.folder}/user_key\nIdentitiesOnly yes\n"
+        (self.folder / "ssh_config").write_text(f"{names}Host *\nUser root\nStrictHostKeyChecking yes\n{own}")
+        keys = f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/user_key.pub\n"
+        (self.folder / "sshd_config").write_text(f"{keys}StrictModes no\nUsePAM no\nPidFile none\nMaxStartups 100\n")
+        wrapper = self.folder / "bin" / "ssh"  # for programs that call ssh themselves
+        wrapper.parent.mkdir()
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/ssh_config "$@"\n')
+        wrapper.chmod(0o755)
+
+    def make(self, host: Host) -> None:
+        etc = Path("/etc/netns") / host.space  # ip netns exec puts these over /etc
+        etc.mkdir(parents=True)
+        (etc / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in self.hosts))
+        run("ip", "netns", "add", host.space)
+        run("ip", "link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.space)
+        run("ip", "link", "set", host.link, "master", self.tag, "up")
+        inside = ("ip", "-n", host.space)
+        run(*inside, "addr", "add", f"{host.address}/24", "dev", "eth0")
+        run(*inside, "link", "set", "eth0", "up")
+        run(*inside, "link", "set", "lo", "up")
+        Path("/run/sshd").mkdir(exist_ok=True)
+        listen = f"hostname {host.name} && exec {SSHD} -D -f {self.folder}/sshd_config -o ListenAddress={host.address}"
+        command = ["ip", "netns", "exec", host.space, "unshare", "--uts", "sh", "-c", listen]
+        log = (self.folder / f"{host.name}.sshd").open("w")
+        host.sshd = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def wait_for(self, host: Host) -> None:
+        for _ in range(100):
+            done = subprocess.run([*self.ssh.split(), host.name, "hostname"], capture_output=True, text=True)
+            if done.stdout.strip() == host.name:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{host.name} cannot be reached: {done.stderr}")
+
+    def hostfile(self, slots: int, by: str = "name") -> Path:
+        path = self.folder / "hostfile"
+        path.write_text("".join(f"{getattr(host, by)} slots={slots}\n" for host in self.hosts))
+        return path
+
+    def left(self) -> dict[str, list[int]]:
+        """What still runs, by host."""
+        return {host.name: host.pids() for host in self.hosts if host.pids()}
+
+    def __exit__(self, *_: object) -> None:
+        for host in self.hosts:
+            for pid in run("ip", "netns", "pids", host.space, check=False).split():
+                subprocess.run(["kill", "-9", pid], capture_output=True)
+            if host.sshd:
+                host.sshd.wait()
+            run("ip", "netns", "del", host.space, check=False)
+            run("ip", "link", "del", host.link, check=False)
+            shutil.rmtree(Path("/etc/netns") / host.space, ignore_errors=True)
+        run("ip", "link", "del", self.tag, check=False)

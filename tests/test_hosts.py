@@ -1,0 +1,174 @@
+"""Several hosts: the same losses as on one, and an end everywhere when one of them fails. Real sshd, real links."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import cluster
+from tests.cluster import Cluster
+from tests.running import ROOT, TINY, command, difference, losses, train, zero_json
+from training.checkpoint import Checkpoints
+from training.errors import HUNG, LOST, STOPPED
+
+SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 12, "eval_interval": 10}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "zero2": {"deepspeed_config": zero_json("zero2")},
+    "zero3": {"deepspeed_config": zero_json("zero3")},
+}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    cluster.require()
+    with Cluster(tmp_path_factory.mktemp("cluster"), 4) as made:
+        yield made
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two or three hosts to be broken."""
+    cluster.require()
+    (tmp_path / "cluster").mkdir()
+    with Cluster(tmp_path / "cluster", 3) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    train(folder, data, **SETTINGS)
+    return folder
+
+
+def launch(made: Cluster, folder: Path, data: Path, *options: str, slots: int = 2, hosts: int = 2, **settings):
+    """launch_hosts.py, running, with both of its streams as one."""
+    given = {**TINY, **SETTINGS, "dataset": data, "out_dir": folder, **settings}
+    script = "train_deepspeed.py" if "deepspeed_config" in settings else "train.py"
+    names = "@".join(host.name for host in made.hosts[:hosts])
+    head = [sys.executable, "launch_hosts.py", f"--hostfile={made.hostfile(slots)}", f"--ssh={made.ssh}"]
+    line = [*head, f"--include={names}", *options, *command(script, **given)[1:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
+    while not (folder / "metrics.jsonl").exists() or max(losses(folder), default=-1) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_hosts_train_as_one_process(hosts, tmp_path, data, alone, strategy):
+    process = launch(hosts, tmp_path, data, **STRATEGIES[strategy])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "4 ranks x 3 micro-steps" in output, output
+    assert difference(alone, tmp_path) <= 1e-5 and difference(alone, tmp_path, "grad_norm") <= 1e-5
+    assert Checkpoints(str(tmp_path)).newest()[1]["world_size"] == 4
+    assert not hosts.left()
+
+
+def test_four_hosts_with_a_rank_each(hosts, tmp_path, data, alone):
+    process = launch(hosts, tmp_path, data, slots=1, hosts=4, **STRATEGIES["zero2"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert difference(alone, tmp_path) <= 1e-5
+
+
+def test_a_launch_script_takes_a_hostfile_from_the_environment(hosts, tmp_path, data, alone):
+    given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path}
+    arguments = [f"--{name}={value}" for name, value in given.items()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HOSTFILE": str(hosts.hostfile(1))}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    line = ["./launch_deepspeed_zero2.sh", "--include=host1@host3", f"--ssh={hosts.ssh}", *arguments]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert difference(alone, tmp_path) <= 1e-5
+
+
+def test_deepspeeds_own_launcher_takes_a_hostfile(hosts, tmp_path, data, alone):
+    """With pdsh; the environment travels by the .deepspeed_env that launch_hosts.py writes."""
+    given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path, **STRATEGIES["zero2"]}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ENV_FILE": str(tmp_path / "env"), "PDSH_RCMD_TYPE": "ssh"}
+    env["PATH"] = f"{hosts.folder / 'bin'}:{Path(sys.executable).parent}:{env['PATH']}"
+    write = [sys.executable, "launch_hosts.py", f"--write_env={tmp_path / 'env'}"]
+    assert subprocess.run(write, cwd=ROOT, env=env).returncode == 0
+    line = ["deepspeed", f"--hostfile={hosts.hostfile(2)}", "--include=host1@host2"]
+    line += [f"--master_addr={hosts.hosts[0].address}", *command("train_deepspeed.py", **given)[1:]]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert difference(alone, tmp_path) <= 1e-5
+
+
+BREAKS = {
+    "a rank is killed": (128 + signal.SIGKILL, "launch.py: rank [23] ended with signal 9"),
+    "all of a host is killed": (128 + signal.SIGKILL, "host2: (ended with status|the connection was lost)"),
+    "a link goes down": (HUNG, "host2: the connection was lost|the network between them"),
+    "a process is stopped": (HUNG, "rank[s]? [23].* silent: stopped, or the machine"),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_what_breaks_on_a_host_ends_the_run_on_all(pair, tmp_path, data, strategy, what):
+    status, words = BREAKS[what]
+    folder, host = tmp_path / "out", pair.hosts[1]
+    settings = {"max_iters": 100_000, "eval_interval": 100_000, "hang_minutes": 0.1, **STRATEGIES[strategy]}
+    process = launch(pair, folder, data, **settings)
+    wait_for_step(folder, process, 4)
+    broken = time.monotonic()
+    if what == "a link goes down":
+        host.unplug()
+    elif what == "all of a host is killed":
+        host.kill(signal.SIGKILL)
+    else:
+        (pid, *_) = [p for p in host.pids() if "RANK=2\0" in Path(f"/proc/{p}/environ").read_text()]
+        os.kill(pid, signal.SIGKILL if what == "a rank is killed" else signal.SIGSTOP)
+    output, _ = process.communicate(timeout=90)
+    seconds = time.monotonic() - broken
+    while pair.left() and time.monotonic() - broken < 60:
+        time.sleep(0.5)
+    print(
+        f"{what}, {strategy}: ended after {seconds:.0f} s, all processes gone after {time.monotonic() - broken:.0f} s"
+    )
+    assert not pair.left() and seconds < 60, output
+    assert re.search(words, output) and "Traceback" not in output, output
+    assert process.returncode in (status, LOST), output
+
+
+def test_lost_packets_slow_a_run_down_and_change_nothing(pair, tmp_path, data, alone):
+    for host in pair.hosts[:2]:
+        host.drop(5)
+    process = launch(pair, tmp_path / "out", data, slots=1, max_iters=30)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert difference(alone, tmp_path / "out") <= 1e-5
+
+
+def test_a_lost_host_is_left_out_of_the_restart(pair, tmp_path, data, alone):
+    """3 hosts, then 2: the same global batch, the same losses."""
+    folder = tmp_path / "out"
+    process = launch(pair, folder, data, "--restarts=2", slots=1, hosts=3, resume="auto", hang_minutes=0.2)
+    wait_for_step(folder, process, 13)
+    pair.hosts[2].unplug()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "launch_hosts.py: restart 1 of 2, on host1, host2" in output
+    assert Checkpoints(str(folder)).newest()[1]["world_size"] == 2
+    assert len(losses(folder)) == 30 and difference(alone, folder) <= 1e-5
+
+
+def test_a_signal_stops_all_hosts_and_saves(hosts, tmp_path, data):
+    process = launch(hosts, tmp_path, data, max_iters=100_000, eval_interval=100_000)
+    wait_for_step(tmp_path, process, 4)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED and "stopped by SIGUSR1: saved at step" in output, output
+    assert not hosts.left()

@@ -1,0 +1,197 @@
+"""Hosts: read from a hostfile, looked at before a run, and each with a launch.py at the other end of an ssh."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+
+CONNECT = 10  # seconds
+LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+TRAVELS = (
+    *("PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CUDA_HOME", "CC", "CXX", "OMP_", "MKL_", "MALLOC_", "THP_"),
+    *("NCCL_", "GLOO_", "TORCH_", "WANDB_", "HF_", "TIKTOKEN_", "DS_"),
+)
+REASONS = {  # of ssh's -> the fix
+    "Permission denied": "no login without a password; run ssh-copy-id {0}",
+    "Connection refused": "nothing listens on its ssh port; start sshd there, or name the port: --ssh='ssh -p PORT'",
+    "Host key verification failed": "its host key is unknown or has changed; run ssh {0} once by hand",
+    "Could not resolve": "unknown name; write its address into the hostfile",
+    "timed out": "does not answer; is it up, and is the name right?",
+    "No route": "no route to it; is it up, and is the name right?",
+    "unreachable": "no route to it; is it up, and is the name right?",
+}
+OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT}", "-o", "ServerAliveInterval=5"]
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str
+    slots: tuple[int, ...]  # the GPUs to use, one rank each
+
+
+def read(path: str, include: str = "", exclude: str = "") -> list[Host]:
+    """The hosts of an ordinary DeepSpeed hostfile. Raises UserError with file and line."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such hostfile; write one line a host: NAME slots=RANKS")
+    hosts: dict[str, Host] = {}
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        line = text.split("#")[0].strip()
+        if not line:
+            continue
+        match = LINE.fullmatch(line)
+        if not match or not int(match[2]):
+            raise UserError(f"{path}:{number}: {line!r}: must be NAME slots=RANKS, RANKS 1 or more")
+        if match[1] in hosts:
+            raise UserError(f"{path}:{number}: {match[1]} is there twice; give it one line")
+        hosts[match[1]] = Host(match[1], tuple(range(int(match[2]))))
+    if not hosts:
+        raise UserError(f"{path}: is empty; write one line a host: NAME slots=RANKS")
+    if include:
+        hosts = {name: Host(name, slots or hosts[name].slots) for name, slots in choice(include, hosts).items()}
+    for name, slots in choice(exclude, hosts).items():
+        left = tuple(slot for slot in hosts[name].slots if slots and slot not in slots)
+        hosts[name] = Host(name, left)
+    found = [host for host in hosts.values() if host.slots]
+    if not found:
+        raise UserError(f"--exclude={exclude}: leaves no host of {path}")
+    return found
+
+
+def choice(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
+    """host1@host2:0,1 -> {host1: (), host2: (0, 1)}; () means all its slots."""
+    chosen = {}
+    for part in text.split("@") if text else []:
+        name, _, slots = part.partition(":")
+        if name not in hosts:
+            raise UserError(f"{name}: no such host in the hostfile; it has {', '.join(hosts)}")
+        numbers = tuple(int(slot) for slot in slots.split(",") if slot.isdecimal())
+        if wrong := [slot for slot in numbers if slot not in hosts[name].slots]:
+            raise UserError(f"{part}: {name} has no slot {wrong[0]}; it has {len(hosts[name].slots)}")
+        chosen[name] = numbers
+    return chosen
+
+
+def environment(here: Mapping[str, str]) -> dict[str, str]:
+    """What travels to the other hosts."""
+    return {name: value for name, value in here.items() if name.startswith(TRAVELS)}
+
+
+def write_environment(path: str, here: Mapping[str, str]) -> None:
+    """As DeepSpeed's launcher reads it: .deepspeed_env, one NAME=VALUE a line, no comment and no empty line."""
+    lines = [f"{name}={value}\n" for name, value in environment(here).items() if "\n" not in value]
+    file = Path(path)
+    file.touch(mode=0o600)  # it may hold WANDB_API_KEY
+    file.write_text("".join(lines))
+
+
+def remote(ssh: str, host: str, *arguments: str) -> list[str]:
+    """The command that runs this Python in this folder on a host."""
+    here = shlex.join(["cd", str(Path.cwd())]) + " && exec " + shlex.join([sys.executable, *arguments])
+    return [*shlex.split(ssh), *OPTIONS, host, here]
+
+
+def look(hosts: list[Host], ssh: str, port: int = 0) -> dict[str, dict[str, Any] | str]:
+    """What `python -m training.machine` says on each host; a text says why one cannot be used."""
+    found: dict[str, dict[str, Any] | str] = {}
+
+    def one(host: Host) -> None:
+        command = remote(ssh, host.name, "-m", "training.machine", str(port))
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            found[host.name] = "does not answer; is it up?"
+            return
+        found[host.name] = json.loads(done.stdout) if not done.returncode else reason(host.name, done)
+
+    threads = [threading.Thread(target=one, args=[host]) for host in hosts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def reason(name: str, done: subprocess.CompletedProcess) -> str:
+    lines = done.stderr.strip().splitlines() or [f"ssh ended with status {done.returncode}"]
+    for words, fix in REASONS.items():
+        if any(words in line for line in lines) and done.returncode == 255:
+            return fix.format(name)
+    if done.returncode in (1, 126, 127):
+        return f"{lines[-1]}; this code and this Python ({sys.executable}) must be at the same place on every host"
+    return lines[-1]
+
+
+def check(hosts: list[Host], found: Mapping[str, Any]) -> None:
+    """Raises UserError with every host that cannot be reached, or has other code, other packages or too few GPUs."""
+    problems = [f"{name}: {text}" for name, text in found.items() if isinstance(text, str)]
+    if not problems:
+        first = hosts[0].name
+        for host in hosts:
+            here = found[host.name]
+            for what in ("code", "python", "packages"):
+                if here[what] != found[first][what]:
+                    problems.append(f"{host.name}: {difference(what, found[first][what], here[what], first)}")
+            if host is hosts[0] and not here["port"]:
+                problems.append(f"{host.name}: --master_port is taken there; leave it out, and a free one is found")
+            if here["gpus"] and max(host.slots) >= here["gpus"]:
+                problems.append(f"{host.name}: slots={max(host.slots) + 1}, it has {here['gpus']} GPUs")
+    if problems:
+        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError("\n  ".join([f"{head} with the hosts", *problems]))
+
+
+def difference(what: str, theirs: Any, here: Any, first: str) -> str:
+    if isinstance(here, dict):
+        names = [n for n in sorted({*theirs, *here}) if theirs.get(n) != here.get(n)]
+        shown = ", ".join(f"{name} {here.get(name)} (not {theirs.get(name)})" for name in names)
+    else:
+        shown = f"{here} (not {theirs})"
+    return f"other {what} than {first}: {shown}; bring the same onto every host"
+
+
+def master(hosts: list[Host], found: Mapping[str, Any], wanted: str = "") -> str:
+    """The address at which the others reach the first host."""
+    name = wanted or hosts[0].name.split("@")[-1]
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:  # a name that only ssh knows
+        address = found[hosts[0].name]["addresses"][0]
+    if address.startswith("127.") and len(hosts) > 1:
+        raise UserError(f"{name} is {address}, which leads each host to itself; set --master_addr to its address")
+    return address
+
+
+class Node:
+    """launch.py on a host. What it prints is printed here."""
+
+    def __init__(self, host: Host, ssh: str, plan: Mapping[str, Any]):
+        self.host = host
+        command = remote(ssh, host.name, "launch.py", "--node")
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        assert self.process.stdin, "it was asked for"
+        self.pipe = self.process.stdin.fileno()
+        self.process.stdin.write(json.dumps(plan).encode() + b"\n")
+        self.process.stdin.flush()
+        os.set_blocking(self.pipe, False)
+
+    def say(self, byte: int) -> None:
+        """A signal's number, to be passed on; 0: only that we are still here."""
+        with contextlib.suppress(OSError):
+            os.write(self.pipe, bytes([byte]))
+
+    def drop(self) -> None:
+        """It ends its ranks when it hears that nobody is there."""
+        with contextlib.suppress(OSError):
+            if self.process.stdin:
+                self.process.stdin.close()
