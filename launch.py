@@ -57,7 +57,8 @@ def main(argv: list[str]) -> int:
         signal.signal(signum, lambda signum, _: signals.append(signum))
     if listens:
         threading.Thread(target=listen, args=[signals], daemon=True).start()
-    return watch(start(int(argv[0]), argv[1:], variables), signals)
+    first = int(str(variables.get("FIRST_RANK", 0)))
+    return watch(start(int(argv[0]), argv[1:], variables, first), signals, first)
 
 
 def several_machines(count: int, given: dict[str, str]) -> dict[str, object]:
@@ -87,10 +88,9 @@ def listen(signals: list[int]) -> None:
     signals.append(GONE)
 
 
-def start(count: int, command: list[str], variables: Mapping[str, object]) -> list[subprocess.Popen]:
-    """variables: of the process group; FIRST_RANK and WORLD_SIZE where this machine is one of several."""
+def start(count: int, command: list[str], variables: Mapping[str, object], first: int) -> list[subprocess.Popen]:
+    """variables: of the process group; first: the first rank's number where this machine is one of several."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    first = int(str(variables.get("FIRST_RANK", 0)))
     shared = {
         "WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
@@ -131,7 +131,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def watch(ranks: list[subprocess.Popen], signals: list[int]) -> int:
+def watch(ranks: list[subprocess.Popen], signals: list[int], first: int = 0) -> int:
     """Pass signals on until all ranks have ended. The first that fails ends the others and is the status."""
     stopped = terminate = kill = inf  # when
     failed = code = 0  # the first rank that failed, and its return code
@@ -166,7 +166,7 @@ def watch(ranks: list[subprocess.Popen], signals: list[int]) -> int:
     wanted = stopped < inf and -code in STOP
     if code and not (told_by_rank_0 or wanted or code in (STOPPED, LOST)):
         how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"status {code}"
-        say(f"rank {failed} ended with {how}")
+        say(f"rank {first + failed} ended with {how}")
     return code if code >= 0 else 128 - code
 
 

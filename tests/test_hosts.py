@@ -83,7 +83,7 @@ def test_four_hosts_with_a_rank_each(hosts, tmp_path, data, alone):
 
 
 def test_a_launch_script_takes_a_hostfile_from_the_environment(hosts, tmp_path, data, alone):
-    given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path}
+    given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path, "log_interval": 1}
     arguments = [f"--{name}={value}" for name, value in given.items()]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HOSTFILE": str(hosts.hostfile(1))}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"

@@ -37,9 +37,10 @@ class Watchdog:
         while True:
             time.sleep(LOOKS)
             if time.monotonic() - self.since > self.limit:
+                begun = time.time() - SPREAD
                 self.write()
                 time.sleep(SPREAD)
-                self.report()
+                self.report(begun)
                 os._exit(HUNG)
 
     def write(self) -> None:
@@ -53,26 +54,19 @@ class Watchdog:
     def path(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.txt"
 
-    def report(self) -> None:
-        """By the first rank that comes here; the others find the report written."""
-        try:
-            text = verdict([self.path(rank) for rank in range(self.ranks.world_size)], self.limit)
-            with (self.folder / "report.txt").open("x") as file:
-                file.write(text + "\n")
-        except FileExistsError:
-            return
-        print(f"error: {text}; all stacks: {self.folder}", file=sys.stderr, flush=True)
+    def report(self, begun: float) -> None:
+        """By the lowest of the ranks that still run."""
+        paths = {rank: self.path(rank) for rank in range(self.ranks.world_size)}
+        found = {
+            rank: path.read_text() for rank, path in paths.items() if path.exists() and path.stat().st_mtime > begun
+        }
+        if min(found) == self.ranks.rank:
+            text = verdict(found, [rank for rank in paths if rank not in found], self.limit)
+            print(f"error: {text}; all stacks: {self.folder}", file=sys.stderr, flush=True)
 
 
-def verdict(paths: list[Path], limit: float) -> str:
-    """Who is stuck, and where: a rank that is silent, else those that are behind, else all of them."""
-    found, silent = {}, []
-    for rank, path in enumerate(paths):
-        fresh = path.exists() and time.time() - path.stat().st_mtime < limit / 2 + 2 * SPREAD
-        if fresh:
-            found[rank] = path.read_text()
-        else:
-            silent.append(rank)
+def verdict(found: dict[int, str], silent: list[int], limit: float) -> str:
+    """Who is stuck, and where: ranks that left no stacks, else those that are behind, else all of them."""
     said = {rank: json.loads(text.splitlines()[0]) for rank, text in found.items()}
     last = max(about["beats"] for about in said.values())
     behind = [rank for rank, about in said.items() if about["beats"] < last]
