@@ -67,3 +67,8 @@ def bpe_files() -> None:
 @pytest.fixture
 def clone(tmp_path) -> Clone:
     return Clone(tmp_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_kill.py", "test_stopping.py", "test_hosts.py"))

@@ -182,8 +182,8 @@ def suggested(cfg: TrainConfig, model: GPTConfig, config: Json) -> Json:
 
 def adapt(config: Json, device: torch.device) -> None:
     """To the machine: a CPU has no second stream to reduce on; where no nvcc is, FusedAdam cannot be compiled."""
-    if device.type == "cpu" and "zero_optimization" in config:
-        config["zero_optimization"]["overlap_comm"] = False  # 0.90 -> 1.02 of DDP's speed for ZeRO-2
+    if device.type == "cpu" and (zero := config.get("zero_optimization", {})).get("overlap_comm") != "auto":
+        zero["overlap_comm"] = False  # 0.90 -> 1.02 of DDP's speed for ZeRO-2
     params, offloaded = config.get("optimizer", {}).get("params", {}), strategy_of(config)[5:]
     if "optimizer" in config and not offloaded and (device.type == "cpu" or cpp_extension.CUDA_HOME is None):
         params.setdefault("torch_adam", True)

@@ -5,6 +5,7 @@ DeepSpeed itself is passed in by train_deepspeed.py: nothing here imports it.
 
 import fcntl
 import functools
+import logging
 import shutil
 import sysconfig
 from pathlib import Path
@@ -23,6 +24,7 @@ PARTS = {"async_io": ["pin_memory"]}  # ops that another one compiles and loads 
 
 def load(deepspeed: ModuleType, config: dict[str, Any], ranks: Ranks) -> None:
     """On every rank; the first of each node compiles. Raises UserError with the fix where that does not work."""
+    logging.getLogger(cpp_extension.__name__).setLevel(logging.ERROR)  # a page on other compilers than g++
     ops = needed(config, ranks.device.type)
     if ops:  # the builders ask for the CPU's name and abilities five times over, a second each
         cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
@@ -41,13 +43,13 @@ def needed(config: dict[str, Any], device: str) -> dict[str, str]:
     zero = config.get("zero_optimization", {})
     offload = {what: dotted(zero, f"offload_{what}.device") for what in ("optimizer", "param")}
     ops = {}
+    if "nvme" in offload.values():
+        ops["async_io"] = "AsyncIOBuilder"  # first: what it lacks is seen before another is compiled
     if "optimizer" in config and not dotted(config, "optimizer.params.torch_adam"):
         if offload["optimizer"] in ("cpu", "nvme"):
             ops["cpu_adam"] = "CPUAdamBuilder"
         elif device == "cuda":
             ops["fused_adam"] = "FusedAdamBuilder"
-    if "nvme" in offload.values():
-        ops["async_io"] = "AsyncIOBuilder"
     return ops
 
 

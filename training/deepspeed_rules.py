@@ -125,7 +125,7 @@ def of_disk(name: str, path: str | None, needed: int) -> Iterator[str]:
     if not path or not Path(path).is_dir():
         yield f"{name} = {path!r}: no such folder; set --nvme_path to one on a local NVMe disk"
     elif (free := shutil.disk_usage(path).free) < needed:
-        yield f"{name} = {path!r}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; set --nvme_path elsewhere"
+        yield f"{name} = {path!r}: {gigabytes(free)} free, {gigabytes(needed)} needed; set --nvme_path elsewhere"
 
 
 def nested(config: Json, parse: type, path: str) -> None:
@@ -141,4 +141,8 @@ def nested(config: Json, parse: type, path: str) -> None:
             block = next(n for n, b in config.items() if isinstance(b, dict) and found["loc"][0] in b)
             place = ".".join([block, *map(str, found["loc"])])
             lines.append(f"{place} = {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}")
-        raise ConfigError("\n  ".join([f"{len(lines)} problems in {path}", *lines])) from None
+        raise ConfigError("\n  ".join([f"{len(lines)} problem{'s' * (len(lines) > 1)} in {path}", *lines])) from None
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e9:.4f} GB"
