@@ -87,7 +87,8 @@ def started_with(mark: str) -> list[str]:
 
 
 def rows(out_dir: Path, kind: str) -> list[dict]:
-    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    text = (out_dir / "metrics.jsonl").read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the run may be writing its next line
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 

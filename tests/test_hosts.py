@@ -115,8 +115,7 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("what", BREAKS)
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy, what", [*(("zero2", what) for what in BREAKS), ("ddp", "a process is stopped")])
 def test_what_breaks_on_a_host_ends_the_run_on_all(pair, tmp_path, data, strategy, what):
     status, words = BREAKS[what]
     folder, host = tmp_path / "out", pair.hosts[1]
