@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -104,3 +105,10 @@ def difference(one: Path, other: Path, what: str = "loss") -> float:
     a, b = losses(one, what), losses(other, what)
     assert a.keys() == b.keys(), f"other steps: {sorted(a.keys() ^ b.keys())}"
     return max(abs(a[step] - b[step]) for step in a)
+
+
+def wait_for_step(out_dir: Path, process: subprocess.Popen, step: int) -> None:
+    """Until a run has logged it; AssertionError with what the run said where it ends before."""
+    while not (out_dir / "metrics.jsonl").exists() or max(losses(out_dir), default=-1) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)

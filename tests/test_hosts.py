@@ -13,7 +13,7 @@ import pytest
 
 from tests import cluster
 from tests.cluster import Cluster
-from tests.running import ROOT, TINY, command, difference, losses, train, zero_json
+from tests.running import ROOT, TINY, command, difference, losses, train, wait_for_step, zero_json
 from training.checkpoint import Checkpoints
 from training.errors import HUNG, LOST, STOPPED
 
@@ -57,12 +57,6 @@ def launch(made: Cluster, folder: Path, data: Path, *options: str, slots: int = 
     line = [*head, f"--include={names}", *options, *command(script, **given)[1:]]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
-    while not (folder / "metrics.jsonl").exists() or max(losses(folder), default=-1) < step:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 
-from tests.running import ROOT, TINY, command, difference, losses, refused, rows, run, started_with, train, zero_json
+from tests.running import (
+    ROOT,
+    TINY,
+    command,
+    difference,
+    losses,
+    refused,
+    rows,
+    run,
+    started_with,
+    train,
+    wait_for_step,
+    zero_json,
+)
 from training.checkpoint import Checkpoints
 from training.errors import HUNG, STOPPED
 
@@ -28,12 +41,6 @@ def start(script: str, data: Path, folder: Path, mark: str = "", **settings) -> 
     return subprocess.Popen(
         command(script, ranks=2, **given), cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
     )
-
-
-def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
-    while not (folder / "metrics.jsonl").exists() or max(losses(folder), default=-1) < step:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
 
 
 @both_scripts

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from training.errors import ConfigError
+from training.errors import ConfigError, listed
 
 Problem = tuple[str, str]  # key, the rule it breaks and the fix
 T = TypeVar("T")
@@ -52,8 +52,7 @@ def parse(cls: type[T], argv: list[str], usage: str) -> T:
         if name not in bad:
             problems.append(f"{name} = {values[name]!r} ({origin.get(name, 'default')}): {rule}")
     if problems:
-        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError("\n  ".join([f"{head} in the settings", *problems]))
+        raise ConfigError(listed(problems, "in the settings"))
     return settings
 
 

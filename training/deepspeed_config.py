@@ -17,7 +17,7 @@ from model import GPTConfig
 from training.config import Problem, key
 from training.deepspeed_rules import check, dotted
 from training.distributed import Ranks
-from training.errors import ConfigError
+from training.errors import ConfigError, listed
 from training.train_config import TrainConfig
 
 Json = dict[str, Any]
@@ -118,8 +118,7 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     adapt(config, ranks.device)
     problems += check(config, cfg, model, ranks)
     if problems:
-        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError("\n  ".join([f"{head} in {cfg.deepspeed_config}", *problems]))
+        raise ConfigError(listed(problems, f"in {cfg.deepspeed_config}"))
     return config
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from model import GPTConfig
 from training.distributed import Ranks, local_world_size
-from training.errors import ConfigError
+from training.errors import ConfigError, listed
 from training.train_config import TrainConfig
 
 Json = dict[str, Any]
@@ -141,7 +141,7 @@ def nested(config: Json, parse: type, path: str) -> None:
             block = next(n for n, b in config.items() if isinstance(b, dict) and found["loc"][0] in b)
             place = ".".join([block, *map(str, found["loc"])])
             lines.append(f"{place} = {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}")
-        raise ConfigError("\n  ".join([f"{len(lines)} problem{'s' * (len(lines) > 1)} in {path}", *lines])) from None
+        raise ConfigError(listed(lines, f"in {path}")) from None
 
 
 def gigabytes(count: float) -> str:

@@ -8,6 +8,11 @@ HUNG = 76  # the watchdog ended it
 LOST = 77  # another rank went away: that one is the cause
 
 
+def listed(problems: list[str], where: str) -> str:
+    """The text of an error that names every problem, one a line; where: "in the settings"."""
+    return "\n  ".join([f"{len(problems)} problem{'s' * (len(problems) != 1)} {where}", *problems])
+
+
 class UserError(ValueError):
     """Ends the program with its text and status 2; raise it on every rank (see Ranks.together) or on none."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import UserError
+from training.errors import UserError, listed
 
 CONNECT = 10  # seconds
 LINE = re.compile(r"(\S+)\s+slots=(\d+)")
@@ -147,8 +147,7 @@ def check(hosts: list[Host], found: Mapping[str, Any]) -> None:
             if here["gpus"] and max(host.slots) >= here["gpus"]:
                 problems.append(f"{host.name}: slots={max(host.slots) + 1}, it has {here['gpus']} GPUs")
     if problems:
-        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError("\n  ".join([f"{head} with the hosts", *problems]))
+        raise UserError(listed(problems, "with the hosts"))
 
 
 def difference(what: str, theirs: Any, here: Any, first: str) -> str:

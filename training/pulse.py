@@ -119,13 +119,13 @@ class Numbers:
 
     def __init__(self, step: int, loss: Tensor, grad_norm: Tensor | None):
         self.step = step
-        numbers = torch.stack([loss.detach(), grad_norm if grad_norm is not None else torch.zeros_like(loss)])
-        self.host = numbers.to("cpu", torch.float64, non_blocking=True)
-        self.event = torch.cuda.Event() if numbers.is_cuda else None
+        numbers = [loss, torch.zeros(()) if grad_norm is None else grad_norm]  # an offloaded norm is on the CPU already
+        self.host = [number.detach().to("cpu", non_blocking=number.is_cuda) for number in numbers]
+        self.event = torch.cuda.Event() if loss.is_cuda else None
         if self.event:
             self.event.record()
 
     def read(self) -> list[float]:
         if self.event:
             self.event.synchronize()
-        return self.host.tolist()
+        return [number.item() for number in self.host]

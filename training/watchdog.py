@@ -24,12 +24,12 @@ class Watchdog:
     def __init__(self, cfg: TrainConfig, ranks: Ranks):
         self.ranks, self.limit = ranks, cfg.hang_minutes * 60
         self.folder = Path(cfg.out_dir) / "hang"
-        self.beats, self.doing, self.since = 0, "the first step", time.monotonic()
+        self.beats, self.doing, self.since = 0, "the start", time.monotonic()
         if self.limit and not cfg.eval_only:
             threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def beat(self, doing: str = "") -> None:
-        """Progress was made; doing: what comes next, in words."""
+        """Progress was made; doing: what was reached, in words."""
         self.beats += 1
         self.doing, self.since = doing or self.doing, time.monotonic()
 
