@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from training import ending
+from training.memory import model_state
 
 
 def live_tensors() -> list[Tensor]:
@@ -37,23 +37,6 @@ def buffers(optimizer: Any) -> list[Tensor]:
     """What DeepSpeed collects gradients in before it reduces them: reduce_bucket_size elements, twice if overlapped."""
     found = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
     return [t for buffer in found if buffer is not None for t in (buffer if isinstance(buffer, list) else [buffer])]
-
-
-def expected_bytes(strategy: str, ranks: int, parameters: int, dtype: torch.dtype, fp32_accumulation: bool) -> int:
-    """(2 + 2 + K) bytes a parameter, K = 12, less what the stage partitions (ZeRO, arXiv:1910.02054, section 3.1).
-
-    In fp32, and under autocast, weights and gradients have 4 bytes; the moments are 8, DeepSpeed's own copy of the
-    weights 4 more. Where gradients are accumulated in fp32, they have 4 bytes, which stage 1 keeps besides the 2.
-    """
-    stage = int(strategy[4]) if strategy.startswith("zero") else 0
-    half = dtype != torch.float32 and stage > 0
-    weights, gradients, states = (2, 2, 12) if half else (4, 4, 12 if stage else 8)
-    if half and fp32_accumulation:
-        gradients = 6 if stage == 1 else 4
-        if stage == 1:
-            return round(parameters * (weights + gradients + states / ranks))
-    parts = ((weights, 3), (gradients, 2), (states, 1))
-    return round(parameters * sum(size / (ranks if stage >= first else 1) for size, first in parts))
 
 
 def main() -> None:
@@ -92,9 +75,9 @@ def main() -> None:
         parameters = trainer.model.config.parameter_count()
         accumulation = getattr(trainer, "engine", None) and trainer.engine._config.grad_accum_dtype == "fp32"
         world_size = trainer.ranks.world_size
-        expected = expected_bytes(trainer.strategy, world_size, parameters, trainer.dtype, bool(accumulation))
+        expected = model_state(trainer.strategy, world_size, parameters, trainer.dtype, bool(accumulation)).total()
         found = {"model_state_bytes": max(seen)[0], "buffer_bytes": max(extra for _, extra in seen)}
-        Path(note).write_text(json.dumps({"parameters": parameters, **found, "expected_bytes": expected}))
+        Path(note).write_text(json.dumps({"parameters": parameters, **found, "expected_bytes": round(expected)}))
 
 
 if __name__ == "__main__":

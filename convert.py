@@ -16,7 +16,7 @@ from model import GPTConfig
 from training import ending
 from training.checkpoint import Checkpoints, damage
 from training.errors import CheckpointError, ConfigError
-from training.weights import TIED, trained_weights
+from training.saved_state import TIED, open_state
 
 
 def find(source: Path) -> tuple[Path, dict[str, Any]]:
@@ -54,7 +54,9 @@ def main() -> None:
     if args.target.exists() and not args.force:
         raise ConfigError(f"{args.target} exists; --force overwrites it")
     folder, about = find(args.source)
-    weights = {name: w.to(getattr(torch, args.dtype)).clone() for name, w in trained_weights(folder, about).items()}
+    weights = {
+        name: w.to(getattr(torch, args.dtype)).clone() for name, w in open_state(folder, about).weights().items()
+    }
     weights[TIED] = weights["transformer.wte.weight"].clone()  # tied here; other readers may not know
     write(weights, about, args.target)
     count = GPTConfig(**about["model"]).parameter_count()

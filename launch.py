@@ -49,8 +49,8 @@ def main(argv: list[str]) -> int:
         return say(f"{argv[1]}: no such script; it comes after the number of ranks")
     if options:
         several = dict(option[2:].split("=", 1) for option in options if "=" in option)
-        if several.keys() != {"nnodes", "node_rank", "master_addr", "master_port"}:
-            return say("over several machines it needs --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=29500")
+        if problem := wrong(several):
+            return say(f"{problem}; it needs --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=29500")
         variables = several_machines(int(argv[0]), several)
     signals: list[int] = []
     for signum in (*STOP, signal.SIGUSR1):
@@ -59,6 +59,15 @@ def main(argv: list[str]) -> int:
         threading.Thread(target=listen, args=[signals], daemon=True).start()
     first = int(str(variables.get("FIRST_RANK", 0)))
     return watch(start(int(argv[0]), argv[1:], variables, first), signals, first)
+
+
+def wrong(given: dict[str, str]) -> str:
+    if given.keys() != {"nnodes", "node_rank", "master_addr", "master_port"}:
+        return "over several machines"
+    for name, least in (("nnodes", 1), ("node_rank", 0), ("master_port", 1)):
+        if not given[name].isdecimal() or int(given[name]) < least:
+            return f"--{name}={given[name]}: must be a number from {least} on"
+    return "" if int(given["node_rank"]) < int(given["nnodes"]) else "--node_rank counts from 0 to nnodes - 1"
 
 
 def several_machines(count: int, given: dict[str, str]) -> dict[str, object]:

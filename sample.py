@@ -19,7 +19,7 @@ from training import checkpoint, distributed, ending, pretrained
 from training.checkpoint import Checkpoints
 from training.config import Problem, key, parse
 from training.errors import ConfigError
-from training.weights import trained_weights
+from training.saved_state import open_state
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
     if cfg.init_from == "resume":
         folder, about = Checkpoints(cfg.out_dir).newest()
         config, tokenizer = GPTConfig(**{**about["model"], "dropout": 0.0}), tokenizer_from(about["tokenizer"])
-        weights = trained_weights(folder, about)
+        weights = open_state(folder, about).weights()
     else:
         config, weights = pretrained.open_weights(cfg.init_from)
         tokenizer = tokenizer_from({"name": "gpt2"})

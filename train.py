@@ -17,13 +17,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPT
-from training import checkpoint, distributed, ending, loop, run_folder
+from training import checkpoint, distributed, ending, loop, memory, run_folder
 from training.batches import Batches
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, read_about
 from training.config import parse
 from training.distributed import Ranks, pick_dtype
 from training.optim import adamw, parameter_groups, set_learning_rate
 from training.origin import Origin, find_origin
+from training.saved_state import open_state
 from training.train_config import TrainConfig
 
 
@@ -93,10 +94,10 @@ class Trainer:
             checkpoint.write(folder / "optimizer.pt", state)
 
     def load(self, folder: Path) -> None:
-        checkpoint.fill(self.model, checkpoint.read(folder / "model.pt"))
-        state = checkpoint.read(folder / "optimizer.pt")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        """A checkpoint of any strategy."""
+        saved = open_state(folder, read_about(folder))
+        saved.into(self.model, self.optimizer)
+        self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.scaler})
 
 
 def main() -> None:
@@ -106,10 +107,11 @@ def main() -> None:
         with ranks.together():
             dtype = pick_dtype(cfg.dtype, ranks.device)
             batches = Batches(cfg, ranks)
-            origin = find_origin(cfg, checkpoints, batches.dataset, "ddp" if ranks.world_size > 1 else "single")
+            origin = find_origin(cfg, checkpoints, batches.dataset)
         run_folder.prepare(cfg, ranks, origin)
-        trainer = Trainer(cfg, ranks, batches, origin, dtype)
-        loop.train(cfg, ranks, batches, trainer, checkpoints, origin)
+        with memory.explained(cfg, ranks, origin.model, "ddp" if ranks.world_size > 1 else "single", dtype):
+            trainer = Trainer(cfg, ranks, batches, origin, dtype)
+            loop.train(cfg, ranks, batches, trainer, checkpoints, origin)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from model import GPT, initial_value
-from training import deepspeed_config, deepspeed_ops, deepspeed_rules, distributed, ending, loop, run_folder
+from training import deepspeed_config, deepspeed_ops, deepspeed_rules, distributed, ending, loop, memory, run_folder
 from training.batches import Batches
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, read_about
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, Json, strategy_of
-from training.deepspeed_files import DeepSpeedFiles, restore_swapped, sub_groups
+from training.deepspeed_files import DeepSpeedFiles
 from training.deepspeed_log import DeepSpeedLog
+from training.deepspeed_state import load_partition, sub_groups
 from training.distributed import Ranks, pick_dtype
 from training.optim import adamw, parameter_groups, set_learning_rate
 from training.origin import Origin, find_origin
@@ -46,7 +47,6 @@ class Trainer:
         with self.log.about("building the model"):
             self.build(origin, ds)
         self.log.describe(self.strategy, self.engine)
-        self.step = origin.step
         if origin.checkpoint:
             self.load(origin.checkpoint)
 
@@ -69,7 +69,6 @@ class Trainer:
             model=self.model, model_parameters=groups, optimizer=own, config=config
         )
         self.plain = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0: not wrapped
-        self.on_nvme = self.engine.zero_nvme_offload_optimizer()
         self.files = DeepSpeedFiles(self.engine)
         if self.cfg.compile:
             self.engine.compile()
@@ -78,9 +77,8 @@ class Trainer:
     def fill(self, origin: Origin) -> None:
         """One parameter after the other, so that no rank ever holds the whole of a partitioned model."""
         for name, parameter in self.model.named_parameters():
-            partitioned = hasattr(parameter, "ds_id")
             with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):  # nothing, if it is whole
-                if self.ranks.main or not partitioned:
+                if self.ranks.main or not hasattr(parameter, "ds_id"):  # whole
                     if origin.weights:
                         parameter.copy_(origin.weights[name])
                     else:
@@ -110,24 +108,26 @@ class Trainer:
                     grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
                 self.engine.step()  # clips and updates after the last micro-step, does nothing before
             mean_loss += loss.detach() / micro_steps
-        self.step = step + 1
         return mean_loss, grad_norm if self.plain else torch.as_tensor(self.engine.get_global_grad_norm()), lr
 
     def save(self, folder: Path) -> None:
         """Every rank writes its partition, in DeepSpeed's format."""
-        with self.log.about(f"saving step {self.step}"):
-            state = {"step": self.step, "sub_groups": sub_groups(self.optimizer) if self.on_nvme else None}
+        step = self.engine.global_steps
+        with self.log.about(f"saving step {step}"):
+            state = {"step": step, "sub_groups": sub_groups(self.engine)}
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
             if self.engine._config.comms_config.comms_logger_enabled:
                 self.deepspeed.comm.log_summary()
         self.files.check()
 
     def load(self, folder: Path) -> None:
+        """DeepSpeed loads what the same strategy wrote on as many ranks; from any other, each rank takes its part."""
+        about = read_about(folder)
         with self.log.about(f"loading {folder}"):
-            _, state = self.engine.load_checkpoint(folder.parent, tag=folder.name)
-            if self.on_nvme:
-                restore_swapped(self.optimizer, folder, self.ranks.rank, state["sub_groups"])
-        assert state["step"] == self.step, f"{folder} holds step {state['step']}"
+            if about.items() >= loop.layout(self, self.ranks).items() and not self.strategy.endswith("_nvme"):
+                self.engine.load_checkpoint(folder.parent, tag=folder.name)
+            else:
+                load_partition(self.engine, folder, about)
 
 
 def main() -> None:
@@ -138,11 +138,12 @@ def main() -> None:
         with ranks.together():
             dtype = pick_dtype(deepspeed_config.wanted_dtype(cfg, config), ranks.device)
             batches = Batches(cfg, ranks)
-            origin = find_origin(cfg, checkpoints, batches.dataset, strategy_of(config))
+            origin = find_origin(cfg, checkpoints, batches.dataset)
             config = deepspeed_config.resolve(cfg, ranks, origin.model, config, dtype)
         run_folder.prepare(cfg, ranks, origin, config)
-        trainer = Trainer(cfg, ranks, batches, origin, dtype, config)
-        loop.train(cfg, ranks, batches, trainer, checkpoints, origin)
+        with memory.explained(cfg, ranks, origin.model, strategy_of(config), dtype):
+            trainer = Trainer(cfg, ranks, batches, origin, dtype, config)
+            loop.train(cfg, ranks, batches, trainer, checkpoints, origin)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.running import ROOT, TINY, command, difference, losses, run, train, zero_json
 from training.checkpoint import Checkpoints
-from training.weights import trained_weights
+from training.saved_state import open_state
 
 STRATEGIES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"]
 # Clipping, warm-up and cosine, two groups of weight decay, a vocabulary that no number of ranks divides.
@@ -64,8 +64,8 @@ def test_every_strategy_trains_as_one_process(tmp_path, data, single, strategy, 
     assert f"{strategy}: " in output and "WARNING" not in output and "FutureWarning" not in output
     newest, about = Checkpoints(str(out)).newest()
     assert (about["strategy"], about["world_size"]) == (strategy, ranks)
-    ours = trained_weights(newest, about)
-    theirs = trained_weights(*Checkpoints(str(one)).newest())
+    ours = open_state(newest, about).weights()
+    theirs = open_state(*Checkpoints(str(one)).newest()).weights()
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)

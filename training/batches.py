@@ -6,6 +6,7 @@ never stopped. Evaluation has its own fixed batches and disturbs nothing.
 """
 
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -39,13 +40,22 @@ class Batches:
                 )
             self.check(split)
         self.step, self.starts = -1, np.empty(0)
+        self.seconds, self.reads = 0.0, 0
 
     def train(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """This rank's tokens and targets, each (batch_size, block_size) int64 on its device."""
+        since = time.perf_counter()
         if step != self.step:
             self.step = step
             self.starts = self.draw("training", step, self.cfg.gradient_accumulation_steps)
-        return self.read("train", self.starts[self.micro_batch(micro_step)])
+        batch = self.read("train", self.starts[self.micro_batch(micro_step)])
+        self.seconds, self.reads = self.seconds + time.perf_counter() - since, self.reads + 1
+        return batch
+
+    def mean_ms(self) -> float:
+        """Of the batches that `train` has read since the last call."""
+        seconds, reads, self.seconds, self.reads = self.seconds, self.reads, 0.0, 0
+        return seconds / max(reads, 1) * 1e3
 
     def evaluation(self, split: str, index: int) -> tuple[Tensor, Tensor]:
         """Batch number index of a split: the same at every evaluation, under every strategy."""

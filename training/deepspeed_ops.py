@@ -56,7 +56,7 @@ def needed(config: dict[str, Any], device: str) -> dict[str, str]:
 def build(op: str, builder: Any, announce: bool) -> None:
     folders = [Path(cpp_extension._get_build_directory(name, verbose=False)) for name in (op, *PARTS.get(op, ()))]
     if announce and not (folders[0] / f"{op}.so").exists():
-        print(f"compiling {op} of DeepSpeed, once, about 30 s", flush=True)
+        print(f"compiling {op} of DeepSpeed, once: half a minute, on few cores more", flush=True)
     with (folders[0].parent / "nanozero.lock").open("w") as ours:
         # torch's own lock is a file that a killed compilation leaves behind, and for which all later ones would wait
         # for ever. Ours ends with the process that holds it: who has it may remove that.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from data.errors import DataError
 from training.distributed import local_rank, rank, words, world_size
-from training.errors import LOST, STOPPED, NodeError, Stopped, UserError
+from training.errors import LOST, STOPPED, NodeError, RankError, Stopped, UserError
 
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "remote process")
 
@@ -24,7 +24,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         status = 0
     except UserError as error:  # every rank has it: from the settings, which all read, or from `together`
-        tells = local_rank() == 0 if isinstance(error, NodeError) else me == 0
+        tells = isinstance(error, RankError) or (local_rank() if isinstance(error, NodeError) else me) == 0
         message = words(error) if tells else None
     except (DataError, OSError) as error:  # this rank's own: the launcher ends the others
         message = words(error) if world_size() == 1 else f"rank {me}: {words(error)}"

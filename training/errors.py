@@ -29,5 +29,9 @@ class NodeError(UserError):
     """One that a node's ranks have for themselves: told by the first of each node."""
 
 
+class RankError(UserError):
+    """One that a single rank has: told by that rank, if there is a text; the launcher ends the others."""
+
+
 class Stopped(Exception):
     """The run was asked to stop, and did: raised on every rank at the same step, after the checkpoint was written."""

@@ -38,7 +38,7 @@ def train(
 
     A step's number is the number of updates made before it.
     """
-    metrics = Metrics(cfg, ranks, batches.tokens_per_step, origin, trainer.dtype)
+    metrics = Metrics(cfg, ranks, batches, origin, trainer.dtype)
     pulse = Pulse(cfg, ranks, checkpoints, trainer.dtype)
     about = describe(ranks, batches, trainer, origin)
     best, evaluated = origin.best_val_loss or math.inf, origin.evaluated
@@ -74,4 +74,10 @@ def describe(ranks: Ranks, batches: Batches, trainer: Trainer, origin: Origin) -
     """What a checkpoint is of."""
     about: dict[str, Any] = {"model": asdict(origin.model), "tokenizer": batches.dataset.tokenizer.describe()}
     about |= {"vocab_size": batches.dataset.vocab_size, "init_from": origin.init_from}
-    return about | {"strategy": trainer.strategy, "world_size": ranks.world_size}
+    return about | layout(trainer, ranks)
+
+
+def layout(trainer: Trainer, ranks: Ranks) -> dict[str, Any]:
+    """How the model state lies in the files."""
+    dtype = str(trainer.dtype).removeprefix("torch.")
+    return {"strategy": trainer.strategy, "world_size": ranks.world_size, "dtype": dtype}

@@ -13,21 +13,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from training.batches import Batches
 from training.checkpoint import write_text
 from training.devices import peak_flops, peak_memory_bytes
 from training.distributed import Ranks
 from training.figures import draw_loss
 from training.origin import Origin
+from training.stragglers import BY_RANK, Stragglers
 from training.train_config import TrainConfig
 
 WARM_UP_STEPS = 3  # a process' first steps compile, allocate and fill caches: they are not timed
 
 
 class Metrics:
-    def __init__(self, cfg: TrainConfig, ranks: Ranks, tokens_per_step: int, origin: Origin, dtype: torch.dtype):
-        self.ranks, self.tokens_per_step = ranks, tokens_per_step
+    def __init__(self, cfg: TrainConfig, ranks: Ranks, batches: Batches, origin: Origin, dtype: torch.dtype):
+        self.ranks, self.tokens_per_step = ranks, batches.tokens_per_step
+        self.stragglers = Stragglers(ranks, batches, dtype)
         peak = peak_flops(ranks.device, dtype)
-        self.flops_per_step = origin.model.flops_per_token() * tokens_per_step
+        self.flops_per_step = origin.model.flops_per_token() * self.tokens_per_step
         self.peak = peak and peak * ranks.world_size
         self.path = Path(cfg.out_dir) / "metrics.jsonl"
         self.steps = self.timed_steps = 0
@@ -102,6 +105,11 @@ class Metrics:
                 self.bar.set_postfix_str(text)
             else:
                 self.say(f"step {step}: {text}")
+        if by_rank := self.stragglers.look():
+            self.write({"kind": "ranks", "step": step, **by_rank})
+            for line in self.stragglers.slow():
+                self.say(f"step {step}: {line}")
+            self.lap()
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
         self.write({"kind": "eval", "step": step, **losses})
@@ -119,7 +127,9 @@ class Metrics:
             file.write(json.dumps(row) + "\n")
         if self.wandb:
             names = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's panels
-            self.wandb.log({names.get(k, k): v for k, v in row.items() if k not in ("kind", "step")}, step=row["step"])
+            shown = {names.get(k, k): v for k, v in row.items() if k not in ("kind", "step", *BY_RANK)}
+            by_rank = {f"{k}/rank {rank}": v for k in BY_RANK for rank, v in enumerate(row.get(k, ()))}
+            self.wandb.log({**shown, **by_rank}, step=row["step"])
 
     def close(self) -> None:
         """Finish the displays and draw loss.png; main rank."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from training.checkpoint import Checkpoints, read_about
 from training.errors import CheckpointError
 from training.train_config import TrainConfig
 
-WHOLE = ("single", "ddp")
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
@@ -28,7 +26,7 @@ class Origin:
     evaluated: bool = False  # at that step, before it was saved
 
 
-def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset, strategy: str) -> Origin:
+def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) -> Origin:
     """Raises CheckpointError, ConfigError or UserError where cfg.init_from leads nowhere."""
     whole = checkpoints.whole() if cfg.resume == "auto" else []
     if cfg.init_from == "scratch" and not whole:
@@ -37,7 +35,6 @@ def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset, st
         model, weights = pretrained.start_from(cfg, dataset.vocab_size)
         return Origin(model, cfg.init_from, weights)
     folder, about = (whole[-1], read_about(whole[-1])) if whole else checkpoints.newest()
-    check_strategy(folder, about, strategy, checkpoints.ranks.world_size)
     saved, here = about["tokenizer"], dataset.tokenizer.describe()
     if saved != here:
         raise CheckpointError(
@@ -54,17 +51,4 @@ def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset, st
     model = replace(model, dropout=cfg.dropout, activation_checkpointing=cfg.activation_checkpointing)
     return Origin(
         model, about["init_from"], None, folder, about["step"], about["best_val_loss"], about.get("evaluated", True)
-    )
-
-
-def check_strategy(folder: Path, about: dict[str, Any], strategy: str, world_size: int) -> None:
-    """train.py's checkpoints hold the whole model state; a ZeRO checkpoint consists of the partitions of its ranks."""
-    saved, ranks = about["strategy"], about["world_size"]
-    whole = not saved.startswith("zero")
-    if (whole and strategy in WHOLE) or (saved == strategy and ranks == world_size):
-        return
-    works = "train.py, on any number of ranks" if whole else f"./launch_deepspeed_{saved}.sh {ranks}"
-    raise CheckpointError(
-        f"{folder} was written by {saved} on {ranks} rank{'s' * (ranks > 1)}, this run is {strategy} on {world_size}; "
-        f"resume it with {works}"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from training import memory
 from training.checkpoint import write_text
 from training.distributed import Ranks
 from training.origin import Origin
@@ -29,6 +30,7 @@ CONTENTS = (
     "loss.png",
     "checkpoints",
     "hang",
+    memory.NOTE,
     "wandb",
     "wandb_id",
 )
@@ -47,6 +49,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks, origin: Origin, deepspeed: dict[str,
             folder.mkdir(parents=True, exist_ok=True)
             if not origin.checkpoint:
                 move_aside(folder)
+            (folder / memory.NOTE).unlink(missing_ok=True)
             write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
             write_text(folder / "environment.json", json.dumps(environment(ranks), indent=1))
             if deepspeed:

@@ -1,0 +1,45 @@
+"""A run that goes on under another strategy, on another number of ranks: the loss curve does not show it."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.running import difference, losses, train, zero_json
+from tests.test_zero_runs import variant
+from training.checkpoint import Checkpoints, read_about
+
+SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 4, "lr_decay_iters": 30, "log_interval": 1}
+# 30 steps in 10 parts: (strategy, ranks), each from what the one before it has written
+CHAIN = [
+    *[("single", 0), ("zero1", 2), ("zero2", 4), ("zero3", 2), ("zero3_offload", 2), ("zero3", 0)],
+    *[("ddp", 2), ("zero3_nvme", 2), ("zero2_offload", 2), ("zero0", 2)],
+]
+
+
+def part(folder: Path, data: Path, strategy: str, ranks: int, until: int, **settings) -> str:
+    given = {**SETTINGS, "max_iters": until, "resume": "auto", **settings}
+    if strategy.startswith("zero"):
+        path = Path(zero_json(strategy))
+        if strategy.startswith("zero3"):  # several sub-groups, as a large model has
+            zero = {**config_of(strategy), "sub_group_size": 8000}
+            path = variant(folder.parent, strategy, zero_optimization=zero)
+        given["deepspeed_config"] = path
+        given |= {"nvme_path": folder.parent} if "nvme" in strategy else {}
+    return train(folder, data, ranks=ranks, **given)
+
+
+def config_of(strategy: str) -> dict[str, Any]:
+    from training.deepspeed_config import read
+
+    return read(zero_json(strategy))["zero_optimization"]
+
+
+def test_a_run_goes_through_all_strategies_and_back(tmp_path, data):
+    whole, folder = tmp_path / "whole", tmp_path / "chain"
+    train(whole, data, **SETTINGS)
+    for number, (strategy, ranks) in enumerate(CHAIN, 1):
+        output = part(folder, data, strategy, ranks, until=3 * number)
+        assert number == 1 or f"resuming {folder}/checkpoints/step_{3 * number - 3:06d}" in output
+        about = read_about(Checkpoints(str(folder)).newest()[0])
+        assert (about["strategy"], about["world_size"]) == (strategy, ranks or 1)
+    assert len(losses(folder)) == 30
+    assert difference(whole, folder) <= 1e-5 and difference(whole, folder, "grad_norm") <= 1e-5

@@ -1,0 +1,100 @@
+"""A checkpoint's model state, put into a DeepSpeed engine: of any strategy, and of any number of ranks.
+
+DeepSpeed's own load_checkpoint takes only what the same ZeRO stage wrote on as many ranks. Its universal checkpoints,
+which are for the rest, need a pass over the whole state with its own tool, and in version 0.19.8 lose weight decay and
+step counts under ZeRO-3; what its NVMe offload saves, it does not restore. Here each rank fills its own partition.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.errors import CheckpointError
+from training.saved_state import KINDS, MOMENTS, WEIGHT, SavedState, fresh_state, open_state
+
+Place = tuple[str, int, int, int]  # a parameter; its element that the piece begins with; where in the flat; how many
+
+
+def load_partition(engine: Any, folder: Path, about: dict[str, Any]) -> None:
+    """engine: fresh from deepspeed.initialize. about: the checkpoint.json of the folder. Every rank calls it."""
+    saved, optimizer = open_state(folder, about), engine.optimizer
+    if lacking := [name for name in saved.shapes if (name, MOMENTS[0]) not in saved.pieces]:
+        raise CheckpointError(f"{folder} lacks AdamW's moments of {lacking[0]}; take another checkpoint")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        saved.into(engine.module, optimizer)
+    elif engine.zero_optimization_partition_weights():
+        fill_sub_groups(engine.module, optimizer, saved)
+    else:
+        fill_groups(engine.module, optimizer, saved)
+    if "scale" in saved.scaler and hasattr(getattr(optimizer, "loss_scaler", None), "cur_scale"):
+        optimizer.loss_scaler.cur_scale = saved.scaler["scale"]
+    engine.global_steps = about["step"]
+    engine.global_samples = about["step"] * engine.train_batch_size()
+    engine.micro_steps = about["step"] * engine.gradient_accumulation_steps()
+    if engine.lr_scheduler:
+        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration + int(saved.step))
+
+
+def fill_groups(model: Any, optimizer: Any, saved: SavedState) -> None:
+    """Stages 1 and 2: a flat part of each group of parameters."""
+    inner = optimizer.optimizer
+    places: dict[int, list[Place]] = {}
+    for name, parameter in model.named_parameters():
+        if piece := parameter._hp_mapping:  # of it, this rank has some
+            here, there = piece.hp_fragment_address, piece.lp_fragment_address
+            places.setdefault(piece.param_group_index, []).append((name, there.start, here.start, there.numel))
+    for number, group in enumerate(inner.param_groups):
+        (flat,) = group["params"]
+        state = inner.state[flat] = fresh_state(inner, flat, saved.step)
+        copy(saved, places.get(number, []), flat, state)
+    optimizer.update_lp_params()
+
+
+def fill_sub_groups(model: Any, optimizer: Any, saved: SavedState) -> None:
+    """Stage 3: the rank's pieces of some parameters, brought to memory, filled, swapped out again."""
+    inner, names = optimizer.optimizer, {parameter: name for name, parameter in model.named_parameters()}
+    optimizer.checkpoint_event_prologue()  # partitions what small parameters are kept whole; the epilogue gathers them
+    for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        swapped = optimizer._swappable_optimizer_subgroup(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        state = inner.state[flat] = fresh_state(inner, flat, saved.step)
+        copy(saved, list(cuts(optimizer.fp16_groups[number], names, engine_rank(optimizer))), flat, state)
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
+    optimizer.checkpoint_event_epilogue()
+
+
+def cuts(parameters: list[Any], names: dict[Any, str], rank: int) -> Iterator[Place]:
+    """A piece a rank, all of the same size, the last one padded."""
+    at = 0
+    for parameter in parameters:
+        size = parameter.partition_numel()
+        first = min(rank * size, parameter.ds_numel)
+        yield names[parameter], first, at, min(size, parameter.ds_numel - first)
+        at += size
+
+
+def engine_rank(optimizer: Any) -> int:
+    return torch.distributed.get_rank(optimizer.dp_process_group)
+
+
+@torch.no_grad()
+def copy(saved: SavedState, places: list[Place], flat: Tensor, state: dict[str, Tensor]) -> None:
+    for name, first, at, numel in places:
+        if numel:
+            for kind in KINDS:
+                target = flat if kind == WEIGHT else state[kind]
+                target[at : at + numel].copy_(saved.part(name, kind, first, numel))
+
+
+def sub_groups(engine: Any) -> list[tuple[str, int]]:
+    """Of an optimizer on NVMe: (name of its swap files, elements on this rank) of what it takes at a time."""
+    if not engine.zero_nvme_offload_optimizer():
+        return []
+    names = [flat.ds_id for flat in engine.optimizer.fp32_partitioned_groups_flat]
+    return list(zip(names, engine.optimizer.fp16_partitioned_groups_flat_numel, strict=True))
