@@ -107,6 +107,7 @@ def start(count: int, command: list[str], variables: Mapping[str, object], first
         "LOCAL_WORLD_SIZE": count,
         "LOCAL_SIZE": count,  # DeepSpeed's word for it
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, cores // count)),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # warns of hosts without reverse DNS
         **variables,
     }
     ranks = []

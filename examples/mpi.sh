@@ -11,5 +11,6 @@ cd "$(dirname "$0")/.."
 nodes=${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:?"start this by mpirun"}}
 node=${OMPI_COMM_WORLD_RANK:-$PMI_RANK}
 first=${1:?"write: examples/mpi.sh FIRST_NODE RANKS_A_NODE SCRIPT [ARGUMENTS]"}
+unset OMPI_COMM_WORLD_LOCAL_RANK # of this script, 0: DeepSpeed would take it for each rank's own
 exec python launch.py --nnodes="$nodes" --node_rank="$node" \
     --master_addr="$first" --master_port="${MASTER_PORT:-29500}" "${@:2}"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,19 @@ def test_deepspeeds_own_launcher_takes_a_hostfile(hosts, tmp_path, data, alone):
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert difference(alone, tmp_path) <= 1e-5
+
+
+def test_mpis_launcher_starts_a_launcher_on_every_node(hosts, tmp_path, data, alone):
+    if not shutil.which("mpiexec") and "REQUIRE_HOSTS" not in os.environ:
+        pytest.skip("MPICH's mpiexec is missing")
+    given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path, **STRATEGIES["zero2"]}
+    line = ["mpiexec", "-launcher", "ssh", "-launcher-exec", hosts.folder / "bin" / "ssh", "-ppn", "1", "-n", "2"]
+    line += ["-hosts", "host1,host2", "-localhost", hosts.subnet.format(254), "examples/mpi.sh", "host1", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    line += command("train_deepspeed.py", **given)[1:]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert difference(alone, tmp_path) <= 1e-5 and not hosts.left()
 
 
 BREAKS = {
