@@ -17,21 +17,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training import ending
+from training import ending, hostfile
 from training.errors import UserError
 
 PLAIN = ("single", "ddp")
 
 
-def launch(strategy: str, ranks: int, out_dir: Path, arguments: list[str], last: str = "", before: tuple = ()) -> float:
+def launch(
+    strategy: str, launcher: list[str], out_dir: Path, arguments: list[str], last: str = "", before: tuple = ()
+) -> float:
     """Run it, to its end or to a line that begins with `last`; the seconds from its start to its first step's end."""
     script = ["train.py"]
     if strategy not in PLAIN:
         script = ["train_deepspeed.py", f"--deepspeed_config=deepspeed_configs/{strategy}_config.json"]
     if strategy in PLAIN:  # which do not know DeepSpeed's keys
         arguments = [argument for argument in arguments if not argument.startswith("--nvme_path")]
-    n = "1" if strategy == "single" else str(ranks)
-    command = [sys.executable, "launch.py", n, *before, *script, *arguments, f"--out_dir={out_dir}"]
+    launcher = ["launch.py", "1"] if strategy == "single" else launcher
+    command = [sys.executable, *launcher, *before, *script, *arguments, f"--out_dir={out_dir}"]
     started, first, said = time.perf_counter(), 0.0, []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout or ():
@@ -61,6 +63,10 @@ def measure(args: argparse.Namespace, arguments: list[str], folder: Path) -> lis
         "--eval_interval=1000000",
         "--eval_iters=2",
     ]
+    launcher = ["launch.py", str(args.ranks)]
+    if args.hostfile:
+        launcher = ["launch_hosts.py", f"--hostfile={args.hostfile}", f"--ssh={args.ssh}"]
+        args.ranks = sum(len(host.slots) for host in hostfile.read(args.hostfile))
     runs: dict[str, list[list[dict[str, Any]]]] = {s: [] for s in args.strategies}
     starts: dict[str, list[float]] = {s: [] for s in args.strategies}
     for number in range(args.rounds):
@@ -68,7 +74,7 @@ def measure(args: argparse.Namespace, arguments: list[str], folder: Path) -> lis
             out_dir = folder / f"{strategy}-{number}"
             print(f"round {number + 1} of {args.rounds}: {strategy}", flush=True)
             last = f"step {args.steps - 1}: loss"
-            starts[strategy].append(launch(strategy, args.ranks, out_dir, [*arguments, *steps], last))
+            starts[strategy].append(launch(strategy, launcher, out_dir, [*arguments, *steps], last))
             runs[strategy].append(metrics(out_dir))
     base = runs[args.strategies[0]][0]
     rows = []
@@ -88,7 +94,7 @@ def measure(args: argparse.Namespace, arguments: list[str], folder: Path) -> lis
         if args.memory:
             note = folder / f"{strategy}.json"
             before = ("census.py", str(note))
-            launch(strategy, args.ranks, folder / "census", arguments, before=before)
+            launch(strategy, launcher, folder / "census", arguments, before=before)
             row |= json.loads(note.read_text())
             row["measured_to_expected"] = round(row["model_state_bytes"] / row["expected_bytes"], 3)
     return rows
@@ -131,6 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategies", required=True, type=lambda text: text.split(","), help="single, ddp, zero0 ...")
     parser.add_argument("--ranks", type=int, default=2, help="of each, but for single")
+    parser.add_argument("--hostfile", help="instead of --ranks: on these hosts, which share this folder")
+    parser.add_argument("--ssh", default="ssh", help="with its options, for --hostfile")
     parser.add_argument("--steps", type=int, default=30, help="of each run; the first three are not timed")
     parser.add_argument("--rounds", type=int, default=1, help="how often the strategies take turns")
     parser.add_argument("--memory", action="store_true", help="measure the model state as well")
@@ -141,7 +149,7 @@ def main() -> None:
         raise UserError(f"steps = {args.steps}: must be 5 or more, as the first three are not timed")
     if unknown:
         raise UserError(f"strategies: {', '.join(unknown)}: unknown; take single, ddp or a name of deepspeed_configs/")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=Path.cwd() if args.hostfile else None) as folder:  # hosts share this one
         rows = measure(args, arguments, Path(folder))
         environment = json.loads((Path(folder) / f"{args.strategies[0]}-0" / "environment.json").read_text())
     print("\n" + table(rows))

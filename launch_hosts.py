@@ -13,9 +13,10 @@ import signal
 import sys
 import time
 
-from training import ending, hosts
+from training import ending, hostfile, hosts
 from training.errors import LOST, STOPPED, UserError
-from training.hosts import Host, Node
+from training.hostfile import Host
+from training.hosts import Node
 
 WORD = 1.0  # seconds between two words to each host
 GRACE = 12.0  # seconds that the others get to end by themselves after the first has failed
@@ -43,7 +44,7 @@ def main() -> None:
     signals: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, lambda signum, _: signals.append(signum))
-    wanted = hosts.read(args.hostfile, args.include, args.exclude)
+    wanted = hostfile.read(args.hostfile, args.include, args.exclude)
     found = hosts.look(wanted, args.ssh, args.master_port)
     hosts.check(wanted, found)
     for again in range(args.restarts + 1):
@@ -64,14 +65,7 @@ def run(wanted: list[Host], found: dict, args: argparse.Namespace, signals: list
     """One start on all hosts, until the last has ended; the status of the one that failed first."""
     address = hosts.master(wanted, found, args.master_addr)
     port = args.master_port or found[wanted[0].name]["port"]
-    world, first, nodes = sum(len(host.slots) for host in wanted), 0, []
-    for host in wanted:
-        variables = {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": world, "FIRST_RANK": first}
-        if found[host.name]["gpus"]:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
-        plan = {"environment": hosts.environment(os.environ), "variables": variables}
-        nodes.append(Node(host, args.ssh, {**plan, "command": [str(len(host.slots)), *args.command]}))
-        first += len(host.slots)
+    nodes = hosts.start(wanted, found, args.ssh, (address, port), os.environ, args.command)
     return watch(nodes, signals)
 
 

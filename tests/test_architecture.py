@@ -20,6 +20,7 @@ OUTSIDE = (
     "data",
     "launch.py",
     "launch_hosts.py",
+    "doctor.py",
 )  # data/ and the launcher know nothing of ranks, or make them
 LIMITS = {"train.py": 150, "train_deepspeed.py": 150, "training/loop.py": 90, "model.py": 300}
 BASE = {"config", "train_config", "distributed", "errors"}  # of training/: they import none of the rest of it

@@ -13,7 +13,7 @@ from tests.cluster import Cluster
 from tests.running import ROOT, TINY, message
 from training import hosts
 from training.errors import UserError
-from training.hosts import Host
+from training.hostfile import Host
 
 HOSTFILES = {
     "": "is empty; write one line a host: NAME slots=RANKS",

@@ -67,7 +67,7 @@ def test_command(line, data, tmp_path, trained):
         words = [word for word in words if not word.startswith(("--write", "--rounds", "--ranks", "--nvme_path"))]
         words = [re.sub("^--steps=.*", "--steps=5", re.sub("^(--strategies=[^,]*,).*", r"\1zero3", w)) for w in words]
         arguments = [python, *words, *tiny]
-    elif script == "train.py":
+    elif script in ("train.py", "doctor.py"):
         arguments = [python, *shrunk(words, data, tmp_path / "out", trained)]
     elif script in ("sample.py", "plot.py"):
         words = [word for word in words if not word.startswith(("--init_from", "--out_dir", "out-"))]

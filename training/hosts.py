@@ -1,23 +1,21 @@
-"""Hosts: read from a hostfile, looked at before a run, and each with a launch.py at the other end of an ssh."""
+"""Hosts: reached by ssh, looked at before a run, and each with a launch.py at the other end."""
 
 import contextlib
 import json
 import os
-import re
 import shlex
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from training.errors import UserError, listed
+from training.hostfile import Host
 
 CONNECT = 10  # seconds
-LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 TRAVELS = (
     *("PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CUDA_HOME", "CC", "CXX", "OMP_", "MKL_", "MALLOC_", "THP_"),
     *("NCCL_", "GLOO_", "TORCH_", "WANDB_", "HF_", "TIKTOKEN_", "DS_"),
@@ -34,54 +32,6 @@ REASONS = {  # of ssh's -> the fix
 OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT}", "-o", "ServerAliveInterval=5"]
 
 
-@dataclass(frozen=True)
-class Host:
-    name: str
-    slots: tuple[int, ...]  # the GPUs to use, one rank each
-
-
-def read(path: str, include: str = "", exclude: str = "") -> list[Host]:
-    """The hosts of an ordinary DeepSpeed hostfile. Raises UserError with file and line."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such hostfile; write one line a host: NAME slots=RANKS")
-    hosts: dict[str, Host] = {}
-    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
-        line = text.split("#")[0].strip()
-        if not line:
-            continue
-        match = LINE.fullmatch(line)
-        if not match or not int(match[2]):
-            raise UserError(f"{path}:{number}: {line!r}: must be NAME slots=RANKS, RANKS 1 or more")
-        if match[1] in hosts:
-            raise UserError(f"{path}:{number}: {match[1]} is there twice; give it one line")
-        hosts[match[1]] = Host(match[1], tuple(range(int(match[2]))))
-    if not hosts:
-        raise UserError(f"{path}: is empty; write one line a host: NAME slots=RANKS")
-    if include:
-        hosts = {name: Host(name, slots or hosts[name].slots) for name, slots in choice(include, hosts).items()}
-    for name, slots in choice(exclude, hosts).items():
-        left = tuple(slot for slot in hosts[name].slots if slots and slot not in slots)
-        hosts[name] = Host(name, left)
-    found = [host for host in hosts.values() if host.slots]
-    if not found:
-        raise UserError(f"--exclude={exclude}: leaves no host of {path}")
-    return found
-
-
-def choice(text: str, hosts: Mapping[str, Host]) -> dict[str, tuple[int, ...]]:
-    """host1@host2:0,1 -> {host1: (), host2: (0, 1)}; () means all its slots."""
-    chosen = {}
-    for part in text.split("@") if text else []:
-        name, _, slots = part.partition(":")
-        if name not in hosts:
-            raise UserError(f"{name}: no such host in the hostfile; it has {', '.join(hosts)}")
-        numbers = tuple(int(slot) for slot in slots.split(",") if slot.isdecimal())
-        if wrong := [slot for slot in numbers if slot not in hosts[name].slots]:
-            raise UserError(f"{part}: {name} has no slot {wrong[0]}; it has {len(hosts[name].slots)}")
-        chosen[name] = numbers
-    return chosen
-
-
 def environment(here: Mapping[str, str]) -> dict[str, str]:
     """What travels to the other hosts."""
     return {name: value for name, value in here.items() if name.startswith(TRAVELS)}
@@ -96,7 +46,9 @@ def write_environment(path: str, here: Mapping[str, str]) -> None:
 
 
 def remote(ssh: str, host: str, *arguments: str) -> list[str]:
-    """The command that runs this Python in this folder on a host."""
+    """The command that runs this Python in this folder on a host; without ssh, here."""
+    if not ssh:
+        return [sys.executable, *arguments]
     here = shlex.join(["cd", str(Path.cwd())]) + " && exec " + shlex.join([sys.executable, *arguments])
     return [*shlex.split(ssh), *OPTIONS, host, here]
 
@@ -172,12 +124,14 @@ def master(hosts: list[Host], found: Mapping[str, Any], wanted: str = "") -> str
 
 
 class Node:
-    """launch.py on a host. What it prints is printed here."""
+    """launch.py on a host. What it prints is printed here, or goes to the file `output`."""
 
-    def __init__(self, host: Host, ssh: str, plan: Mapping[str, Any]):
+    def __init__(self, host: Host, ssh: str, plan: Mapping[str, Any], output: IO[bytes] | None = None):
         self.host = host
         command = remote(ssh, host.name, "launch.py", "--node")
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+        )
         assert self.process.stdin, "it was asked for"
         self.pipe = self.process.stdin.fileno()
         self.process.stdin.write(json.dumps(plan).encode() + b"\n")
@@ -194,3 +148,24 @@ class Node:
         with contextlib.suppress(OSError):
             if self.process.stdin:
                 self.process.stdin.close()
+
+
+def start(
+    hosts: list[Host],
+    found: Mapping[str, Any],
+    ssh: str,
+    where: tuple[str, int],
+    here: Mapping[str, str],
+    command: list[str],
+    output: IO[bytes] | None = None,
+) -> list[Node]:
+    """The command on each host, a rank for each of its slots; where: address and port of the first."""
+    world, first, nodes = sum(len(host.slots) for host in hosts), 0, []
+    for host in hosts:
+        variables = {"MASTER_ADDR": where[0], "MASTER_PORT": where[1], "WORLD_SIZE": world, "FIRST_RANK": first}
+        if found[host.name]["gpus"] and ssh:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
+        plan = {"environment": environment(here), "variables": variables}
+        nodes.append(Node(host, ssh, {**plan, "command": [str(len(host.slots)), *command]}, output))
+        first += len(host.slots)
+    return nodes

@@ -53,7 +53,7 @@ def said(*command: str) -> str:
     """What a program prints; nothing where it is missing or fails."""
     if not shutil.which(command[0]):
         return ""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     return done.stdout if not done.returncode else ""
 
 
