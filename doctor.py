@@ -50,14 +50,15 @@ def main() -> None:
     config = deepspeed_config.read(cfg.deepspeed_config)
     need = needs.of(cfg, config, ranks, len(wanted), known=bool(rest))
     ssh, address = (args.ssh, args.master_addr) if args.hostfile else ("", "localhost")
+    travels = hosts.environment(os.environ)
     about = {"out_dir": cfg.out_dir, "dataset": str(DATA / cfg.dataset), "nvme": need.nvme, "port": args.master_port}
     say(f"looking at {len(wanted)} hosts" if args.hostfile else "looking at this machine")
-    found = interview.examine(wanted, ssh, {**about, "environment": hosts.environment(os.environ)})
+    found = interview.examine(wanted, ssh, {**about, "environment": travels})
     findings = list(report.judge(wanted, found, need, ssh))
     here = [host for host in wanted if not isinstance(found[host.name], str)]
     if here:
         command = ["all_reduce.py", f"--device={cfg.device}", f"--backend={cfg.backend}"]
-        network = links.Network(found, ssh, address, os.environ, command, args.patience)
+        network = links.Network(found, ssh, address, travels, command, args.patience)
         findings += links.findings(network.measure(here, say), need)
     say("")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

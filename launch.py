@@ -119,15 +119,17 @@ def start(count: int, command: list[str], variables: Mapping[str, object], first
                 env={**os.environ, **own},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches a rank once, from here; its children can be found
-                preexec_fn=end_with_launcher if sys.platform == "linux" else None,
+                preexec_fn=before_start,
             )
         )
     return ranks
 
 
-def end_with_launcher() -> None:
-    """Even kill -9 of the launcher leaves no rank behind that holds a GPU."""
-    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def before_start() -> None:
+    """Even kill -9 of the launcher leaves no rank behind that holds a GPU; SIGUSR1 waits for training/pulse.py."""
+    if sys.platform == "linux":
+        LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 def free_port() -> int:
@@ -176,6 +178,7 @@ def watch(ranks: list[subprocess.Popen], signals: list[int], first: int = 0) -> 
     wanted = stopped < inf and -code in STOP
     if code and not (told_by_rank_0 or wanted or code in (STOPPED, LOST)):
         how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"status {code}"
+        how += ": killed by hand, or for memory (see dmesg)" * (code == -signal.SIGKILL)
         say(f"rank {first + failed} ended with {how}")
     return code if code >= 0 else 128 - code
 

@@ -44,11 +44,11 @@ def main() -> None:
     signals: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, lambda signum, _: signals.append(signum))
-    wanted = hostfile.read(args.hostfile, args.include, args.exclude)
+    wanted, travels = hostfile.read(args.hostfile, args.include, args.exclude), hosts.environment(os.environ)
     found = hosts.look(wanted, args.ssh, args.master_port)
     hosts.check(wanted, found)
     for again in range(args.restarts + 1):
-        status = run(wanted, found, args, signals)
+        status = run(wanted, found, args, travels, signals)
         if status in FINAL or signals or again == args.restarts:
             sys.exit(status)
         found = hosts.look(wanted, args.ssh)
@@ -61,11 +61,11 @@ def main() -> None:
         print(f"launch_hosts.py: restart {again + 1} of {args.restarts}, on {names}", flush=True)
 
 
-def run(wanted: list[Host], found: dict, args: argparse.Namespace, signals: list[int]) -> int:
+def run(wanted: list[Host], found: dict, args: argparse.Namespace, travels: dict[str, str], signals: list[int]) -> int:
     """One start on all hosts, until the last has ended; the status of the one that failed first."""
     address = hosts.master(wanted, found, args.master_addr)
     port = args.master_port or found[wanted[0].name]["port"]
-    nodes = hosts.start(wanted, found, args.ssh, (address, port), os.environ, args.command)
+    nodes = hosts.start(wanted, found, args.ssh, (address, port), travels, args.command)
     return watch(nodes, signals)
 
 

@@ -51,6 +51,15 @@ def test_no_hostfile_and_hosts_that_it_does_not_have(tmp_path):
     assert "leaves no host" in message(start(f"--hostfile={tmp_path}/hostfile", "--exclude=host1"))
 
 
+@pytest.mark.parametrize("line", ["", "# NCCL", "export NCCL_DEBUG=INFO", "NCCL_DEBUG"])
+def test_an_environment_file_that_deepspeed_would_die_of(tmp_path, line):
+    path = tmp_path / "env"
+    path.write_text(f"NCCL_DEBUG=INFO\n{line}\n")
+    (tmp_path / "hostfile").write_text("host1 slots=1\n")
+    told = message(start(f"--hostfile={tmp_path}/hostfile", env={"DS_ENV_FILE": str(path)}))
+    assert told == f"{path}:2: {line!r}: must be NAME=VALUE, and no comment or empty line"
+
+
 def test_hosts_out_of_reach_are_named_with_the_reason(made, tmp_path):
     (tmp_path / "hostfile").write_text(f"host1 slots=2\n{made.subnet.format(254)} slots=2\nnobody.invalid slots=2\n")
     told = message(start(f"--hostfile={tmp_path}/hostfile", f"--ssh={made.ssh}"))

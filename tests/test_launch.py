@@ -91,7 +91,11 @@ def test_a_users_error_is_told_once_and_keeps_its_status(launch):
     [
         ("raise RuntimeError('broken')", 1, "RuntimeError: broken\nlaunch.py: rank 1 ended with status 1\n"),
         ("os._exit(7)", 7, "launch.py: rank 1 ended with status 7\n"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "launch.py: rank 1 ended with signal 9 (SIGKILL)\n"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            137,
+            "launch.py: rank 1 ended with signal 9 (SIGKILL): killed by hand, or for memory (see dmesg)\n",
+        ),
     ],
 )
 def test_a_rank_that_dies_ends_the_others(launch, tmp_path, end, status, words):

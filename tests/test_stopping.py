@@ -72,6 +72,17 @@ def test_a_run_stopped_again_and_again_loses_no_step_and_no_bit(tmp_path, data, 
     assert max(abs(evaluated[0][step] - loss) for step, loss in evaluated[1].items()) <= 1e-6
 
 
+@both_scripts
+def test_a_scheduler_may_ask_for_a_stop_while_the_run_starts(tmp_path, data, script):
+    mark = f"start-{tmp_path}"
+    process = start(script, data, tmp_path, mark, max_iters=100_000)
+    while len(started_with(mark)) < 3:  # the launcher and 2 ranks, long before these listen
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED and "stopped by SIGUSR1: nothing to save" in output, output
+
+
 def test_a_stop_in_the_first_evaluation_has_nothing_to_save(tmp_path, data):
     process = start("train.py", data, tmp_path / "out", eval_iters=100_000)
     while not (tmp_path / "out" / "environment.json").exists():

@@ -33,8 +33,16 @@ OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT}", "-o", "Serv
 
 
 def environment(here: Mapping[str, str]) -> dict[str, str]:
-    """What travels to the other hosts."""
-    return {name: value for name, value in here.items() if name.startswith(TRAVELS)}
+    """What travels to the other hosts; .deepspeed_env adds to it, as with DeepSpeed's own launcher."""
+    found = {name: value for name, value in here.items() if name.startswith(TRAVELS)}
+    for folder in (Path.home(), Path()):
+        path = folder / here.get("DS_ENV_FILE", ".deepspeed_env")
+        for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), 1):
+            name, equals, value = line.partition("=")
+            if not equals or not name.isidentifier():
+                raise UserError(f"{path}:{number}: {line!r}: must be NAME=VALUE, and no comment or empty line")
+            found[name] = value
+    return found
 
 
 def write_environment(path: str, here: Mapping[str, str]) -> None:
@@ -155,17 +163,17 @@ def start(
     found: Mapping[str, Any],
     ssh: str,
     where: tuple[str, int],
-    here: Mapping[str, str],
+    travels: Mapping[str, str],
     command: list[str],
     output: IO[bytes] | None = None,
 ) -> list[Node]:
-    """The command on each host, a rank for each of its slots; where: address and port of the first."""
+    """The command on each host, a rank for each of its slots; where: the first's address and port."""
     world, first, nodes = sum(len(host.slots) for host in hosts), 0, []
     for host in hosts:
         variables = {"MASTER_ADDR": where[0], "MASTER_PORT": where[1], "WORLD_SIZE": world, "FIRST_RANK": first}
         if found[host.name]["gpus"] and ssh:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
-        plan = {"environment": environment(here), "variables": variables}
+        plan = {"environment": travels, "variables": variables}
         nodes.append(Node(host, ssh, {**plan, "command": [str(len(host.slots)), *command]}, output))
         first += len(host.slots)
     return nodes

@@ -41,6 +41,7 @@ class Pulse:
         self.watchdog = Watchdog(cfg, ranks)
         for signum in SIGNALS:
             signal.signal(signum, self.note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launch.py lets SIGUSR1 wait while a run starts
 
     def note(self, signum: int, _: FrameType | None) -> None:
         now = time.monotonic()
