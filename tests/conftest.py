@@ -69,6 +69,22 @@ def clone(tmp_path) -> Clone:
     return Clone(tmp_path)
 
 
+LONG = [
+    "zero",
+    "hosts",
+    "stopping",
+    "readme",
+    "zero_runs",
+    "deepspeed_errors",
+    "doctor",
+    "crossing",
+    "kill",
+    "launch",
+    "runs",
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first, so that no worker is left with one at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_kill.py", "test_stopping.py", "test_hosts.py"))
+    """The files that take longest first, so that no worker is left with one at the end."""
+    order = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

@@ -122,9 +122,7 @@ def test_planted_faults_are_all_named_and_the_others_go_on(made, tmp_path, data)
 def test_ranks_that_hang_are_given_up(tmp_path):
     (tmp_path / "hang.py").write_text(f"import time\nopen({str(tmp_path / 'begun')!r}, 'w')\ntime.sleep(1000)\n")
     begun, here = time.monotonic(), Named("this machine", (0, 1))
-    network = Network(
-        {here.name: {"gpus": 0, "port": 0}}, "", "localhost", dict(os.environ), [f"{tmp_path}/hang.py"], 2
-    )
+    network = Network({here.name: {"gpus": 0, "port": 0}}, "", "localhost", {}, [f"{tmp_path}/hang.py"], 2)
     (link,) = network.measure([here], print)
     assert link.problem == "no all-reduce within 2 s"
     assert (tmp_path / "begun").exists() and time.monotonic() - begun < 10

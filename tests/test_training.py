@@ -14,6 +14,7 @@ from tests.running import TINY, run
 from train import Trainer
 from training import run_folder
 from training.batches import Batches
+from training.checkpoint import Checkpoints, damage
 from training.config import parse
 from training.distributed import ALONE, Ranks
 from training.evaluation import evaluate
@@ -168,6 +169,7 @@ def test_the_scaler_of_fp16_is_in_the_checkpoint(data, tmp_path):
     for step in range(3):
         first.train_step(step)
     first.save(tmp_path)
+    (tmp_path / "checkpoint.json").write_text('{"strategy": "single"}')
     second = Trainer(cfg, ALONE, first.batches, Origin(cfg.model_config(257), checkpoint=tmp_path), torch.float16)
     assert second.scaler.state_dict() == first.scaler.state_dict()
     assert second.scaler.get_scale() == 1024.0 and second.scaler.state_dict()["_growth_tracker"] == 3
@@ -183,3 +185,16 @@ def test_a_run_that_is_moved_aside_is_moved_whole(tmp_path):
     (previous,) = (tmp_path / "previous").iterdir()
     assert {path.name for path in previous.iterdir()} == set(run_folder.CONTENTS)
     assert {path.name for path in tmp_path.iterdir()} == {"previous", "notes.txt"}
+
+
+def test_what_a_killed_save_left_is_no_part_of_the_next(tmp_path):
+    """It was killed between its last file and the name that makes it count."""
+    left = tmp_path / "checkpoints" / "unfinished_step_000003"
+    left.mkdir(parents=True)
+    for name in ("checkpoint.json", "of_a_rank_that_is_no_more.pt"):
+        (left / name).write_text("{}")
+    checkpoints = Checkpoints(str(tmp_path))
+    with checkpoints.writing({"step": 3}, best=True) as folder:
+        (folder / "model.pt").write_text("weights")
+    path, about = checkpoints.newest()
+    assert damage(path) is None and list(about["files"]) == ["model.pt"]

@@ -50,18 +50,39 @@ def settings_of(strategy: str, folder: Path) -> dict[str, Any]:
     return {"deepspeed_config": path, "nvme_path": disk, **SETTINGS, **WIDER}
 
 
-@pytest.mark.parametrize(
-    "strategy, ranks, accumulation",
-    [*((name, 2, 8) for name in STRATEGIES), *((name, 4, 8) for name in ("zero1", "zero2", "zero3")), ("zero2", 2, 2)],
-)
-def test_every_strategy_trains_as_one_process(tmp_path, data, single, strategy, ranks, accumulation):
-    common = {"gradient_accumulation_steps": accumulation, **(WIDER if strategy == "zero3_nvme" else {})}
-    out, one = tmp_path / "out", single(**common)
-    output = train(out, data, ranks=ranks, **{**settings_of(strategy, tmp_path), **common})
-    assert strategy != "zero3_nvme" or list((tmp_path / "disk").rglob("exp_avg-*.swp")), "nothing went to the disk"
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory, data):
+    """zero(strategy): (run folder, settings, output) of 40 steps on 2 ranks."""
+    done: dict[str, tuple[Path, dict[str, Any], str]] = {}
+
+    def trained(strategy: str) -> tuple[Path, dict[str, Any], str]:
+        if strategy not in done:
+            folder = tmp_path_factory.mktemp(strategy)
+            settings = {**settings_of(strategy, folder), "gradient_accumulation_steps": 8}
+            done[strategy] = folder / "out", settings, train(folder / "out", data, ranks=2, **settings)
+        return done[strategy]
+
+    return trained
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains_as_one_process(single, zero, strategy):
+    out, settings, output = zero(strategy)
+    assert strategy != "zero3_nvme" or list(settings["nvme_path"].rglob("exp_avg-*.swp")), "nothing went to the disk"
+    assert f"{strategy}: " in output and "WARNING" not in output and "FutureWarning" not in output
+    compare(out, single(gradient_accumulation_steps=8, **(WIDER if strategy == "zero3_nvme" else {})), strategy, 2)
+
+
+@pytest.mark.parametrize("strategy, ranks, accumulation", [("zero2", 4, 8), ("zero3", 4, 8), ("zero1", 2, 2)])
+def test_other_ranks_and_accumulation_train_as_one_process(tmp_path, data, single, strategy, ranks, accumulation):
+    settings = {**settings_of(strategy, tmp_path), "gradient_accumulation_steps": accumulation}
+    train(tmp_path / "out", data, ranks=ranks, **settings)
+    compare(tmp_path / "out", single(gradient_accumulation_steps=accumulation), strategy, ranks)
+
+
+def compare(out: Path, one: Path, strategy: str, ranks: int) -> None:
     assert difference(one, out) <= 1e-5 and difference(one, out, "grad_norm") <= 1e-5
     assert losses(one)[39] < losses(one)[0] - 0.5, "it learns nothing: this shows nothing"
-    assert f"{strategy}: " in output and "WARNING" not in output and "FutureWarning" not in output
     newest, about = Checkpoints(str(out)).newest()
     assert (about["strategy"], about["world_size"]) == (strategy, ranks)
     ours = open_state(newest, about).weights()
@@ -72,11 +93,8 @@ def test_every_strategy_trains_as_one_process(tmp_path, data, single, strategy, 
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data, strategy):
-    settings = settings_of(strategy, tmp_path)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings["gradient_accumulation_steps"] = 4
-    train(whole, data, ranks=2, **settings)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data, zero, strategy):
+    (whole, settings, _), killed = zero(strategy), tmp_path / "killed"
     tiny = {**TINY, **settings, "dataset": data, "out_dir": killed}
     process = subprocess.Popen(command("train_deepspeed.py", ranks=2, **tiny), cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (killed / "metrics.jsonl").exists() or len(losses(killed)) < 22:
@@ -136,14 +154,12 @@ def test_weights_are_read_as_deepspeed_reads_them(tmp_path, data):
         assert run("convert.py", str(out), str(file)).returncode == 2, "it was overwritten"
 
 
-def test_sampling_reads_every_strategy(tmp_path, data, single):
+def test_sampling_reads_every_strategy(single, zero):
     texts = set()
-    folders = [single(gradient_accumulation_steps=8)]
-    for strategy in ("zero0", "zero2", "zero3"):
-        out = tmp_path / strategy
-        train(out, data, ranks=2, deepspeed_config=zero_json(strategy), gradient_accumulation_steps=8, **SETTINGS)
-        folders.append(out)
-    for folder in folders:
+    for folder in (
+        single(gradient_accumulation_steps=8),
+        *(zero(strategy)[0] for strategy in ("zero0", "zero2", "zero3")),
+    ):
         done = run("sample.py", out_dir=folder, num_samples=1, max_new_tokens=20, temperature=0, start="the ")
         assert done.returncode == 0, done.stderr
         texts.add(done.stdout)

@@ -36,6 +36,9 @@ class Checkpoints:
         name = f"step_{about['step']:06d}"
         unfinished = self.folder / f"unfinished_{name}"
         try:
+            with self.ranks.together():  # or what a killed run has left there would be taken for a part of this one
+                if self.ranks.local_rank == 0:
+                    shutil.rmtree(unfinished, ignore_errors=True)
             with self.ranks.together():
                 unfinished.mkdir(parents=True, exist_ok=True)
             with self.ranks.together():
