@@ -12,8 +12,8 @@ from tests.cluster import Cluster
 from tests.running import ROOT
 
 RATES = ("10gbit", "1gbit", "100mbit")
-MODEL = ["--n_layer=4", "--n_head=4", "--n_embd=256", "--block_size=128", "--batch_size=4", "--max_iters=1000"]
-SETTINGS = ["config/train_debug.py", *MODEL, "--gradient_accumulation_steps=2"]
+MODEL = ["--n_layer=4", "--n_head=4", "--n_embd=256", "--block_size=128", "--batch_size=4"]
+SETTINGS = ["config/train_debug.py", *MODEL, "--gradient_accumulation_steps=2", "--learning_rate=1e-3", "--min_lr=1e-4"]
 
 
 def main(target: Path) -> None:
@@ -22,7 +22,7 @@ def main(target: Path) -> None:
             for host in cluster.hosts:
                 host.limit(rate)
             line = [sys.executable, "benchmark.py", f"--hostfile={cluster.hostfile(1)}", f"--ssh={cluster.ssh}"]
-            line += ["--strategies=ddp,zero1,zero2,zero3", "--rounds=3", "--steps=12", f"--write={target / rate}"]
+            line += ["--strategies=ddp,zero1,zero2,zero3", "--rounds=2", "--steps=10", f"--write={target / rate}"]
             subprocess.run([*line, *SETTINGS], cwd=ROOT, check=True)
 
 
