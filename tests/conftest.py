@@ -9,6 +9,7 @@ import pytest
 
 from data.tokenizer import ByteTokenizer
 from data.writer import Writer
+from tests import cluster
 from tests.clone import Clone
 from tests.running import ROOT
 
@@ -67,6 +68,15 @@ def bpe_files() -> None:
 @pytest.fixture
 def clone(tmp_path) -> Clone:
     return Clone(tmp_path)
+
+
+@pytest.fixture
+def trio(tmp_path):
+    """Three hosts, to be broken."""
+    cluster.require()
+    (tmp_path / "cluster").mkdir()
+    with cluster.Cluster(tmp_path / "cluster", 3) as made:
+        yield made
 
 
 LONG = [

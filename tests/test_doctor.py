@@ -23,14 +23,6 @@ SETTINGS: dict[str, Any] = {**TINY, "gradient_accumulation_steps": 8}
 NVME: dict[str, Any] = {"deepspeed_config": zero_json("zero3_nvme")}
 
 
-@pytest.fixture
-def made(tmp_path):
-    cluster.require()
-    (tmp_path / "cluster").mkdir()
-    with Cluster(tmp_path / "cluster", 3) as made:
-        yield made
-
-
 def start(*arguments: str, env: dict[str, str] | None = None, **settings: Any) -> subprocess.Popen:
     given = {**SETTINGS, **settings} if settings else {}
     line = [sys.executable, "doctor.py", *arguments, *(f"--{name}={value}" for name, value in given.items())]
@@ -46,8 +38,8 @@ def doctor(*arguments: str, env: dict[str, str] | None = None, **settings: Any) 
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def over(made: Cluster) -> list[str]:
-    return [f"--hostfile={made.hostfile(2)}", f"--ssh={made.ssh}"]
+def over(trio: Cluster) -> list[str]:
+    return [f"--hostfile={trio.hostfile(2)}", f"--ssh={trio.ssh}"]
 
 
 def plant(host: Host, *command: object) -> None:
@@ -91,8 +83,8 @@ def test_a_wrong_option_is_told_as_by_the_train_scripts():
     assert "unknown key; did you mean batch_size?" in message(doctor("--batchsize=8"))
 
 
-def test_planted_faults_are_all_named_and_the_others_go_on(made, tmp_path, data):
-    one, two, three = made.hosts
+def test_planted_faults_are_all_named_and_the_others_go_on(trio, tmp_path, data):
+    one, two, three = trio.hosts
     for name in ("out", "nvme"):
         (tmp_path / name).mkdir()
     (tmp_path / "plot.py").write_text((ROOT / "plot.py").read_text() + "# changed\n")
@@ -102,8 +94,8 @@ def test_planted_faults_are_all_named_and_the_others_go_on(made, tmp_path, data)
     plant(three, "mount", "-t", "tmpfs", "none", tmp_path / "out")
     plant(three, "mount", "-t", "tmpfs", "-o", "ro", "none", tmp_path / "nvme")
     cluster.run("prlimit", f"--pid={sshd(one)}", "--nofile=300:300")
-    away, options = made.subnet.format(200), over(made)
-    (made.folder / "hostfile").open("a").write(f"{away} slots=2\n")
+    away, options = trio.subnet.format(200), over(trio)
+    (trio.folder / "hostfile").open("a").write(f"{away} slots=2\n")
     env, settings = (
         {"GLOO_SOCKET_IFNAME": "eth7"},
         {"dataset": data, "out_dir": tmp_path / "out", "nvme_path": tmp_path / "nvme", **NVME},
@@ -116,7 +108,7 @@ def test_planted_faults_are_all_named_and_the_others_go_on(made, tmp_path, data)
         *(("out_dir, shared", "host3"), ("NVMe", "host3")),
         *(("all-reduce", "host1 - host2"), ("all-reduce", "host2 - host3")),
     }
-    assert not made.left() and not list((tmp_path / "out").iterdir())
+    assert not trio.left() and not list((tmp_path / "out").iterdir())
 
 
 def test_ranks_that_hang_are_given_up(tmp_path):
@@ -129,10 +121,10 @@ def test_ranks_that_hang_are_given_up(tmp_path):
     assert not cluster.run("pgrep", "-f", tmp_path / "hang.py", check=False)
 
 
-def test_bandwidths_are_those_that_the_links_are_limited_to(made, tmp_path, data):
-    for host, rate in zip(made.hosts, ("100mbit", "1gbit", "1gbit"), strict=True):
+def test_bandwidths_are_those_that_the_links_are_limited_to(trio, tmp_path, data):
+    for host, rate in zip(trio.hosts, ("100mbit", "1gbit", "1gbit"), strict=True):
         host.limit(rate)
-    done = doctor(*over(made), "--json", dataset=data, out_dir=tmp_path)
+    done = doctor(*over(trio), "--json", dataset=data, out_dir=tmp_path)
     found = {f["host"]: f for f in json.loads(done.stdout)["findings"] if f["check"] == "all-reduce"}
     print({host: f["value"].split(";")[0] for host, f in found.items()})
     assert done.returncode == 1 and not found["host1 - host2"]["ok"], "a tenth of the other is too slow"
@@ -142,16 +134,16 @@ def test_bandwidths_are_those_that_the_links_are_limited_to(made, tmp_path, data
 
 
 @pytest.mark.parametrize("moment", ["training.doctor.interview", "all_reduce.py"])
-def test_ctrl_c_leaves_nothing_anywhere(made, tmp_path, data, moment):
+def test_ctrl_c_leaves_nothing_anywhere(trio, tmp_path, data, moment):
     (tmp_path / "out").mkdir()
-    process = start(*over(made), dataset=data, out_dir=tmp_path / "out")
-    while not any(moment in cluster.run("ps", "-o", "args=", *host.pids(), check=False) for host in made.hosts):
+    process = start(*over(trio), dataset=data, out_dir=tmp_path / "out")
+    while not any(moment in cluster.run("ps", "-o", "args=", *host.pids(), check=False) for host in trio.hosts):
         assert process.poll() is None, "it ended before"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == -signal.SIGINT and "Traceback" not in errors, errors
-    assert not made.left() and not list((tmp_path / "out").iterdir())
+    assert not trio.left() and not list((tmp_path / "out").iterdir())
 
 
 # What cannot be planted here: GPUs, clocks that differ, other versions.

@@ -33,15 +33,6 @@ def hosts(tmp_path_factory):
         yield made
 
 
-@pytest.fixture
-def pair(tmp_path):
-    """Two or three hosts to be broken."""
-    cluster.require()
-    (tmp_path / "cluster").mkdir()
-    with Cluster(tmp_path / "cluster", 3) as made:
-        yield made
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, data) -> Path:
     folder = tmp_path_factory.mktemp("alone")
@@ -124,11 +115,11 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("strategy, what", [*(("zero2", what) for what in BREAKS), ("ddp", "a process is stopped")])
-def test_what_breaks_on_a_host_ends_the_run_on_all(pair, tmp_path, data, strategy, what):
+def test_what_breaks_on_a_host_ends_the_run_on_all(trio, tmp_path, data, strategy, what):
     status, words = BREAKS[what]
-    folder, host = tmp_path / "out", pair.hosts[1]
+    folder, host = tmp_path / "out", trio.hosts[1]
     settings = {"max_iters": 100_000, "eval_interval": 100_000, "hang_minutes": 0.1, **STRATEGIES[strategy]}
-    process = launch(pair, folder, data, **settings)
+    process = launch(trio, folder, data, **settings)
     wait_for_step(folder, process, 4)
     broken = time.monotonic()
     if what == "a link goes down":
@@ -140,31 +131,31 @@ def test_what_breaks_on_a_host_ends_the_run_on_all(pair, tmp_path, data, strateg
         os.kill(pid, signal.SIGKILL if what == "a rank is killed" else signal.SIGSTOP)
     output, _ = process.communicate(timeout=90)
     seconds = time.monotonic() - broken
-    while pair.left() and time.monotonic() - broken < 60:
+    while trio.left() and time.monotonic() - broken < 60:
         time.sleep(0.5)
     print(
         f"{what}, {strategy}: ended after {seconds:.0f} s, all processes gone after {time.monotonic() - broken:.0f} s"
     )
-    assert not pair.left() and seconds < 60, output
+    assert not trio.left() and seconds < 60, output
     assert re.search(words, output) and "Traceback" not in output, output
     assert process.returncode in (status, LOST), output
 
 
-def test_lost_packets_slow_a_run_down_and_change_nothing(pair, tmp_path, data, alone):
-    for host in pair.hosts[:2]:
+def test_lost_packets_slow_a_run_down_and_change_nothing(trio, tmp_path, data, alone):
+    for host in trio.hosts[:2]:
         host.drop(5)
-    process = launch(pair, tmp_path / "out", data, slots=1, max_iters=30)
+    process = launch(trio, tmp_path / "out", data, slots=1, max_iters=30)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert difference(alone, tmp_path / "out") <= 1e-5
 
 
-def test_a_lost_host_is_left_out_of_the_restart(pair, tmp_path, data, alone):
+def test_a_lost_host_is_left_out_of_the_restart(trio, tmp_path, data, alone):
     """3 hosts, then 2: the same global batch, the same losses; what 3 partitions held is cut into 2."""
     settings = {"resume": "auto", "hang_minutes": 0.2, **STRATEGIES["zero2"]}
-    process = launch(pair, tmp_path / "out", data, "--restarts=2", slots=1, hosts=3, **settings)
+    process = launch(trio, tmp_path / "out", data, "--restarts=2", slots=1, hosts=3, **settings)
     wait_for_step(tmp_path / "out", process, 13)
-    pair.hosts[2].unplug()
+    trio.hosts[2].unplug()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert "launch_hosts.py: restart 1 of 2, on host1, host2" in output
