@@ -37,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         status = LOST
         if local_rank() == 0:
-            message = f"rank {me} lost another rank: {str(error).splitlines()[0]}"
+            message = f"rank {me} lost another rank: {str(error).splitlines()[0].partition(' This is ')[0]}"
     except KeyboardInterrupt:  # end by the signal, as a shell expects, and without a traceback of every rank
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
