@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,6 +85,7 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         try:
+            sweep()
             self.keys()
             run("ip", "link", "add", self.tag, "type", "bridge")
             run("ip", "addr", "add", f"{self.subnet.format(254)}/24", "dev", self.tag)
@@ -147,12 +149,27 @@ class Cluster:
         return {host.name: host.pids() for host in self.hosts if host.pids()}
 
     def __exit__(self, *_: object) -> None:
+        clear(self.tag)
         for host in self.hosts:
-            for pid in run("ip", "netns", "pids", host.space, check=False).split():
-                subprocess.run(["kill", "-9", pid], capture_output=True)
             if host.sshd:
                 host.sshd.wait()
-            run("ip", "netns", "del", host.space, check=False)
-            run("ip", "link", "del", host.link, check=False)
-            shutil.rmtree(Path("/etc/netns") / host.space, ignore_errors=True)
-        run("ip", "link", "del", self.tag, check=False)
+
+
+def clear(tag: str) -> None:
+    """Take down all that a cluster has made."""
+    for space in [line.split()[0] for line in run("ip", "netns", "list").splitlines()]:
+        if space.startswith(f"{tag}-"):
+            for pid in run("ip", "netns", "pids", space, check=False).split():
+                subprocess.run(["kill", "-9", pid], capture_output=True)
+            run("ip", "netns", "del", space, check=False)
+            run("ip", "link", "del", space.replace("-", "v"), check=False)
+            shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
+    run("ip", "link", "del", tag, check=False)
+
+
+def sweep() -> None:
+    """Take down what a test that was killed has left."""
+    tags = set(re.findall(r"^(nz(\d+)[a-z])-", run("ip", "netns", "list"), re.M))
+    for tag, pid in tags:
+        if not Path(f"/proc/{pid}").exists():
+            clear(tag)
