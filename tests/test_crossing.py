@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.running import difference, losses, train, zero_json
 from tests.test_zero_runs import variant
 from training.checkpoint import Checkpoints, read_about
+from training.deepspeed_config import read
+from training.saved_state import open_state
 
 SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 4, "lr_decay_iters": 30, "log_interval": 1}
 # 30 steps in 10 parts: (strategy, ranks), each from what the one before it has written
@@ -20,17 +24,11 @@ def part(folder: Path, data: Path, strategy: str, ranks: int, until: int, **sett
     if strategy.startswith("zero"):
         path = Path(zero_json(strategy))
         if strategy.startswith("zero3"):  # several sub-groups, as a large model has
-            zero = {**config_of(strategy), "sub_group_size": 8000}
+            zero = {**read(zero_json(strategy))["zero_optimization"], "sub_group_size": 8000}
             path = variant(folder.parent, strategy, zero_optimization=zero)
         given["deepspeed_config"] = path
         given |= {"nvme_path": folder.parent} if "nvme" in strategy else {}
     return train(folder, data, ranks=ranks, **given)
-
-
-def config_of(strategy: str) -> dict[str, Any]:
-    from training.deepspeed_config import read
-
-    return read(zero_json(strategy))["zero_optimization"]
 
 
 def test_a_run_goes_through_all_strategies_and_back(tmp_path, data):
@@ -43,3 +41,18 @@ def test_a_run_goes_through_all_strategies_and_back(tmp_path, data):
         assert (about["strategy"], about["world_size"]) == (strategy, ranks or 1)
     assert len(losses(folder)) == 30
     assert difference(whole, folder) <= 1e-5 and difference(whole, folder, "grad_norm") <= 1e-5
+
+
+def test_the_fp32_copies_of_bf16_weights_go_along(tmp_path, data):
+    """After some steps, a learning rate at which fp32 weights do not change: bf16's rounding of them would show."""
+    folder = tmp_path / "out"
+    before: dict[str, torch.Tensor] = {}
+    for number, (strategy, ranks) in enumerate([("zero1", 2), ("zero3", 2), ("zero2", 0), ("zero1", 4)], 1):
+        rate = {"learning_rate": 1e-3 if number == 1 else 1e-12, "decay_lr": False}
+        part(folder, data, strategy, ranks, until=4 * number, dtype="bfloat16", **rate)
+        saved = open_state(*Checkpoints(str(folder)).newest())
+        assert saved.step == 4 * number
+        for name, weight in before.items():
+            assert torch.equal(weight, saved.whole(name)), f"{strategy}: {name}"
+        before = {name: weight.clone() for name, weight in saved.weights().items()}
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in before.values()), "this shows nothing"

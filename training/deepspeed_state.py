@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.errors import CheckpointError
-from training.saved_state import KINDS, MOMENTS, WEIGHT, SavedState, fresh_state, open_state
+from training.saved_state import KINDS, WEIGHT, SavedState, fresh_state, open_state
 
 Place = tuple[str, int, int, int]  # a parameter; its element that the piece begins with; where in the flat; how many
 
@@ -21,10 +21,11 @@ Place = tuple[str, int, int, int]  # a parameter; its element that the piece beg
 def load_partition(engine: Any, folder: Path, about: dict[str, Any]) -> None:
     """engine: fresh from deepspeed.initialize. about: the checkpoint.json of the folder. Every rank calls it."""
     saved, optimizer = open_state(folder, about), engine.optimizer
-    if lacking := [name for name in saved.shapes if (name, MOMENTS[0]) not in saved.pieces]:
-        raise CheckpointError(f"{folder} lacks AdamW's moments of {lacking[0]}; take another checkpoint")
+    saved.require_moments()
     if isinstance(optimizer, torch.optim.Optimizer):
         saved.into(engine.module, optimizer)
+    elif not engine.zero_optimization():
+        raise CheckpointError(f"zero0 in float16 takes only checkpoints of its own, not {folder}; take another stage")
     elif engine.zero_optimization_partition_weights():
         fill_sub_groups(engine.module, optimizer, saved)
     else:

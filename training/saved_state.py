@@ -44,6 +44,7 @@ STAND_INS: list[Any] = [
 class SavedState:
     """step: AdamW's count of updates; scaler: of fp16's loss, as torch's GradScaler names what it holds."""
 
+    folder: Path
     shapes: dict[str, torch.Size]  # of every parameter; tied ones once
     pieces: dict[tuple[str, str], list[Tensor]]  # (parameter, kind) -> what follows one another in it, flat
     step: float = 0.0
@@ -62,12 +63,17 @@ class SavedState:
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
         return self.part(name, kind, 0, self.shapes[name].numel()).view(self.shapes[name]).float()
 
+    def require_moments(self) -> None:
+        if lacking := [name for name in self.shapes if (name, MOMENTS[0]) not in self.pieces]:
+            raise CheckpointError(f"{self.folder} holds no moments of AdamW for {lacking[0]}; take another checkpoint")
+
     def weights(self) -> dict[str, Tensor]:
         return {name: self.whole(name) for name in self.shapes}
 
     @torch.no_grad()
     def into(self, model: nn.Module, optimizer: Optimizer) -> None:
         """A whole model, and its AdamW."""
+        self.require_moments()
         checkpoint.fill(model, self.weights())
         for name, parameter in model.named_parameters():
             state = optimizer.state[parameter] = fresh_state(optimizer, parameter, self.step)
@@ -90,16 +96,16 @@ def open_state(folder: Path, about: dict[str, Any]) -> SavedState:
     """
     if not about["strategy"].startswith("zero"):
         state = checkpoint.read(folder / "optimizer.pt")
-        return of_whole(checkpoint.read(folder / "model.pt"), state["optimizer"]["state"], state["scaler"])
+        return of_whole(folder, checkpoint.read(folder / "model.pt"), state["optimizer"]["state"], state["scaler"])
     with safe_globals(STAND_INS):
         model = checkpoint.read(min(folder.glob("*mp_rank_00_model_states.pt")))
         if about["strategy"] == "zero0":
             weights = {name: weight for name, weight in model["module"].items() if name != TIED}
-            return of_whole(weights, model["optimizer"].get("state", {}), {})
+            return of_whole(folder, weights, model["optimizer"].get("state", {}), {})
         files = [states_of(folder, rank) for rank in range(about["world_size"])]
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     scale = getattr(files[0].get("loss_scaler"), "cur_scale", None)
-    saved = SavedState(shapes, {}, scaler={"scale": scale} if scale else {})
+    saved = SavedState(folder, shapes, {}, scaler={"scale": scale} if scale else {})
     if "fp32_flat_groups" not in files[0]:
         of_stages_1_and_2(saved, files)
     else:
@@ -107,14 +113,14 @@ def open_state(folder: Path, about: dict[str, Any]) -> SavedState:
     return saved
 
 
-def of_whole(weights: dict[str, Tensor], states: dict[int, dict], scaler: dict[str, Any]) -> SavedState:
+def of_whole(folder: Path, weights: dict[str, Tensor], states: dict[int, Any], scaler: dict[str, Any]) -> SavedState:
     """The optimizer counts its parameters: first those that decay, then the others (training/optim.py)."""
     shapes = {name: weight.shape for name, weight in weights.items()}
     pieces = {(name, WEIGHT): [weight.detach().flatten()] for name, weight in weights.items()}
     ordered = sorted(shapes, key=lambda name: len(shapes[name]) < 2)
     for name, number in zip(ordered, sorted(states), strict=False):
         pieces |= {(name, kind): [states[number][kind].flatten()] for kind in MOMENTS}
-    return SavedState(shapes, pieces, step_of(states), scaler)
+    return SavedState(folder, shapes, pieces, step_of(states), scaler)
 
 
 def of_stages_1_and_2(saved: SavedState, files: Files) -> None:
