@@ -63,10 +63,6 @@ def measure(args: argparse.Namespace, arguments: list[str], folder: Path) -> lis
         "--eval_interval=1000000",
         "--eval_iters=2",
     ]
-    launcher = ["launch.py", str(args.ranks)]
-    if args.hostfile:
-        launcher = ["launch_hosts.py", f"--hostfile={args.hostfile}", f"--ssh={args.ssh}"]
-        args.ranks = sum(len(host.slots) for host in hostfile.read(args.hostfile))
     runs: dict[str, list[list[dict[str, Any]]]] = {s: [] for s in args.strategies}
     starts: dict[str, list[float]] = {s: [] for s in args.strategies}
     for number in range(args.rounds):
@@ -74,7 +70,7 @@ def measure(args: argparse.Namespace, arguments: list[str], folder: Path) -> lis
             out_dir = folder / f"{strategy}-{number}"
             print(f"round {number + 1} of {args.rounds}: {strategy}", flush=True)
             last = f"step {args.steps - 1}: loss"
-            starts[strategy].append(launch(strategy, launcher, out_dir, [*arguments, *steps], last))
+            starts[strategy].append(launch(strategy, args.launcher, out_dir, [*arguments, *steps], last))
             runs[strategy].append(metrics(out_dir))
     base = runs[args.strategies[0]][0]
     rows = []
@@ -94,7 +90,7 @@ def measure(args: argparse.Namespace, arguments: list[str], folder: Path) -> lis
         if args.memory:
             note = folder / f"{strategy}.json"
             before = ("census.py", str(note))
-            launch(strategy, launcher, folder / "census", arguments, before=before)
+            launch(strategy, args.launcher, folder / "census", arguments, before=before)
             row |= json.loads(note.read_text())
             row["measured_to_expected"] = round(row["model_state_bytes"] / row["expected_bytes"], 3)
     return rows
@@ -149,6 +145,10 @@ def main() -> None:
         raise UserError(f"steps = {args.steps}: must be 5 or more, as the first three are not timed")
     if unknown:
         raise UserError(f"strategies: {', '.join(unknown)}: unknown; take single, ddp or a name of deepspeed_configs/")
+    args.launcher = ["launch.py", str(args.ranks)]
+    if args.hostfile:
+        args.launcher = ["launch_hosts.py", f"--hostfile={args.hostfile}", f"--ssh={args.ssh}"]
+        args.ranks = sum(len(host.slots) for host in hostfile.read(args.hostfile))
     with tempfile.TemporaryDirectory(dir=Path.cwd() if args.hostfile else None) as folder:  # hosts share this one
         rows = measure(args, arguments, Path(folder))
         environment = json.loads((Path(folder) / f"{args.strategies[0]}-0" / "environment.json").read_text())
