@@ -121,6 +121,7 @@ def test_signals_reach_every_rank_and_a_clean_stop_is_no_error(launch, tmp_path,
     launcher = launch(
         2,
         f"signal.signal({int(signum)}, lambda *_: (os.write(1, b'saved '), sys.exit(0)))\n"
+        f"signal.pthread_sigmask(signal.SIG_UNBLOCK, [{int(signum)}])\n"
         "os.write(1, b'ready\\n')\ntime.sleep(60)",
     )
     assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
