@@ -28,6 +28,7 @@ def start(*arguments: str, env: dict[str, str] | None = None, **settings: Any) -
     line = [sys.executable, "doctor.py", *arguments, *(f"--{name}={value}" for name, value in given.items())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    streams["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's & has it ignored
     return subprocess.Popen(line, cwd=ROOT, env=environment, **streams)
 
 
