@@ -138,7 +138,7 @@ def test_bandwidths_are_those_that_the_links_are_limited_to(trio, tmp_path, data
 def test_ctrl_c_leaves_nothing_anywhere(trio, tmp_path, data, moment):
     (tmp_path / "out").mkdir()
     process = start(*over(trio), dataset=data, out_dir=tmp_path / "out")
-    while not any(moment in cluster.run("ps", "-o", "args=", *host.pids(), check=False) for host in trio.hosts):
+    while not any(moment in cluster.run("ps", "-o", "args=", 1, *host.pids(), check=False) for host in trio.hosts):
         assert process.poll() is None, "it ended before"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
