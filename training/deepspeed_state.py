@@ -57,13 +57,14 @@ def fill_groups(model: Any, optimizer: Any, saved: SavedState) -> None:
 def fill_sub_groups(model: Any, optimizer: Any, saved: SavedState) -> None:
     """Stage 3: the rank's pieces of some parameters, brought to memory, filled, swapped out again."""
     inner, names = optimizer.optimizer, {parameter: name for name, parameter in model.named_parameters()}
+    rank = torch.distributed.get_rank(optimizer.dp_process_group)
     optimizer.checkpoint_event_prologue()  # partitions what small parameters are kept whole; the epilogue gathers them
     for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         swapped = optimizer._swappable_optimizer_subgroup(number)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(number)
         state = inner.state[flat] = fresh_state(inner, flat, saved.step)
-        copy(saved, list(cuts(optimizer.fp16_groups[number], names, engine_rank(optimizer))), flat, state)
+        copy(saved, list(cuts(optimizer.fp16_groups[number], names, rank)), flat, state)
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(number)
@@ -78,10 +79,6 @@ def cuts(parameters: list[Any], names: dict[Any, str], rank: int) -> Iterator[Pl
         first = min(rank * size, parameter.ds_numel)
         yield names[parameter], first, at, min(size, parameter.ds_numel - first)
         at += size
-
-
-def engine_rank(optimizer: Any) -> int:
-    return torch.distributed.get_rank(optimizer.dp_process_group)
 
 
 @torch.no_grad()

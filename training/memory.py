@@ -53,7 +53,8 @@ def explained(cfg: TrainConfig, ranks: Ranks, model: GPTConfig, strategy: str, d
         if not any(words in str(error) for words in FULL):
             raise
         text = advice(cfg, ranks, model, strategy, dtype, f"rank {ranks.rank}: {str(error).splitlines()[0]}")
-        raise RankError(text if first(Path(cfg.out_dir) / NOTE, text) else "") from None
+        # who only evaluates leaves the run folder as it is, and may find a training run's note there
+        raise RankError(text if cfg.eval_only or first(Path(cfg.out_dir) / NOTE, text) else "") from None
 
 
 def first(note: Path, text: str) -> bool:
