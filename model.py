@@ -67,6 +67,9 @@ class Pointwise(torch.autograd.Function):
 class Linear(nn.Linear):
     """A linear layer that trains faster in fp32 on x86."""
 
+    def reset_parameters(self) -> None:
+        """Nothing: values come later, and for those on meta PyTorch would load its compiler, a second of each start."""
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., C_in) -> (..., C_out)"""
         in_fp32 = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -177,8 +180,9 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        C, vocab_size, block_size = config.n_embd, config.vocab_size, config.block_size
+        self.wte = nn.Embedding(vocab_size, C, _weight=torch.empty(vocab_size, C))  # given, it is not initialised
+        self.wpe = nn.Embedding(block_size, C, _weight=torch.empty(block_size, C))
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = LayerNorm(config)
         self.recompute = partial(checkpoint, use_reentrant=False)  # how, where blocks are: a strategy may have its own
@@ -253,16 +257,12 @@ class GPT(nn.Module):
         for every token, each costs a whole forward.
         """
         block_size = self.config.block_size
-        dtype = next(self.parameters()).dtype
         kind = tokens.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(self.parameters()).dtype
         cache = KVCache(self.config, tokens.size(0), dtype, tokens.device)
         for _ in range(max_new_tokens):
-            if tokens.size(1) <= block_size:
-                logits = self(tokens[:, cache.length :], cache=cache)
-            else:
-                logits = self(tokens[:, -block_size:])
+            fits = tokens.size(1) <= block_size
+            logits = self(tokens[:, cache.length :], cache=cache) if fits else self(tokens[:, -block_size:])
             next_token = draw(logits[:, :vocab_size].float(), temperature, top_k, top_p)
             tokens = torch.cat((tokens, next_token), dim=1)
         return tokens

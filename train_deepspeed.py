@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from model import GPT, initial_value
+from model import GPT
 from training import deepspeed_config, deepspeed_ops, deepspeed_rules, distributed, ending, loop, memory, run_folder
 from training.batches import Batches
 from training.checkpoint import Checkpoints, read_about
+from training.compiler import leave_out
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, Json, strategy_of
 from training.deepspeed_files import DeepSpeedFiles
@@ -79,10 +80,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):  # nothing, if it is whole
                 if self.ranks.main or not hasattr(parameter, "ds_id"):  # whole
-                    if origin.weights:
-                        parameter.copy_(origin.weights[name])
-                    else:
-                        parameter.copy_(initial_value(name, parameter.shape, origin.model, self.cfg.seed))
+                    parameter.copy_(origin.value(name, parameter.shape, self.cfg.seed))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """For evaluation: no dropout. Under ZeRO-3 a collective, as every forward pass."""
@@ -133,6 +131,7 @@ class Trainer:
 def main() -> None:
     cfg = parse(DeepSpeedTrainConfig, deepspeed_config.arguments(sys.argv[1:]), __doc__ or "")
     config = deepspeed_config.read(cfg.deepspeed_config)
+    leave_out(unless=cfg.compile)
     with distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, alone=True) as ranks:
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():

@@ -33,7 +33,7 @@ def run(script: str, *arguments: str, ranks: int = 0, env: dict[str, str] | None
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,  # of which DeepSpeed's ops may take a few minutes, where they are not compiled yet
     )
 
 

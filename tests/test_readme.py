@@ -76,7 +76,7 @@ def test_command(line, data, tmp_path, trained):
     else:
         pytest.fail(f"a command that this test does not know: {line}")
     arguments = [re.sub("^(--nproc_per_node|--num_gpus)=8$", r"\1=2", word) for word in arguments]
-    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

@@ -20,14 +20,14 @@ from training.distributed import ALONE, Ranks
 from training.evaluation import evaluate
 from training.optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from training.origin import Origin
-from training.train_config import TrainConfig
+from training.sharding import PlainTrainConfig
 
 
-def config(data: Path, **settings) -> TrainConfig:
-    return parse(TrainConfig, [f"--{k}={v}" for k, v in {**TINY, "dataset": data, **settings}.items()], "")
+def config(data: Path, **settings) -> PlainTrainConfig:
+    return parse(PlainTrainConfig, [f"--{k}={v}" for k, v in {**TINY, "dataset": data, **settings}.items()], "")
 
 
-def global_batch(cfg: TrainConfig, world_size: int, step: int) -> torch.Tensor:
+def global_batch(cfg: PlainTrainConfig, world_size: int, step: int) -> torch.Tensor:
     """The tokens of a step in the order of its micro-batches, gathered from all ranks."""
     parts = {}
     for rank in range(world_size):

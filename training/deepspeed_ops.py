@@ -8,6 +8,9 @@ import functools
 import logging
 import shutil
 import sysconfig
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +23,7 @@ from training.distributed import Ranks
 from training.errors import UserError
 
 PARTS = {"async_io": ["pin_memory"]}  # ops that another one compiles and loads with itself
+LOAD = cpp_extension.load
 
 
 def load(deepspeed: ModuleType, config: dict[str, Any], ranks: Ranks) -> None:
@@ -55,18 +59,35 @@ def needed(config: dict[str, Any], device: str) -> dict[str, str]:
 
 def build(op: str, builder: Any, announce: bool) -> None:
     folders = [Path(cpp_extension._get_build_directory(name, verbose=False)) for name in (op, *PARTS.get(op, ()))]
-    if announce and not (folders[0] / f"{op}.so").exists():
-        print(f"compiling {op} of DeepSpeed, once: half a minute, on few cores more", flush=True)
-    with (folders[0].parent / "nanozero.lock").open("w") as ours:
+    with (folders[0].parent / "nanozero.lock").open("w") as ours, said_if_slow(op, folders[0], announce):
         # torch's own lock is a file that a killed compilation leaves behind, and for which all later ones would wait
         # for ever. Ours ends with the process that holds it: who has it may remove that.
         fcntl.flock(ours, fcntl.LOCK_EX)
         for folder in folders:
             (folder / "lock").unlink(missing_ok=True)
         try:
+            cpp_extension.load = functools.partial(without_symbols, LOAD)
             builder.load(verbose=False)
         except Exception as error:
             raise UserError(f"{op}, a C++ op of DeepSpeed's that this run needs: {reason(op, error)}") from None
+
+
+@contextmanager
+def said_if_slow(op: str, folder: Path, announce: bool) -> Iterator[None]:
+    """At once where it must be compiled; else after seconds: it may have been compiled for another torch."""
+    text = f"compiling {op} of DeepSpeed, once: half a minute, on few cores more"
+    timer = threading.Timer(5.0 if (folder / f"{op}.so").exists() else 0.0, print, [text], {"flush": True})
+    if announce:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def without_symbols(load: Callable, *arguments: Any, extra_cflags: list[str], **options: Any) -> Any:
+    """DeepSpeed asks for a debugger's symbols, which are a third of the compiler's work."""
+    return load(*arguments, extra_cflags=[flag for flag in extra_cflags if flag != "-g"], **options)
 
 
 def reason(op: str, error: Exception) -> str:

@@ -84,11 +84,12 @@ ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @contextmanager
-def start(device: str, backend: str, minutes: float = 10, alone: bool = False) -> Iterator[Ranks]:
+def start(device: str, backend: str, minutes: float = 10, alone: bool = False, host: bool = False) -> Iterator[Ranks]:
     """Join the process group if a launcher started several ranks, and leave it at the end.
 
     minutes: to wait for the other ranks, here and in every collective; 0: ten.
-    alone: a process without others has a process group, too; DeepSpeed needs one.
+    alone: a process without others has a process group, too; DeepSpeed and FSDP2 need one.
+    host: the ranks of GPUs send one another what is in the CPU's memory, too: FSDP2's offloaded gradients have a norm.
     """
     ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()))
     if ranks.device.type == "cuda":
@@ -101,7 +102,7 @@ def start(device: str, backend: str, minutes: float = 10, alone: bool = False) -
     if ranks.world_size == 1 and not alone:
         yield ranks
         return
-    ranks = join(ranks, backend, timedelta(minutes=minutes or 10) + LATER)
+    ranks = join(ranks, backend, timedelta(minutes=minutes or 10) + LATER, host)
     try:
         yield ranks
     except Stopped:  # by all ranks
@@ -110,17 +111,18 @@ def start(device: str, backend: str, minutes: float = 10, alone: bool = False) -
     leave()
 
 
-def join(ranks: Ranks, backend: str, timeout: timedelta) -> Ranks:
+def join(ranks: Ranks, backend: str, timeout: timedelta, host: bool) -> Ranks:
     if backend == "auto":
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     if backend == "nccl" and ranks.device.type != "cuda":
         raise ConfigError(f"backend = 'nccl': needs GPUs, this run is on {ranks.device.type}; leave it at auto")
     bound = ranks.device if backend == "nccl" else None
+    backends = "cpu:gloo,cuda:nccl" if bound and host else backend
     if ranks.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
     else:
         try:
-            dist.init_process_group(backend, timeout=timeout, device_id=bound)
+            dist.init_process_group(backends, timeout=timeout, device_id=bound)
         except RuntimeError as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise NodeError(
@@ -128,7 +130,7 @@ def join(ranks: Ranks, backend: str, timeout: timedelta) -> Ranks:
                 "every host must reach that; where a host has several networks, name the right one in "
                 f"{backend.upper()}_SOCKET_IFNAME"
             ) from None
-    return replace(ranks, control=dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None)
+    return replace(ranks, control=dist.new_group(backend="gloo", timeout=timeout) if bound else None)
 
 
 def leave() -> None:

@@ -14,7 +14,7 @@ from training.train_config import TrainConfig
 
 NOTE = "out_of_memory.txt"  # in the run folder
 FULL = ("out of memory", "can't allocate memory")  # what torch says on GPUs, and on CPUs
-ORDER = ("single", "ddp", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
+ORDER = ("single", "ddp", "zero0", "zero1", "zero2", "zero2_offload", "fsdp", "zero3", "zero3_offload", "zero3_nvme")
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ def model_state(strategy: str, ranks: int, parameters: int, dtype: torch.dtype, 
     """(2 + 2 + K) bytes a parameter, K = 12, less what the stage partitions (ZeRO, arXiv:1910.02054, section 3.1).
 
     In fp32, and under autocast, weights and gradients have 4 bytes; the moments are 8, DeepSpeed's own copy of the
-    weights 4 more. fp32_sums: gradients are accumulated in 4 bytes, which stage 1 keeps besides the 2.
+    weights 4 more. FSDP2 partitions what DDP has. fp32_sums: gradients are accumulated in 4 bytes, which stage 1 keeps
+    besides the 2.
     """
-    stage = int(strategy[4]) if strategy.startswith("zero") else 0
-    half = dtype != torch.float32 and stage > 0
-    weights, gradients, states = (2, 2, 12) if half else (4, 4, 12 if stage else 8)
+    zero = strategy.startswith("zero")
+    stage = int(strategy[4]) if zero else 3 if strategy == "fsdp" else 0
+    half = dtype != torch.float32 and zero and stage > 0
+    weights, gradients, states = (2, 2, 12) if half else (4, 4, 12 if zero and stage else 8)
     if half and fp32_sums:
         gradients = 6 if stage == 1 else 4
     parts = ((weights, 3), (gradients, 2), (states, 1))
@@ -87,7 +89,7 @@ def advice(cfg: TrainConfig, ranks: Ranks, model: GPTConfig, strategy: str, dtyp
     for other in ORDER[ORDER.index(strategy) + 1 :]:
         less = model_state(other, world_size, size, dtype).total()
         if "_" not in other and less < held.total():
-            lines.append(f"  ./launch_deepspeed_{other}.sh: {gb(less)}")
+            lines.append(f"  ./launch_{other if other == 'fsdp' else 'deepspeed_' + other}.sh: {gb(less)}")
         elif other == "zero3_nvme" or (other == "zero3_offload" and on_gpu):
             lines.append(f"  ./launch_deepspeed_{other}.sh: {gb(less)}, on the {'disk' if 'nvme' in other else 'CPU'}")
     return "\n  ".join(lines)

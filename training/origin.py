@@ -3,10 +3,11 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data.dataset import Dataset
-from model import GPTConfig
+from model import GPTConfig, initial_value
 from training import pretrained
 from training.checkpoint import Checkpoints, read_about
 from training.errors import CheckpointError
@@ -24,6 +25,10 @@ class Origin:
     step: int = 0
     best_val_loss: float | None = None
     evaluated: bool = False  # at that step, before it was saved
+
+    def value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """A parameter's first value, whole, on the CPU."""
+        return self.weights[name] if self.weights else initial_value(name, shape, self.model, seed)
 
 
 def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) -> Origin:

@@ -15,9 +15,8 @@ from torch.serialization import safe_globals
 
 from training import checkpoint
 from training.errors import CheckpointError
+from training.sharding import KINDS, MOMENTS, WEIGHT, own
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")  # of AdamW
-KINDS = (WEIGHT, *MOMENTS)
 TIED = "lm_head.weight"  # the same as the embedding's
 Files = list[dict[str, Any]]
 
@@ -58,7 +57,7 @@ class SavedState:
             if low < high:
                 found.append(piece[low:high])
             at += len(piece)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return found[0] if len(found) == 1 else torch.cat(found or [torch.empty(0)])
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
         return self.part(name, kind, 0, self.shapes[name].numel()).view(self.shapes[name]).float()
@@ -72,13 +71,16 @@ class SavedState:
 
     @torch.no_grad()
     def into(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """A whole model, and its AdamW."""
+        """A model, and its AdamW: whole or, under FSDP2, this rank's shard."""
         self.require_moments()
-        checkpoint.fill(model, self.weights())
-        for name, parameter in model.named_parameters():
+        parameters = dict(model.named_parameters())
+        assert parameters.keys() == self.shapes.keys(), f"other parameters: {parameters.keys() ^ self.shapes.keys()}"
+        for name, parameter in parameters.items():
             state = optimizer.state[parameter] = fresh_state(optimizer, parameter, self.step)
-            for kind in MOMENTS:
-                state[kind].copy_(self.whole(name, kind))
+            for kind, tensor in {**state, WEIGHT: parameter}.items():
+                if kind in KINDS:
+                    mine, start = own(tensor)
+                    mine.copy_(self.part(name, kind, start, mine.numel()).view_as(mine))
 
 
 def fresh_state(optimizer: Optimizer, parameter: Tensor, step: float) -> dict[str, Any]:
@@ -94,6 +96,8 @@ def open_state(folder: Path, about: dict[str, Any]) -> SavedState:
 
     Raises CheckpointError where a file cannot be read, or holds anything but tensors and plain data.
     """
+    if about["strategy"] == "fsdp":
+        return of_shards(folder)
     if not about["strategy"].startswith("zero"):
         state = checkpoint.read(folder / "optimizer.pt")
         return of_whole(folder, checkpoint.read(folder / "model.pt"), state["optimizer"]["state"], state["scaler"])
@@ -121,6 +125,16 @@ def of_whole(folder: Path, weights: dict[str, Tensor], states: dict[int, Any], s
     for name, number in zip(ordered, sorted(states), strict=False):
         pieces |= {(name, kind): [states[number][kind].flatten()] for kind in MOMENTS}
     return SavedState(folder, shapes, pieces, step_of(states), scaler)
+
+
+def of_shards(folder: Path) -> SavedState:
+    """FSDP2's: every rank has some rows of every parameter and moment (training/sharding.py)."""
+    files = [checkpoint.read(path) for path in sorted(folder.glob("shard_*.pt"))]
+    shapes = {name: torch.Size(shape) for name, shape in files[0]["shapes"].items()}
+    pieces = {
+        (name, kind): [file[kind][name].detach().flatten() for file in files] for name in shapes for kind in KINDS
+    }
+    return SavedState(folder, shapes, pieces, files[0]["step"], files[0]["scaler"])
 
 
 def of_stages_1_and_2(saved: SavedState, files: Files) -> None:
