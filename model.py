@@ -68,7 +68,7 @@ class Linear(nn.Linear):
     """A linear layer that trains faster in fp32 on x86."""
 
     def reset_parameters(self) -> None:
-        """Nothing: values come later, and for those on meta PyTorch would load its compiler, a second of each start."""
+        """Nothing: values come later (`initial_value`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C_in) -> (..., C_out)"""

@@ -67,9 +67,9 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
     else:
         config, weights = pretrained.open_weights(cfg.init_from)
         tokenizer = tokenizer_from({"name": "gpt2"})
-    with torch.device("meta"):
+    with device:
         model = GPT(config)
-    checkpoint.fill(model.materialise(device), weights)
+    checkpoint.fill(model, weights)
     return model.eval(), tokenizer
 
 

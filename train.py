@@ -37,13 +37,13 @@ class Trainer:
     def __init__(self, cfg: PlainTrainConfig, ranks: Ranks, batches: Batches, origin: Origin, dtype: torch.dtype):
         self.cfg, self.ranks, self.batches, self.dtype = cfg, ranks, batches, dtype
         self.strategy = strategy_of(cfg, ranks)
-        with torch.device("meta"):  # no memory and no time for weights that are overwritten at once
+        with torch.device("meta") if self.strategy == "fsdp" else ranks.device:
             self.model = GPT(origin.model)
         if self.strategy == "fsdp":
             self.shard()
+            self.model.materialise(torch.device("cpu") if cfg.cpu_offload else ranks.device)
         elif cfg.compile:
             self.model.compile()  # in place: parameter names stay as they are
-        self.model.materialise(torch.device("cpu") if cfg.cpu_offload else ranks.device)
         if not origin.checkpoint:
             self.fill(origin)
         self.optimizer = adamw(parameter_groups(self.model, cfg.weight_decay), cfg)

@@ -56,9 +56,8 @@ class Trainer:
             with self.deepspeed.zero.Init(config_dict_or_path=config):  # partitions a parameter as soon as it is made
                 self.model = GPT(origin.model)
         else:
-            with torch.device("meta"):  # no memory and no time for weights that are overwritten at once
+            with self.ranks.device:
                 self.model = GPT(origin.model)
-            self.model.materialise(self.ranks.device)
         if not origin.checkpoint:
             self.fill(origin)
         if "activation_checkpointing" in config:

@@ -14,9 +14,9 @@ from training import distributed
 from training.batches import Batches
 from training.config import parse
 from training.origin import Origin
-from training.train_config import TrainConfig
+from training.sharding import PlainTrainConfig
 
-cfg = parse(TrainConfig, sys.argv[1:], "")
+cfg = parse(PlainTrainConfig, sys.argv[1:], "")
 with distributed.start("cpu", "auto") as ranks:
     batches = Batches(cfg, ranks)
     trainer = Trainer(cfg, ranks, batches, Origin(cfg.model_config(257)), torch.float32)

@@ -9,7 +9,7 @@ import pytest
 
 from sample import SampleConfig
 from tests.running import ROOT
-from training.train_config import TrainConfig
+from training.sharding import PlainTrainConfig
 
 FOLDERS = ("config", "data", "tests", "training")
 FOUND = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
@@ -106,13 +106,13 @@ def settings_read(source: ast.AST, name: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "config, files", [(TrainConfig, ["train.py", "train_deepspeed.py", "training"]), (SampleConfig, ["sample.py"])]
+    "config, files", [(PlainTrainConfig, ["train.py", "train_deepspeed.py", "training"]), (SampleConfig, ["sample.py"])]
 )
 def test_every_key_is_used(config, files):
     read = set().union(*(settings_read(tree(path), "cfg") for path in FILES if path.parts[0] in files))
     methods = ast.walk(tree(Path("training/train_config.py")))
     (model_config,) = (n for n in methods if isinstance(n, ast.FunctionDef) and n.name == "model_config")
-    read |= settings_read(model_config, "self") if config is TrainConfig else set()
+    read |= settings_read(model_config, "self") if config is PlainTrainConfig else set()
     assert {field.name for field in dataclasses.fields(config)} - read == set()
 
 

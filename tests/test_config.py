@@ -10,6 +10,7 @@ from tests.running import ROOT, run
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, read, strategy_of
 from training.errors import ConfigError
+from training.sharding import PlainTrainConfig
 from training.train_config import TrainConfig
 
 RECIPES = sorted((ROOT / "config").glob("*.py"))
@@ -80,7 +81,7 @@ def test_settings_are_frozen():
 
 
 def test_help_lists_every_key_with_type_default_and_meaning():
-    for script, count in [("train.py", len(dataclasses.fields(TrainConfig))), ("sample.py", 12)]:
+    for script, count in [("train.py", len(dataclasses.fields(PlainTrainConfig))), ("sample.py", 12)]:
         done = run(script, "--help")
         assert done.returncode == 0 and done.stderr == ""
         lines = re.findall(r"^  --\w+ +(?:str|int|float|bool) +\S* +\S.*$", done.stdout, re.M)
@@ -181,7 +182,7 @@ def test_a_settings_file_may_compute_but_helpers_are_marked(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes(path):
-    cls = DeepSpeedTrainConfig if "deepspeed" in path.name else TrainConfig
+    cls = DeepSpeedTrainConfig if "deepspeed" in path.name else PlainTrainConfig
     cfg = parse(cls, [str(path)], "")
     if isinstance(cfg, DeepSpeedTrainConfig):
         assert strategy_of(read(cfg.deepspeed_config)) == path.stem.removeprefix("train_gpt2_deepspeed_")

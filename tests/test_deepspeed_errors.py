@@ -150,6 +150,8 @@ def test_more_ranks_than_gpus_are_refused(tmp_path, data):
     assert told == "2 ranks on this machine: 0 GPUs are visible; use fewer ranks, or --device=cpu"
 
 
-def test_a_config_for_deepspeed_given_to_train_py_is_told_where_it_belongs(tmp_path, data):
+def test_a_config_given_to_the_other_script_is_told_where_it_belongs():
     told = message(run("train.py", "config/train_gpt2_deepspeed_zero2.py"))
     assert "unknown key; it belongs to train_deepspeed.py and ./launch_deepspeed_*.sh" in told
+    told = message(run("train_deepspeed.py", "config/train_gpt2_fsdp.py"))
+    assert told.count("unknown key; it belongs to train.py and ./launch_fsdp.sh") == 3

@@ -21,6 +21,7 @@ from training.errors import HUNG, LOST, STOPPED
 SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 12, "eval_interval": 10}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {},
+    "hsdp": {"strategy": "fsdp", "shard_ranks": 2},  # the weights are gathered inside a host
     "zero2": {"deepspeed_config": zero_json("zero2")},
     "zero3": {"deepspeed_config": zero_json("zero3")},
 }

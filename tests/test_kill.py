@@ -9,11 +9,11 @@ from typing import Any
 from tests.running import ROOT, TINY, command, difference, losses, train
 from training.checkpoint import Checkpoints, damage
 
-KILLS = 20
+KILLS = 12
 SETTINGS: dict[str, Any] = {"n_layer": 4, "n_embd": 96, "eval_interval": 3, "eval_iters": 1, "lr_decay_iters": 500}
 
 
-def test_a_run_killed_twenty_times_loses_no_checkpoint_and_no_bit(tmp_path, data):
+def test_a_run_killed_a_dozen_times_loses_no_checkpoint_and_no_bit(tmp_path, data):
     folder, chance = tmp_path / "killed", random.Random(0)
     saved = while_saving = 0
     for kill in range(KILLS):

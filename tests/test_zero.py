@@ -50,16 +50,29 @@ def settings_of(strategy: str, folder: Path) -> dict[str, Any]:
     return {"deepspeed_config": path, "nvme_path": disk, **SETTINGS, **WIDER}
 
 
+def killed(out: Path, data: Path, settings: dict[str, Any]) -> None:
+    tiny = {**TINY, **settings, "dataset": data, "out_dir": out}
+    process = subprocess.Popen(command("train_deepspeed.py", ranks=2, **tiny), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists() or len(losses(out)) < 22:
+        time.sleep(0.005)
+        assert process.poll() is None, "it ended before it could be killed"
+    process.kill()  # and its ranks with it
+    assert process.wait() == -signal.SIGKILL
+    assert Checkpoints(str(out)).newest()[1]["step"] == 20
+
+
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory, data):
-    """zero(strategy): (run folder, settings, output) of 40 steps on 2 ranks."""
+    """zero(strategy): (run folder, settings, output) of 40 steps on 2 ranks, killed after the save of the 20th."""
     done: dict[str, tuple[Path, dict[str, Any], str]] = {}
 
     def trained(strategy: str) -> tuple[Path, dict[str, Any], str]:
         if strategy not in done:
             folder = tmp_path_factory.mktemp(strategy)
             settings = {**settings_of(strategy, folder), "gradient_accumulation_steps": 8}
-            done[strategy] = folder / "out", settings, train(folder / "out", data, ranks=2, **settings)
+            killed(folder / "out", data, settings)
+            output = train(folder / "out", data, ranks=2, init_from="resume", **settings)
+            done[strategy] = folder / "out", settings, output
         return done[strategy]
 
     return trained
@@ -92,19 +105,12 @@ def compare(out: Path, one: Path, strategy: str, ranks: int) -> None:
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data, zero, strategy):
-    (whole, settings, _), killed = zero(strategy), tmp_path / "killed"
-    tiny = {**TINY, **settings, "dataset": data, "out_dir": killed}
-    process = subprocess.Popen(command("train_deepspeed.py", ranks=2, **tiny), cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (killed / "metrics.jsonl").exists() or len(losses(killed)) < 22:
-        time.sleep(0.005)
-        assert process.poll() is None, "it ended before it could be killed"
-    process.kill()  # and its ranks with it
-    assert process.wait() == -signal.SIGKILL
-    assert Checkpoints(str(killed)).newest()[1]["step"] == 20
-    train(killed, data, ranks=2, init_from="resume", **settings)
-    assert difference(whole, killed) <= 1e-6 and difference(whole, killed, "grad_norm") <= 1e-6
+    """Nearer than other strategies come: only the order of additions differs there."""
+    killed, settings, _ = zero(strategy)
+    train(tmp_path, data, ranks=2, **settings)
+    assert difference(tmp_path, killed) <= 1e-6 and difference(tmp_path, killed, "grad_norm") <= 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])

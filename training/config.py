@@ -21,6 +21,14 @@ from training.errors import ConfigError, listed
 Problem = tuple[str, str]  # key, the rule it breaks and the fix
 T = TypeVar("T")
 
+# Keys of one script that are easily given to the other.
+ELSEWHERE = {
+    "deepspeed_config": "train_deepspeed.py and ./launch_deepspeed_*.sh",
+    **dict.fromkeys(
+        ("strategy", "reshard_after_forward", "shard_ranks", "cpu_offload"), "train.py and ./launch_fsdp.sh"
+    ),
+}
+
 
 def key(default: Any, meaning: str, section: str = "") -> Any:
     """A field: its only default, one line of meaning, and the section of --help that it opens."""
@@ -106,8 +114,8 @@ def convert(name: str, value: Any, fields: dict[str, dataclasses.Field]) -> Any:
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all; a helper variable starts with _"
-        if name == "deepspeed_config":
-            hint = "it belongs to train_deepspeed.py and ./launch_deepspeed_*.sh"
+        if name in ELSEWHERE:
+            hint = f"it belongs to {ELSEWHERE[name]}"
         raise ConfigError(f"unknown key; {hint}")
     kind = type(fields[name].default)
     if isinstance(value, Text):
