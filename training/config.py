@@ -24,9 +24,7 @@ T = TypeVar("T")
 # Keys of one script that are easily given to the other.
 ELSEWHERE = {
     "deepspeed_config": "train_deepspeed.py and ./launch_deepspeed_*.sh",
-    **dict.fromkeys(
-        ("strategy", "reshard_after_forward", "shard_ranks", "cpu_offload"), "train.py and ./launch_fsdp.sh"
-    ),
+    **dict.fromkeys("strategy reshard_after_forward shard_ranks cpu_offload".split(), "train.py and ./launch_fsdp.sh"),
 }
 
 
