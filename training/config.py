@@ -21,10 +21,11 @@ from training.errors import ConfigError, listed
 Problem = tuple[str, str]  # key, the rule it breaks and the fix
 T = TypeVar("T")
 
+FSDP = ("strategy", "reshard_after_forward", "shard_ranks", "cpu_offload")
 # Keys of one script that are easily given to the other.
 ELSEWHERE = {
     "deepspeed_config": "train_deepspeed.py and ./launch_deepspeed_*.sh",
-    **dict.fromkeys("strategy reshard_after_forward shard_ranks cpu_offload".split(), "train.py and ./launch_fsdp.sh"),
+    **dict.fromkeys(FSDP, "train.py and ./launch_fsdp.sh"),
 }
 
 
