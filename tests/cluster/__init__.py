@@ -67,7 +67,11 @@ class Host:
         if percent:
             self.inside("nft", "add table ip lossy")
             self.inside("nft", "add chain ip lossy in { type filter hook input priority 0 ; }")
-            self.inside("nft", f'add rule ip lossy in iifname "eth0" numgen random mod 100 < {percent} drop')
+            self.inside("nft", f'add rule ip lossy in iifname "eth0" numgen random mod 100 < {percent} counter drop')
+
+    def dropped(self) -> int:
+        """Packets, so far."""
+        return int(self.inside("nft", "list", "ruleset").split("counter packets ")[1].split()[0])
 
     def unplug(self) -> None:
         run("ip", "link", "set", self.link, "down")
