@@ -1,4 +1,4 @@
-"""The commands of README.md and CONTRIBUTING.md, each run for real, a few steps of a tiny model instead of days."""
+"""The commands of README.md, CONTRIBUTING.md and docs/, each run for real: a few steps of a tiny model, not days."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 
 from tests.running import ROOT, TINY, command, train
 
-PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/from_ddp.md", "docs/from_fsdp.md"]
 COMMANDS = sorted(
     {
         line.split("  #")[0].split(" # ")[0].strip()
@@ -57,7 +57,7 @@ def test_command(line, data, tmp_path, trained):
         arguments = [python, "-m", "torch.distributed.run", *shrunk(words, data, tmp_path / "out", trained)]
     elif first == "deepspeed":
         arguments = [python, "-m", "deepspeed.launcher.runner", *shrunk(words, data, tmp_path / "out", trained)]
-    elif first == "./launch_traditional_ddp.sh" or first.startswith("./launch_deepspeed_"):
+    elif first.startswith(("./launch_traditional_ddp", "./launch_fsdp", "./launch_deepspeed_")):
         words = [word if not word.startswith("--nvme_path") else f"--nvme_path={tmp_path}" for word in words]
         arguments = [first, *shrunk(["2", *words[1:]], data, tmp_path / "out", trained)]
     elif script == "convert.py":
@@ -83,10 +83,10 @@ def test_command(line, data, tmp_path, trained):
 def test_files_that_the_pages_name_are_there():
     for page in PAGES:
         text = (ROOT / page).read_text()
-        for name in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(
-            r"`((?:config|data|training|tests)/[\w/.]+)`", text
-        ):
-            assert (ROOT / name).exists(), f"{page} names {name}"
+        named = re.findall(r"`((?:config|data|deepspeed_configs|training|tests)/[\w/.]+)`", text)
+        linked = re.findall(r"\]\(([^)#]+)\)", text)
+        for path in [*(ROOT / name for name in named), *((ROOT / page).parent / name for name in linked)]:
+            assert path.exists(), f"{page} names {path}"
 
 
 def test_the_error_in_the_readme_is_the_real_one():
