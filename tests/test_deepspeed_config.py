@@ -102,3 +102,11 @@ def test_the_known_keys_are_deepspeeds():
     ]
     # of torch's AdamW, and of pydantic fields, which are names and not strings
     assert set(missing) <= {"lr", "eps", "fused", "torch_adam", "tensorboard", "csv_monitor", "use_gds"}, missing
+
+
+@pytest.mark.parametrize("offloaded, torchs", [("param", True), ("optimizer", False)])
+def test_whose_adamw_depends_on_where_the_optimizer_is(offloaded, torchs):
+    """Weights alone may be offloaded: the optimizer is torch's then where FusedAdam cannot be, as without offload."""
+    config = read(str(ROOT / "deepspeed_configs" / "zero3_config.json"))
+    config["zero_optimization"][f"offload_{offloaded}"] = {"device": "cpu"}
+    assert resolved(config)["optimizer"]["params"].get("torch_adam", False) is torchs

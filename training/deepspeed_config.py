@@ -183,7 +183,8 @@ def adapt(config: Json, device: torch.device) -> None:
     """To the machine: a CPU has no second stream to reduce on; where no nvcc is, FusedAdam cannot be compiled."""
     if device.type == "cpu" and (zero := config.get("zero_optimization", {})).get("overlap_comm") != "auto":
         zero["overlap_comm"] = False  # 0.90 -> 1.02 of DDP's speed for ZeRO-2
-    params, offloaded = config.get("optimizer", {}).get("params", {}), strategy_of(config)[5:]
+    params = config.get("optimizer", {}).get("params", {})
+    offloaded = dotted(config, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
     if "optimizer" in config and not offloaded and (device.type == "cpu" or cpp_extension.CUDA_HOME is None):
         params.setdefault("torch_adam", True)
     if params.get("torch_adam"):
