@@ -68,8 +68,8 @@ def read_all(argv: list[str], values: dict, problems: list[str]) -> Iterator[tup
     for argument in argv:
         if argument.startswith("-"):
             name, equals, value = argument.lstrip("-").partition("=")
-            if equals:
-                yield name, Text(value), "command line"
+            if equals or isinstance(values.get(name), bool):  # --benchmark is short for --benchmark=True
+                yield name, Text(value if equals else "True"), "command line"
             else:
                 problems.append(f"{argument} (command line): has no value; write --{name}=VALUE")
         else:

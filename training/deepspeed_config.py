@@ -52,7 +52,7 @@ def arguments(argv: list[str]) -> list[str]:
     for argument in given:
         if argument == "--deepspeed_config":
             argument += f"={next(given, '')}"
-        found.append("--verbose=True" if argument == "--verbose" else argument)
+        found.append(argument)
     return found
 
 

@@ -36,23 +36,24 @@ def train(
 ) -> None:
     """From origin.step to max_iters, or to where it is asked to stop: raises Stopped then, on all ranks.
 
-    A step's number is the number of updates made before it.
+    A benchmark goes to cfg.steps. A step's number is the number of updates made before it.
     """
     metrics = Metrics(cfg, ranks, batches, origin, trainer.dtype)
     pulse = Pulse(cfg, ranks, checkpoints, trainer.dtype)
     about = describe(ranks, batches, trainer, origin)
     best, evaluated = origin.best_val_loss or math.inf, origin.evaluated
+    end = cfg.steps if cfg.benchmark else cfg.max_iters
     saved = origin.step - (not evaluated and origin.step > 0)  # the newest checkpoint's step; 0 needs none
-    for step in range(origin.step, cfg.max_iters + 1):
-        last, improved = step == cfg.max_iters or cfg.eval_only, False
-        if cfg.eval_only or ((last or step % cfg.eval_interval == 0) and not evaluated):
+    for step in range(origin.step, end + 1):
+        last, improved = step == end or cfg.eval_only, False
+        if cfg.eval_only or ((last or step % cfg.eval_interval == 0) and not (evaluated or cfg.benchmark)):
             with metrics.untimed():
                 losses = evaluate(trainer.loss, batches, ranks, cfg.eval_iters, pulse.exchange)
             if losses:  # else it was asked to stop meanwhile
                 metrics.evaluation(step, losses)
                 evaluated, improved, best = True, losses["val_loss"] < best, min(best, losses["val_loss"])
         wanted = improved or pulse.stop or pulse.save or (evaluated and cfg.always_save_checkpoint)
-        if wanted and step > saved and not cfg.eval_only:
+        if wanted and step > saved and not (cfg.eval_only or cfg.benchmark):
             now = {"step": step, "best_val_loss": best, "evaluated": evaluated}
             with metrics.untimed(), pulse.saving(), checkpoints.writing({**now, **about}, improved) as folder:
                 trainer.save(folder)
@@ -63,7 +64,7 @@ def train(
         evaluated = False
         pulse.step_done(step, loss, grad_norm)
         metrics.count_step()
-        if step % cfg.log_interval == 0:
+        if step % cfg.log_interval == 0 or (cfg.benchmark and step == end - 1):
             metrics.train(step, ranks.mean(loss).item(), lr, grad_norm.item() if grad_norm is not None else None)
     metrics.close()
     if pulse.stop and not (last and evaluated):

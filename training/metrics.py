@@ -19,6 +19,7 @@ from training.devices import peak_flops, peak_memory_bytes
 from training.distributed import Ranks
 from training.figures import draw_loss
 from training.origin import Origin
+from training.speed import summarise
 from training.stragglers import BY_RANK, Stragglers
 from training.train_config import TrainConfig
 
@@ -38,7 +39,9 @@ class Metrics:
         self.recording = ranks.main and not cfg.eval_only  # who only evaluates leaves the run as it is
         self.wandb = start_wandb(cfg, origin) if cfg.wandb_log and self.recording else None
         live = ranks.main and sys.stderr.isatty()
-        self.bar = tqdm(total=cfg.max_iters, unit="step", dynamic_ncols=True, smoothing=0.1) if live else None
+        end = cfg.steps if cfg.benchmark else cfg.max_iters
+        self.bar = tqdm(total=end, unit="step", dynamic_ncols=True, smoothing=0.1) if live else None
+        self.benchmark = cfg.benchmark
         self.say(summary(cfg, ranks, origin, dtype))
         if origin.step:
             self.forget(origin.step)
@@ -139,6 +142,8 @@ class Metrics:
             self.wandb.finish()
         if self.recording and self.path.exists():  # it does not, where the first evaluation was stopped
             draw_loss([self.path.parent], self.path.with_name("loss.png"))
+            if self.benchmark:
+                self.say(summarise(self.path))
 
 
 def summary(cfg: TrainConfig, ranks: Ranks, origin: Origin, dtype: torch.dtype) -> str:

@@ -27,6 +27,7 @@ CONTENTS = (
     "deepspeed.log",
     "environment.json",
     "metrics.jsonl",
+    "speed.json",
     "loss.png",
     "checkpoints",
     "hang",

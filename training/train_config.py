@@ -27,6 +27,8 @@ class TrainConfig:
     max_minutes: float = key(0.0, "save and stop after so long, for a scheduler's time limit; 0: no limit")
     hang_minutes: float = key(10.0, "end a run that makes no progress for so long, and say where it hangs; 0: never")
     seed: int = key(1337, "weights, batches and dropout are functions of it")
+    benchmark: bool = key(False, "time `steps` steps, without evaluation and checkpoints, and sum them up (speed.json)")
+    steps: int = key(100, "of a run with --benchmark; the first three are not timed")
 
     wandb_log: bool = key(False, "log to Weights & Biases as well", "Weights & Biases")
     wandb_project: str = key("nanozero", "project name there")
@@ -91,6 +93,10 @@ class TrainConfig:
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield name, "must be at least 0 and below 1"
+        if self.benchmark and self.steps < 5:
+            yield "steps", "must be 5 or more with --benchmark, as the first three are not timed"
+        if self.benchmark and (self.init_from == "resume" or self.resume):
+            yield "benchmark", "times a run of its own; leave out --init_from=resume and --resume"
         if self.n_head > 0 and self.n_embd > 0 and self.n_embd % self.n_head:
             near = self.n_head * round(self.n_embd / self.n_head) or self.n_head
             yield "n_embd", f"must be divisible by n_head = {self.n_head}; {near} is"
@@ -102,7 +108,7 @@ class TrainConfig:
 
 POSITIVE = (
     *("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "gradient_accumulation_steps"),
-    *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "max_iters"),
+    *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "max_iters", "steps"),
 )
 NOT_NEGATIVE = (
     *("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed"),
