@@ -111,14 +111,17 @@ def test_memory_is_of_the_rank_that_has_most():
     [
         (["x", "error: no disk", "launch.py: rank 1 ended"], Failure("failed", "no disk")),
         (["error: 2 problems in the settings", "  a = 1: bad", "  b = 2: bad"], Failure("failed", "a = 1: bad")),
-        (["Traceback", "ValueError: x", "launch.py: rank 1 ended"], Failure("failed", "ValueError: x")),
+        (["Traceback", "[rank1]: ValueError: x", "launch.py: rank 1 ended"], Failure("failed", "ValueError: x")),
         (
             ["error: rank 0: CUDA out of memory. Tried to", "  by formula", "  to try, in this order:", "    --a=1"],
             Failure("out of memory", "rank 0: CUDA out of memory. Tried to; try --a=1"),
         ),
         (
             ["launch.py: rank 0 ended with signal 9 (SIGKILL): killed by hand, or for memory (see dmesg)"],
-            Failure("out of memory", "launch.py: rank 0 ended with signal 9 (SIGKILL): killed by hand, or for memory (see dmesg)"),
+            Failure(
+                "out of memory",
+                "launch.py: rank 0 ended with signal 9 (SIGKILL): killed by hand, or for memory (see dmesg)",
+            ),
         ),
         ([], Failure("failed", "ended with status 9, without a word")),
     ],

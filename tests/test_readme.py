@@ -64,7 +64,9 @@ def test_command(line, data, tmp_path, trained):
         arguments = [python, script, str(trained), str(tmp_path / "weights.safetensors")]
     elif script == "benchmark.py":
         tiny = [f"--{k}={v}" for k, v in {**SHORT, "dataset": data}.items()]
-        words = [word for word in words if not word.startswith(("--write", "--rounds", "--ranks", "--gpus", "--nvme_path"))]
+        words = [
+            word for word in words if not word.startswith(("--write", "--rounds", "--ranks", "--gpus", "--nvme_path"))
+        ]
         words = [re.sub("^--steps=.*", "--steps=5", re.sub("^(--strategies=[^,]*,).*", r"\1zero3", w)) for w in words]
         arguments = [python, *words, *tiny]
     elif script in ("train.py", "doctor.py"):

@@ -22,7 +22,13 @@ def main(target: Path) -> None:
             for host in cluster.hosts:
                 host.limit(rate)
             line = [sys.executable, "benchmark.py", f"--hostfile={cluster.hostfile(1)}", f"--ssh={cluster.ssh}"]
-            line += ["--strategies=ddp,zero1,zero2,zero3", "--rounds=2", "--steps=10", "--speed", f"--write={target / rate}"]
+            line += [
+                "--strategies=ddp,zero1,zero2,zero3",
+                "--rounds=2",
+                "--steps=10",
+                "--speed",
+                f"--write={target / rate}",
+            ]
             subprocess.run([*line, *SETTINGS], cwd=ROOT, check=True)
 
 

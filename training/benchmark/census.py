@@ -75,5 +75,5 @@ def count(model: nn.Module, optimizer: Any, device: str) -> dict[str, int]:
         "parameters": storages(parameters(model), device),
         "optimizer_states": storages([*optimizer_states(inner), *optimizer_states(optimizer)], device),
     }
-    found = {kind: sum(left.pop(address, size) for address, size in held.items()) for kind, held in kinds.items()}
+    found = {kind: sum(left.pop(address, 0) for address in held) for kind, held in kinds.items()}
     return {**found, "gradients": sum(left.values())}

@@ -48,7 +48,7 @@ def failure(ended: Ended) -> Failure | None:
     """What a failed launch said, in a line: its own message, else the end of a traceback, else the launcher's."""
     if not ended.status:
         return None
-    lines = [line.strip() for line in ended.said if line.strip()]
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in ended.said if line.strip()]  # of torch's tracebacks
     errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt): ", line)]
     launcher = [line for line in lines if line.startswith(("launch.py: ", "launch_hosts.py: "))]

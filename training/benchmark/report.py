@@ -21,7 +21,12 @@ TITLES = {
     "step": "Where a step's time goes",
 }
 INK = "#010203"  # what is drawn in it becomes the colour of the page's text
-FOR_THE_PAGE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 11}
+FOR_THE_PAGE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+    "font.size": 11,
+}
 FOR_THE_PAGE |= {f"{name}.color": INK for name in ("text", "xtick", "ytick")}
 FOR_THE_PAGE |= {"axes.labelcolor": INK, "axes.edgecolor": "#888888"}
 
