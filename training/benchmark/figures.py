@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-WIDTH = 5.6  # inches: readable on a phone, two beside one another on a desk
+WIDTH = 5.0  # inches: readable on a phone, two beside one another on a desk
 KINDS = ("parameters", "gradients", "optimizer_states", "buffers", "activations", "interpreter")  # of memory
 COLOURS = dict(zip(KINDS, (figures.COLOURS[n] for n in (0, 1, 2, 3, 4, 6)), strict=True))
 OF_PARTS = dict(zip(PARTS, (figures.COLOURS[n] for n in (5, 0, 3, 2, 1, 6)), strict=True))
@@ -78,7 +78,7 @@ def memory(rows: list[Row]) -> "Figure":
         elif host := sum(row.get("host_memory", {}).values()) / 1e6:
             used = sum(measured[place]["memory"].values())
             text = f"+ {host:,.0f} in the host"
-            figure.axes[0].annotate(text, (used, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+            figure.axes[0].annotate(text, (used, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
     return figure
 
 
@@ -110,7 +110,7 @@ def losses(rows: list[Row]) -> "Figure":
     below.set_yscale("log")
     below.axhline(base["tolerance"], color="#888888", linewidth=1)
     limit = f"still the same: {base['tolerance']:g}"
-    below.annotate(limit, (0, base["tolerance"]), (2, 3), textcoords="offset points", fontsize=8, color="#666666")
+    below.annotate(limit, (0, base["tolerance"]), (2, 3), textcoords="offset points", fontsize=9, color="#808080")
     below.set_ylim(LEAST_DIFFERENCE / 2, max(base["tolerance"], below.get_ylim()[1]) * 10)
     above.set_ylabel("loss (nats per token)")
     below.set_ylabel(f"from {base['strategy']}'s")

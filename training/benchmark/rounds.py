@@ -52,7 +52,7 @@ def cases(strategies: list[Strategy], plan: Plan) -> list[Case]:
 
 
 def take(found: list[Case], plan: Plan, folder: Path) -> None:
-    """All launches. A case that fails takes no more part; the others go on. Ctrl-C ends them, and keeps what there is."""
+    """All launches. A case that fails takes no more part; the others go on. Ctrl-C keeps what there is."""
     try:
         launch(found, plan, folder)
     except KeyboardInterrupt:
