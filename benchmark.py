@@ -12,7 +12,6 @@ all worked, 1 where one did not (everything is written all the same), 2 for a wr
 """
 
 import argparse
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -98,7 +97,6 @@ def write(folder: Path, found: results.Results) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--inside"]:  # of a rank
         return probe.main(sys.argv[2:])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args, arguments = options()
     cfg = parse(DeepSpeedTrainConfig, deepspeed_config.arguments(arguments), __doc__ or "")
     if args.hostfile:

@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
+import benchmark as script
 from tests import browser
-from tests.running import ROOT, TINY, message, run
+from tests.running import ROOT, TINY, command, message, run
 from training.benchmark import results
 from training.benchmark.breakdown import PARTS
+from training.errors import UserError
 
 SETTINGS = {**TINY, "gradient_accumulation_steps": 4, "dtype": "float32"}
 del SETTINGS["max_iters"], SETTINGS["eval_interval"], SETTINGS["eval_iters"]
@@ -26,7 +29,7 @@ def measured(tmp_path_factory, data):
     """What it said, and the folder that it wrote: DDP, ZeRO-2, and one whose disk does not exist."""
     folder = tmp_path_factory.mktemp("benchmark")
     wanted = {**SETTINGS, "dataset": data, "out_dir": folder / "out", "nvme_path": "/proc/none"}
-    done = benchmark("ddp,zero2,zero3_nvme", ranks=2, steps=6, write=folder / "results", **wanted)
+    done = benchmark("ddp,zero2,zero3_nvme", gpus=2, steps=6, write=folder / "results", **wanted)
     assert done.returncode == 1, done.stdout + done.stderr
     return done, folder / "results"
 
@@ -115,7 +118,7 @@ def test_nanogpt_beside_ours(tmp_path, data):
     [
         ("ddp,zero_2", {}, "--strategies=zero_2: unknown; did you mean zero2?"),
         ("ddp,ddp", {}, "--strategies: ddp stands there twice; keep one"),
-        ("ddp", {"ranks": 3}, "gradient_accumulation_steps = 4: must be divisible by the 3 ranks that share it"),
+        ("ddp", {"gpus": 3}, "gradient_accumulation_steps = 4: must be divisible by the 3 ranks that share it"),
         ("ddp", {"gpus": 4, "device": "cuda"}, "--gpus=4: this machine has 0 GPUs; use fewer, or --device=cpu"),
         ("ddp", {"steps": 4}, "--steps=4: must be 5 or more, as the first three are not timed"),
         ("ddp", {"batchsize": 4}, "batchsize = '4' (command line): unknown key; did you mean batch_size?"),
@@ -123,9 +126,13 @@ def test_nanogpt_beside_ours(tmp_path, data):
         ("single", {"peer": "."}, "--peer=.: is no checkout of nanoGPT: it has no configurator.py; name the folder"),
     ],
 )
-def test_what_cannot_be_measured(data, strategies, settings, told):
-    done = benchmark(strategies, **{**SETTINGS, "dataset": data, **settings, "out_dir": ROOT / "out"})
-    assert told in message(done)
+def test_what_cannot_be_measured(monkeypatch, data, strategies, settings, told):
+    settings = {**SETTINGS, "dataset": data, **settings}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command("benchmark.py", f"--strategies={strategies}", **settings)[1:])
+    with pytest.raises(UserError) as raised:
+        script.main()
+    assert told in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +147,13 @@ def test_what_cannot_be_measured(data, strategies, settings, told):
 def test_what_cannot_be_drawn(tmp_path, text, told):
     path = tmp_path / "benchmark.json"
     path.write_text(text)
-    assert message(run("plot.py", str(path))).startswith(f"{path}: {told}")
+    with pytest.raises(UserError) as raised:
+        results.read(path)
+    assert str(raised.value).startswith(f"{path}: {told}")
 
 
-def test_a_page_is_of_a_benchmark(tmp_path):
+def test_wrong_options_are_told_in_one_message(data, tmp_path):
+    assert message(benchmark("ddp,fsdp2", device="cpu")).startswith("--strategies=fsdp2: unknown; did you mean fsdp?")
     told = message(run("plot.py", str(tmp_path), html=tmp_path / "x.html"))
     assert told.endswith("is of a benchmark: name its benchmark.json, not a run folder")
 

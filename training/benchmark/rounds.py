@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ def cases(strategies: list[Strategy], plan: Plan) -> list[Case]:
 
 def take(found: list[Case], plan: Plan, folder: Path) -> None:
     """All launches. A case that fails takes no more part; the others go on. Ctrl-C keeps what there is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         launch(found, plan, folder)
     except KeyboardInterrupt:
