@@ -61,7 +61,7 @@ def stacked(rows: list[Row], colours: dict[str, str], of: Callable[[Row], Row], 
         axes.barh(range(len(rows)), sizes, 0.62, starts, color=colours[name], label=name.replace("_", " "))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(used) // 3))
-    figure.legend(loc="outside upper left", ncols=3, frameon=False)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, handlelength=1.2, columnspacing=1.2)
     return figure
 
 
@@ -126,10 +126,9 @@ def losses(rows: list[Row]) -> "Figure":
 def all_of(rows: list[Row]) -> dict[str, "Figure"]:
     """Those that there are numbers for, by name."""
     found = {"throughput": throughput(rows), "losses": losses(rows)}
-    if any(row.get("memory") for row in rows):
-        found["memory"] = memory(rows)
-    if any(row.get("breakdown_ms") for row in rows):
-        found["step"] = step(rows)
+    for name, of, draw in (("memory", "memory", memory), ("step", "breakdown_ms", step)):
+        if any(row.get(of) for row in rows):
+            found[name] = draw([row for row in rows if row.get(of) or row["status"] != "ok"])
     return found
 
 

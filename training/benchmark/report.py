@@ -36,7 +36,7 @@ def page(results: Results) -> str:
     facts = {
         "device": f"{about['device']}, {results['dtype']}",
         "model": f"{max(row.get('parameter_count', 0) for row in rows):,} parameters",
-        "measured": f"{results['steps']} steps, {results['rounds']} rounds; {about['started'][:10]}",
+        "measured": f"{results['steps']} steps, rounds: {results['rounds']}; {about['started'][:10]}",
         "versions": f"PyTorch {about['torch']}, DeepSpeed {about['deepspeed']}, Python {about['python']}",
         "code": (about["git_commit"] or "unknown")[:12] + " with changes" * about["git_changes"],
         "settings": " ".join(results["arguments"]),
