@@ -1,5 +1,7 @@
 """The arithmetic of a benchmark: parts of a step from a trace, verdicts, memory, and what a failure said."""
 
+from typing import Any
+
 import pytest
 
 from training.benchmark import breakdown, launches, report, rows, strategies, table
@@ -7,9 +9,13 @@ from training.benchmark.launches import Ended, Failure
 from training.benchmark.rounds import Case
 from training.errors import UserError
 
-STEPS = [{"step": n, "loss": 5 - n / 10, "grad_norm": 1.0, "mfu": None, "peak_memory_bytes": 9} for n in range(6)]
+STEPS: list[dict[str, Any]] = [
+    {"step": n, "loss": 5 - n / 10, "grad_norm": 1.0, "mfu": None, "peak_memory_bytes": 9} for n in range(6)
+]
 TIMES = (None, None, None, 100.0, 80.0, 120.0)
-RUN = [{**s, "step_ms": ms, "tokens_per_second": ms and 1e5 / ms} for s, ms in zip(STEPS, TIMES, strict=True)]
+RUN: list[dict[str, Any]] = [
+    {**s, "step_ms": ms, "tokens_per_second": ms and 1e5 / ms} for s, ms in zip(STEPS, TIMES, strict=True)
+]
 
 
 def event(name: str, start: float, end: float, cat: str = "cpu_op", tid: int = 1) -> dict:
