@@ -90,7 +90,7 @@ def test_help_lists_every_key_with_type_default_and_meaning():
 
 
 ABOVE_0 = "eval_interval eval_iters log_interval keep_checkpoints gradient_accumulation_steps batch_size block_size"
-ABOVE_0 += " n_layer n_head n_embd learning_rate max_iters"
+ABOVE_0 += " n_layer n_head n_embd learning_rate max_iters steps"
 FROM_0 = "weight_decay grad_clip warmup_iters lr_decay_iters min_lr seed max_minutes hang_minutes"
 RANGES = {
     **dict.fromkeys(ABOVE_0.split(), ("0", "must be above 0")),
