@@ -64,7 +64,7 @@ def train(
         evaluated = False
         pulse.step_done(step, loss, grad_norm)
         metrics.count_step()
-        if step % cfg.log_interval == 0 or (cfg.benchmark and step == end - 1):
+        if cfg.benchmark or step % cfg.log_interval == 0:
             metrics.train(step, ranks.mean(loss).item(), lr, grad_norm.item() if grad_norm is not None else None)
     metrics.close()
     if pulse.stop and not (last and evaluated):

@@ -110,7 +110,7 @@ def line(case: Case, plan: Plan, inside: list[str], *more: str) -> list[str]:
 
 def once(case: Case, plan: Plan, out_dir: Path) -> Failure | None:
     """One timed run."""
-    more = ["--benchmark", f"--steps={plan.steps}", "--log_interval=1", f"--out_dir={out_dir}"]
+    more = ["--benchmark", f"--steps={plan.steps}", f"--out_dir={out_dir}"]
     ended = launches.run(line(case, plan, [], *more), "step 0: loss")
     if failure := launches.failure(ended):
         return failure

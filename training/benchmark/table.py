@@ -29,9 +29,7 @@ def share(part: str) -> Cell:
 
 
 def verdict(row: Row) -> str:
-    if row["status"] != "ok" and not row.get("verdict"):
-        return ""
-    return row.get("verdict") or "not compared"
+    return row.get("verdict") or ("not compared" if row["status"] == "ok" else row["status"])
 
 
 def spread(row: Row) -> str:
