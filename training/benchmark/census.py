@@ -49,8 +49,22 @@ def optimizer_states(optimizer: Any) -> Iterator[Tensor]:
         yield from (t for t in getattr(optimizer, name, ()) if isinstance(t, Tensor))
 
 
-def buffers(optimizer: Any) -> Iterator[Tensor]:
-    """What DeepSpeed collects gradients in before it reduces them: reduce_bucket_size elements, twice if overlapped."""
+def swappers(model: nn.Module, optimizer: Any) -> list[Any]:
+    """DeepSpeed's, between memory and NVMe: of the optimizer's states, and of the weights."""
+    of_weights = (getattr(parameter, "nvme_swapper", None) for parameter in model.parameters())
+    found = [getattr(optimizer, "optimizer_swapper", None), *of_weights]
+    return list({id(swapper): swapper for swapper in found if swapper}.values())
+
+
+def buffers(model: nn.Module, optimizer: Any) -> Iterator[Tensor]:
+    """What DeepSpeed collects gradients in before it reduces them: reduce_bucket_size elements, twice if overlapped.
+
+    And what it reads from NVMe and writes there through.
+    """
+    for swapper in swappers(model, optimizer):
+        held = [getattr(swapper, "buffers", None)]
+        held += getattr(getattr(swapper, "swap_buffer_manager", None), "all_buffers", [])
+        yield from (t for t in held if isinstance(t, Tensor))
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
         found = bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
         yield from (t for t in found if t is not None)
@@ -71,7 +85,7 @@ def count(model: nn.Module, optimizer: Any, device: str) -> dict[str, int]:
         left.pop(address, 0)
     inner = getattr(optimizer, "optimizer", optimizer)
     kinds = {
-        "buffers": storages(buffers(optimizer), device),
+        "buffers": storages(buffers(model, optimizer), device),
         "parameters": storages(parameters(model), device),
         "optimizer_states": storages([*optimizer_states(inner), *optimizer_states(optimizer)], device),
     }

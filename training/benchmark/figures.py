@@ -109,11 +109,11 @@ def losses(rows: list[Row]) -> "Figure":
             apart = [max(abs(a - b[1]), LEAST_DIFFERENCE) for a, b in zip(values, base["losses"], strict=True)]
             below.plot(steps, apart, **style, linewidth=1.2)
             largest = max(largest, *apart)
+    below.set_ylim(LEAST_DIFFERENCE / 2, largest * 10)
     below.set_yscale("log")
     below.axhline(base["tolerance"], color="#888888", linewidth=1)
     limit = f"still the same: {base['tolerance']:g}"
     below.annotate(limit, (0, base["tolerance"]), (2, 3), textcoords="offset points", fontsize=9, color="#808080")
-    below.set_ylim(LEAST_DIFFERENCE / 2, largest * 10)
     above.set_ylabel("loss (nats per token)")
     below.set_ylabel(f"from {base['strategy']}'s")
     below.set_xlabel("step")

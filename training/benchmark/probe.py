@@ -74,9 +74,10 @@ class Probe:
                 update()
 
             engine.step = step
-            for swapper in swappers(trainer):
+            for swapper in census.swappers(trainer.model, trainer.optimizer):
                 for name in (n for n in dir(swapper) if n.startswith(("swap_", "synchronize_", "writeback_"))):
-                    setattr(swapper, name, self.marked("swap", getattr(swapper, name)))
+                    if callable(call := getattr(swapper, name)):
+                        setattr(swapper, name, self.marked("swap", call))
         else:
             register_optimizer_step_pre_hook(lambda *_: self.count())
 
@@ -131,13 +132,6 @@ class Probe:
             self.note |= {"breakdown_ms": breakdown.mean(steps), "wall_ms": sum(self.wall_ms) / len(self.wall_ms)}
             self.note["ceiling_flops"] = ceiling(trainer.ranks.device, trainer.dtype)
         return self.note
-
-
-def swappers(trainer: Any) -> list[Any]:
-    """DeepSpeed's, between memory and NVMe: of the optimizer's states, and of the weights."""
-    of_weights = (getattr(parameter, "nvme_swapper", None) for parameter in trainer.model.parameters())
-    found = [getattr(trainer.optimizer, "optimizer_swapper", None), *of_weights]
-    return list({id(swapper): swapper for swapper in found if swapper}.values())
 
 
 def resident_bytes() -> int:
