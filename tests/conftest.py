@@ -85,6 +85,7 @@ LONG = [
     "stopping",
     "readme",
     "zero_runs",
+    "benchmark",
     "deepspeed_errors",
     "doctor",
     "crossing",
