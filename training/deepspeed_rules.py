@@ -10,6 +10,7 @@ from model import GPTConfig
 from training.distributed import Ranks, local_world_size
 from training.errors import ConfigError, listed
 from training.train_config import TrainConfig
+from training.units import gigabytes
 
 Json = dict[str, Any]
 # The keys of the blocks that DeepSpeed does not check; those of the others it does (see `nested`).
@@ -142,7 +143,3 @@ def nested(config: Json, parse: type, path: str) -> None:
             place = ".".join([block, *map(str, found["loc"])])
             lines.append(f"{place} = {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}")
         raise ConfigError(listed(lines, f"in {path}")) from None
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e9:.4f} GB"

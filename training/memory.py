@@ -11,6 +11,7 @@ from model import GPTConfig
 from training.distributed import Ranks
 from training.errors import RankError
 from training.train_config import TrainConfig
+from training.units import gigabytes
 
 NOTE = "out_of_memory.txt"  # in the run folder
 FULL = ("out of memory", "can't allocate memory")  # what torch says on GPUs, and on CPUs
@@ -33,11 +34,11 @@ def model_state(strategy: str, ranks: int, parameters: int, dtype: torch.dtype, 
     """(2 + 2 + K) bytes a parameter, K = 12, less what the stage partitions (ZeRO, arXiv:1910.02054, section 3.1).
 
     In fp32, and under autocast, weights and gradients have 4 bytes; the moments are 8, DeepSpeed's own copy of the
-    weights 4 more. FSDP2 partitions what DDP has. fp32_sums: gradients are accumulated in 4 bytes, which stage 1 keeps
-    besides the 2.
+    weights 4 more. FSDP2 partitions what DDP has; ranks are then those that share one copy. fp32_sums: gradients are
+    accumulated in 4 bytes, which stage 1 keeps besides the 2.
     """
     zero = strategy.startswith("zero")
-    stage = int(strategy[4]) if zero else 3 if strategy == "fsdp" else 0
+    stage = int(strategy[4]) if zero else 3 if strategy.startswith("fsdp") else 0
     half = dtype != torch.float32 and zero and stage > 0
     weights, gradients, states = (2, 2, 12) if half else (4, 4, 12 if zero and stage else 8)
     if half and fp32_sums:
@@ -96,4 +97,4 @@ def advice(cfg: TrainConfig, ranks: Ranks, model: GPTConfig, strategy: str, dtyp
 
 
 def gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
+    return gigabytes(size, 2)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from training import hosts
-from training.deepspeed_rules import gigabytes
 from training.doctor.case import Finding
 from training.doctor.needs import Need
 from training.errors import UserError
 from training.hostfile import Host
 from training.hosts import Node
+from training.units import gigabytes
 
 GRACE = 15.0  # seconds: launch.py takes up to 10 to kill its ranks
 SLOW = 0.5  # of the fastest link

@@ -4,9 +4,9 @@ from typing import Any
 
 from data.dataset import missing
 from training.batches import DATA
-from training.deepspeed_rules import gigabytes
 from training.doctor.case import NOT_NEEDED, Case, Verdict
 from training.doctor.needs import SAVED
+from training.units import gigabytes
 
 
 def space(case: Case) -> Verdict:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from training.deepspeed_rules import gigabytes
 from training.doctor.case import NOT_NEEDED, Case, Rule, Verdict, red
 from training.doctor.needs import PROCESS
+from training.units import gigabytes
 
 PYTHON, TORCH = (3, 10), ((2, 11), (2, 13))  # at least; from, to
 REQUIREMENTS = "pip install -r requirements.txt"
