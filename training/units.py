@@ -33,6 +33,18 @@ def rate(text: str) -> float:
     return int(found[1] or 1) * number(found[2]) * PREFIXES[found[3].lower()] / (8 if bits else 1)
 
 
+def share(text: str) -> float:
+    if not 0 < number(text) <= 1:
+        raise UserError(f"{text!r}: is a share, above 0 and at most 1")
+    return number(text)
+
+
+def amount(text: str) -> float:
+    if not (0 < number(text) < 1e30 or text.strip("0.") == ""):
+        raise UserError(f"{text!r}: must be a number, not negative")
+    return number(text)
+
+
 def number(text: str) -> float:
     """0 where it is none."""
     try:

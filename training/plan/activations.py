@@ -1,7 +1,7 @@
 """Activations: what forward keeps for backward, in bytes of a rank and micro-batch.
 
-The paper (Korthikanti et al., arXiv:2205.05198, section 4.1) counts s b h (34 + 5 a s / h) bytes a block in 16 bits, for
-s tokens a sequence, b sequences, width h, a heads. Here the 5 a s² b are gone, as attention never holds its matrix
+The paper (Korthikanti et al., arXiv:2205.05198, section 4.1) counts s b h (34 + 5 a s / h) bytes a block in 16 bits,
+for s tokens a sequence, b sequences, width h, a heads. Here the 5 a s² b are gone, as attention never holds its matrix
 (FlashAttention, arXiv:2205.14135: it keeps its output, which is counted, and one number a head and token), and so are
 two masks of s b h bytes without dropout: 32 s b h = 16 elements of 2 bytes. By autocast, the two inputs of the layer
 norms are the fp32 residual stream: 36 s b h.

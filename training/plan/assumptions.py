@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from training.units import number, rate, size
+from training.errors import UserError
+from training.units import amount, rate, share, size
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,22 @@ class Assumption:
 ASSUMPTIONS = {
     "achievable": Assumption(
         "0.5",
-        number,
+        share,
         "share of the device's matmul peak that a step's computing reaches",
         "published MFU lies between 0.30 (GPT-2 124M on A100s, nanoGPT's 562 ms for 491,520 tokens) and 0.58 (7B on an "
         "H200, KempnerForge)",
     ),
-    "link-share": Assumption("0.8", number, "share of a link's nominal rate that collectives reach", "assumed"),
-    "latency": Assumption("2e-5", number, "seconds that a collective takes besides its bytes", "assumed"),
+    "link-share": Assumption("0.8", share, "share of a link's nominal rate that collectives reach", "assumed"),
+    "latency": Assumption("2e-5", amount, "seconds that a collective takes besides its bytes", "assumed"),
     "overlap": Assumption(
         "0.8",
-        number,
+        share,
         "share of the computing beside it that communication can hide behind, where it runs beside computing at all",
         "assumed for GPUs; on CPU ranks DDP's 1 Gbit/s took 37 ms of 104 from a step of 218 (results/zero_links): 0.5 "
         "of backward, and ZeRO hides nothing",
     ),
     "fragmentation": Assumption(
-        "0.1", number, "allowance for fragments, a share of what comes and goes within a step", "assumed"
+        "0.1", amount, "allowance for fragments, a share of what comes and goes within a step", "assumed"
     ),
     "baseline": Assumption("1.5GB", size, "what a process holds of its device besides: CUDA, NCCL", "assumed"),
     "host-bandwidth": Assumption(
@@ -47,7 +48,13 @@ ON_CPU = {"overlap": 0.5, "fragmentation": 0.0, "link_share": 1.0}  # in place o
 
 def values(given: dict[str, str]) -> dict[str, float]:
     """name -> number, of what the command line gives and of the defaults."""
-    return {name: known.read(given.get(name) or known.default) for name, known in ASSUMPTIONS.items()}
+    found = {}
+    for name, known in ASSUMPTIONS.items():
+        try:
+            found[name] = known.read(given.get(name, known.default))
+        except UserError as error:
+            raise UserError(f"{name} = {error}") from None
+    return found
 
 
 def attribute(name: str) -> str:

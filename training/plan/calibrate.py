@@ -1,2 +1,145 @@
-def run(args):
-    raise NotImplementedError
+"""--calibrate: this machine, measured by real ranks, into a file that --machine reads.
+
+What a device does alone, each rank measures (probe.py). What a strategy costs besides, the memory of its process and
+the time of its Python, comes from short runs of a model that is too small to take either.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from data.tokenizer import ByteTokenizer
+from data.writer import Writer
+from training.errors import UserError
+from training.machine import ROOT
+from training.plan import probe, request
+from training.plan.case import Case
+from training.plan.footprint import footprint
+from training.plan.machine_file import Measured
+from training.plan.shapes import Shape
+from training.plan.strategies import STRATEGIES
+from training.plan.timing import timing
+
+TINY = Shape("tiny", 4, 2, 32, vocab_size=257, block_size=32, bias=False)
+DEFAULT = Shape("gpt2, shorter", 12, 12, 768, block_size=256, bias=False)
+STEPS, MICRO_STEPS = 12, 4
+PLAIN = ("single", "ddp")
+BATCH = 4  # sequences of the model that is timed
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and write; or, as a rank of it, measure."""
+    asked = args.model is not None or args.parameters is not None or any((args.n_layer, args.n_head, args.n_embd))
+    shape = request.shape(args) if asked else DEFAULT
+    batch, dtype = args.batch_size or BATCH, args.dtype or "auto"
+    if args.probe:
+        probe.run(args.probe, dtype, shape, batch)
+        return
+    target = Path(args.calibrate)
+    if not target.parent.is_dir() or target.is_dir():
+        raise UserError(f"calibrate = {args.calibrate!r}: must be a file in a folder that is there")
+    found = measure(request.above("gpus", args.gpus, 1024), shape, batch, dtype)
+    found.write(target)
+    print(f"{target}: {said(found)}")
+
+
+def measure(ranks: int, shape: Shape, batch: int, dtype: str) -> Measured:
+    """batch: sequences of the model that is timed, which is a part of shape."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tell(f"measuring {ranks} ranks at once: matmul, memory, AdamW, a model, all-reduce")
+        numbers = probed(ranks, shape, batch, dtype, folder / "probe.json")
+        outside = numbers.pop("outside")
+        found = Measured(**numbers, baselines={}, overheads={}, n_embd=shape.n_embd, block_size=shape.block_size)
+        noise(folder / "data")
+        baselines, overheads = {}, {}
+        for strategy in ("ddp" if ranks > 1 else "single", "zero2", "zero3"):
+            tell(f"a short run of {strategy}")
+            own = settings(TINY, 1, MICRO_STEPS * ranks, STEPS, found.kind, found.dtype)
+            launch(ranks, *script(strategy), *own, f"--dataset={folder / 'data'}", f"--out_dir={folder / strategy}")
+            peak, seconds = seen(folder / strategy)
+            case = Case(TINY, STRATEGIES[strategy], found.system({"gpus": ranks, "nodes": 1, "link": 1e12}, ""))
+            tensors = footprint(case, 1, False)
+            baselines[strategy] = outside or max(0.0, peak - (tensors.total() - tensors.baseline))
+            besides = seconds - timing(case, 1, False, MICRO_STEPS).step()
+            overheads[strategy] = max(0.0, besides) / (MICRO_STEPS * (TINY.n_layer + 1))
+    tell("")
+    return replace(found, baselines=baselines, overheads=overheads)
+
+
+def probed(ranks: int, shape: Shape, batch: int, dtype: str, note: Path) -> dict[str, Any]:
+    names = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
+    options = [f"--{name}={getattr(shape, name)}" for name in names]
+    launch(
+        ranks,
+        "plan.py",
+        f"--probe={note}",
+        f"--batch_size={batch}",
+        *([] if dtype == "auto" else [f"--dtype={dtype}"]),
+        *options,
+    )
+    return json.loads(note.read_text())
+
+
+def noise(folder: Path) -> None:
+    with Writer(folder, ByteTokenizer(), "noise") as writer:
+        for split in ("train", "val"):
+            writer.write(split, np.arange(2**16) % 256)
+
+
+def script(strategy: str) -> list[str]:
+    if strategy in PLAIN:
+        return ["train.py"]
+    return ["train_deepspeed.py", f"--deepspeed_config=deepspeed_configs/{strategy}_config.json"]
+
+
+def seen(out_dir: Path) -> tuple[float, float]:
+    """Peak memory of a rank in bytes, and the median step in seconds."""
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = [row for row in rows if row["kind"] == "train" and row["step_ms"]]
+    return max(row["peak_memory_bytes"] for row in timed), median(row["step_ms"] for row in timed) / 1e3
+
+
+def settings(shape: Shape, batch: int, accumulation: int, steps: int, kind: str, dtype: str) -> list[str]:
+    """accumulation: micro-steps of all ranks."""
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
+    step = {"batch_size": batch, "gradient_accumulation_steps": accumulation, "max_iters": steps, "log_interval": 1}
+    quiet = {"eval_interval": 10**6, "eval_iters": 1, "always_save_checkpoint": False, "compile": False}
+    values = {name: getattr(shape, name) for name in names} | step | quiet | {"device": kind, "dtype": dtype}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def launch(ranks: int, *command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "launch.py", str(ranks), *command],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(
+            f"{command[0]} on {ranks} ranks: {(done.stderr or done.stdout).strip().removeprefix('error: ')}"
+        )
+
+
+def said(found: Measured) -> str:
+    return (
+        f"{found.ranks} x {found.device}, {found.dtype}: {found.flops / 1e12:,.3g} TFLOP/s in matmuls, "
+        f"{found.achievable:.0%} of it in a model of width {found.n_embd}; memory {found.memory_rate / 1e9:,.3g} GB/s; "
+        f"AdamW {found.update_rate / 1e9:,.3g} GB/s; all-reduce {8e-9 * found.link:,.3g} Gbit/s"
+    )
+
+
+def tell(text: str) -> None:
+    """What takes a while, on a line that goes away."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

@@ -43,7 +43,8 @@ class Case:
         return buffers(self.strategy.name, self.shape, self.system.on_gpu)
 
     def state(self) -> ModelState:
-        return model_state(self.strategy.name, self.shard, self.count, self.system.dtype)
+        name = "fsdp" if self.strategy.fsdp else self.strategy.name  # its variants partition the same
+        return model_state(name, self.shard, self.count, self.system.dtype)
 
     def kept(self) -> float:
         """Elements of weights that backward finds where forward has left them, of those that have to be gathered.

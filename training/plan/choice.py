@@ -135,11 +135,15 @@ def best(found: list[Option]) -> Option:
     return max((o for o in fitting if o.time.step() <= fastest * (1 + ALIKE)), key=lambda option: option.batch)
 
 
-def best_of_each(found: list[Option]) -> list[Option]:
-    by_name: dict[str, list[Option]] = {}
+def by_strategy(found: list[Option]) -> dict[str, list[Option]]:
+    names: dict[str, list[Option]] = {}
     for option in found:
-        by_name.setdefault(option.case.strategy.name, []).append(option)
-    return [best(of_one) for of_one in by_name.values()]
+        names.setdefault(option.case.strategy.name, []).append(option)
+    return names
+
+
+def best_of_each(found: list[Option]) -> list[Option]:
+    return [best(of_one) for of_one in by_strategy(found).values()]
 
 
 def recommended(bests: list[Option]) -> Option | None:

@@ -22,7 +22,7 @@ buffers         reduce_bucket_size (two with overlap_comm) and its flat copy; gr
                 wants them; allgather_bucket_size where gloo gathers; of FSDP2 a block's gradients
 host, NVMe      what is offloaded there, of all ranks of a node; on the way to NVMe buffer_count x buffer_size,
                 max_in_cpu, and buffer_count sub-groups
-computing       s b (6 P + 12 L h s) FLOPs (PaLM, arXiv:2204.02311, appendix B), a third more where blocks are recomputed
+computing       s b (6 P + 12 L h s) FLOPs (PaLM, arXiv:2204.02311, appendix B), a third more to recompute
 communication   a ring sends 2 (n - 1) / n S in an all-reduce, half as much in an all-gather or reduce-scatter (Patarasu
                 & Yuan, 2009); inside a node by its link, between nodes by the slower one. DDP, ZeRO-0: one all-reduce
                 of 4 P a step. ZeRO-1, ZeRO-2: an all-reduce of c P, as DeepSpeed sends it, a step and a micro-step,

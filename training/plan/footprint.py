@@ -41,8 +41,11 @@ def footprint(case: Case, batch: int, checkpointing: bool) -> Footprint:
     active = activations.peak(case.shape, batch, case.precision, checkpointing)
     passing = max(in_backward(case), in_update(case) - active - gathered)
     fragments = case.system.fragmentation * (gathered + active + passing)
+    weights, gradients, states = (size if place == "device" else 0.0 for size, place in held)
     return Footprint(
-        *(size if place == "device" else 0.0 for size, place in held),
+        weights,
+        gradients,
+        states,
         gathered,
         active,
         passing,

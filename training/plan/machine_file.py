@@ -3,8 +3,13 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from training.errors import UserError
+from training.plan.assumptions import ON_CPU, attribute, values
+from training.plan.system import System
 
 FORMAT = "nanozero machine, 1"
 NUMBERS = ("memory", "flops", "achievable", "memory_rate", "update_rate", "latency", "baselines", "overheads")
@@ -29,6 +34,17 @@ class Measured:
     overheads: dict[str, float]  # strategy -> seconds a block and micro-step besides computing
     n_embd: int  # of the block
     block_size: int
+
+    def system(self, about: dict[str, Any], origin: str) -> System:
+        """Of gpus, nodes, link and whatever else `about` has, which goes before what was measured."""
+        assumed = {attribute(name): value for name, value in values({}).items()}
+        adapted = ON_CPU if self.kind == "cpu" else {}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        known = {"device": self.device, "kind": self.kind, "dtype": getattr(torch, self.dtype)}
+        sources = dict.fromkeys(numbers, f"measured, {origin}") | dict.fromkeys(adapted, "of CPU ranks")
+        sources |= dict.fromkeys(about, "given")
+        link = {"node_link": self.link or 1e12, "origin": sources}  # one rank sends nothing
+        return System(**{**assumed, **numbers, **adapted, **known, **link, **about})
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")

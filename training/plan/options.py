@@ -51,6 +51,7 @@ GROUPS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "json": ("all of it, for programs", {"action": "store_true"}),
         "curve": ("from 1 to 1,024 GPUs; as a figure, too", {"nargs": "?", "const": "", "metavar": "FILE.png"}),
         "calibrate": ("measure this machine with --gpus ranks, and write FILE", {"metavar": "FILE"}),
+        "probe": (argparse.SUPPRESS, {}),  # a rank of --calibrate is given it: where it writes what it finds
     },
     "assumptions (--explain says where they come from)": {
         name: (f"{known.meaning} ({known.default})", {}) for name, known in ASSUMPTIONS.items()
@@ -85,6 +86,6 @@ def parse(argv: list[str], usage: str) -> argparse.Namespace:
     for group, options in GROUPS.items():
         of_group = parser.add_argument_group(group)
         for name, (meaning, more) in options.items():
-            metavar = {} if {"metavar", "action", "choices"} & more.keys() else {"metavar": "X"}
-            of_group.add_argument(f"--{name}", help=meaning, **metavar, **more)
+            metavar: dict[str, Any] = {} if {"metavar", "action", "choices"} & more.keys() else {"metavar": "X"}
+            of_group.add_argument(f"--{name}", help=meaning, **{**metavar, **more})
     return parser.parse_args(spelled(argv))

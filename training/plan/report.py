@@ -34,27 +34,28 @@ def columns(options: list[Option]) -> dict[str, list[str]]:
     """Title -> a cell of each option. Sizes in GB of a rank; host and NVMe of a node."""
     found = {
         "strategy": [o.case.strategy.name for o in options],
-        "batch": [f"{o.batch} x {o.micro_steps}" for o in options],
-        "recompute": ["yes" if o.checkpointing else "" for o in options],
+        "batch": [f"{o.batch} x {o.micro_steps}{' *' * o.checkpointing}" for o in options],
         "state": [cell(o.memory.model_state()) for o in options],
-        "activations": [cell(o.memory.activations) for o in options],
+        "activ.": [cell(o.memory.activations) for o in options],
         "buffers": [cell(o.memory.gathered + o.memory.buffers) for o in options],
         "other": [cell(o.memory.fragmentation + o.memory.baseline) for o in options],
         "total": [cell(o.memory.total()) for o in options],
         "free": [cell(o.spare()) for o in options],
         "host": [cell(o.memory.host) if o.memory.host else "" for o in options],
         "NVMe": [cell(o.memory.nvme) if o.memory.nvme else "" for o in options],
-        "sent": [cell(o.time.sent) for o in options],
+        "sent": [short(o.time.sent / 1e9) for o in options],
         "step, s": [short(o.time.step()) for o in options],
         "tokens/s": [f"{o.tokens_per_second():,.0f}" for o in options],
         "MFU": [f"{o.mfu():.0%}" for o in options],
         "days": [short(o.days()) for o in options],
-        "GPU-hours": [f"{o.gpu_hours():,.0f}" for o in options],
+        "GPU-h": [f"{o.gpu_hours():,.0f}" for o in options],
     }
     return {title: cells for title, cells in found.items() if any(cells)}
 
 
 def cell(size: float) -> str:
+    if not size:
+        return "0"
     return f"{size / 1e9:,.{1 if abs(size) >= 1e9 else 2 if abs(size) >= 1e7 else 4}f}"
 
 
@@ -75,16 +76,19 @@ def table(options: list[Option], taken: Option | None, colour: bool) -> str:
 
 
 def align(text: str, title: str, width: int) -> str:
-    return text.ljust(width) if title in ("strategy", "batch", "recompute") else text.rjust(width)
+    return text.ljust(width) if title in ("strategy", "batch") else text.rjust(width)
 
 
-def advice(taken: Option | None, bests: list[Option]) -> str:
-    if taken is None:
-        nearest = max(bests, key=lambda option: option.spare())
-        return (
-            f"Nothing fits: {nearest.case.strategy.name} comes nearest and lacks {gigabytes(-nearest.spare())} a rank.\n"
-            "Take more or larger GPUs, more host memory for offload, shorter sequences, or a smaller model."
-        )
+def lacking(bests: list[Option], enough: Option | None) -> str:
+    """enough: the fewest GPUs with which something fits."""
+    nearest = max(bests, key=lambda option: option.spare())
+    words = f"nothing fits: {nearest.case.strategy.name} comes nearest, and lacks {gigabytes(-nearest.spare())} a rank"
+    if enough is None:
+        return f"{words}; take larger GPUs, or shorter sequences: more of these do not help"
+    return f"{words}; take {enough.wish.system.ranks:,} GPUs ({enough.case.strategy.name} fits), or larger ones"
+
+
+def advice(taken: Option, bests: list[Option]) -> str:
     note = ["model.py is a GPT: of another architecture, strategy and batch hold"] if taken.wish.shape.hidden else []
     return "\n".join(
         [
@@ -99,9 +103,9 @@ def advice(taken: Option | None, bests: list[Option]) -> str:
     )
 
 
-FOOTER = (
-    "GB of a rank; host and NVMe of a node; free: what is left of the device. batch: sequences x micro-steps of a rank."
-)
+FOOTER = """\
+GB of a rank: model state, activations, gathered weights and buffers, other (fragments, CUDA and NCCL), sent in a step;
+host and NVMe of a node. batch: sequences x micro-steps of a rank, * with activation checkpointing."""
 
 
 def text(wish: Wish, shown: list[Option], bests: list[Option], taken: Option | None, colour: bool) -> str:
@@ -114,7 +118,7 @@ def text(wish: Wish, shown: list[Option], bests: list[Option], taken: Option | N
         ]
     )
     footer = f"{FOOTER}\nBy {assumed}: --explain says why; --calibrate measures."
-    return "\n\n".join([header(wish), table(shown, taken, colour), footer, advice(taken, bests)])
+    return "\n\n".join([header(wish), table(shown, taken, colour), footer, *([advice(taken, bests)] if taken else [])])
 
 
 def as_json(wish: Wish, options: list[Option], taken: Option | None, bests: list[Option]) -> str:

@@ -2,21 +2,22 @@
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from training.errors import UserError
 from training.plan import hardware, machine_file, shapes, strategies
-from training.plan.assumptions import ASSUMPTIONS, ON_CPU, attribute, values
+from training.plan.assumptions import ASSUMPTIONS, attribute, values
 from training.plan.choice import Wish, divisors, possible
 from training.plan.hardware import Device
 from training.plan.options import CHINCHILLA, DEVICE, DTYPES, STEP
 from training.plan.shapes import Shape
 from training.plan.system import System
-from training.units import number, rate, size
+from training.units import number, size
 
 MOST_RANKS, LARGEST = 100_000, 1e13
-SHARES = ("achievable", "link-share", "overlap")
+LEAST_MEMORY, MOST_MEMORY = 1e8, 1e14  # bytes
 
 
 def shape(args: argparse.Namespace) -> Shape:
@@ -38,7 +39,7 @@ def shape(args: argparse.Namespace) -> Shape:
         found = Shape(f"{args.n_layer} layers of {args.n_embd}", *own, bias=False)
     for name in ("vocab_size", "block_size"):
         if (value := getattr(args, name)) is not None:
-            found = replace(found, **{name: above(name, value)})
+            found = replace(found, **dict[str, Any]({name: above(name, value)}))
     if not 0 <= args.dropout < 1:
         raise UserError(f"dropout = {args.dropout}: must be at least 0 and below 1")
     return replace(found, dropout=args.dropout)
@@ -61,12 +62,27 @@ def device(args: argparse.Namespace, dtype: torch.dtype) -> Device:
     if dtype == torch.bfloat16 and not found.has_bf16:
         raise UserError(f"dtype = bfloat16: {found.name} lacks it; use --dtype=float16 or float32")
     if args.gpu_memory:
-        found = replace(found, memory=size(args.gpu_memory))
+        found = replace(found, memory=memory(args, "gpu_memory"))
     if args.memory_bandwidth:
-        found = replace(found, memory_rate=rate(args.memory_bandwidth))
+        found = replace(found, memory_rate=hardware.link(args.memory_bandwidth, "--memory-bandwidth"))
     if args.tflops:
         peak = 1e12 * above("tflops", number(args.tflops) * 1000) / 1000
         found = replace(found, half=peak, single=peak)
+    return found
+
+
+def memory(args: argparse.Namespace, name: str) -> float:
+    """Bytes; 0 where it is not given."""
+    text = getattr(args, name)
+    if text is None:
+        return 0.0
+    option = f"--{name.replace('_', '-')}"
+    try:
+        found = size(text)
+    except UserError as error:
+        raise UserError(f"{option} = {error}") from None
+    if not LEAST_MEMORY <= found <= MOST_MEMORY:
+        raise UserError(f"{option} = {text!r}: {found:,.0f} bytes are no device's or host's memory; write 80GB")
     return found
 
 
@@ -74,9 +90,6 @@ def assumed(args: argparse.Namespace) -> tuple[dict[str, float], dict[str, float
     """Every assumption by its attribute in System, and those of them that the command line gives."""
     given = {name: text for name in ASSUMPTIONS if (text := getattr(args, attribute(name))) is not None}
     found = {attribute(name): value for name, value in values(given).items()}
-    for name in SHARES:
-        if not 0 < found[attribute(name)] <= 1:
-            raise UserError(f"{name} = {given[name]}: is a share, above 0 and at most 1")
     return found, {attribute(name): found[attribute(name)] for name in given}
 
 
@@ -86,9 +99,9 @@ def system(args: argparse.Namespace) -> System:
         raise UserError(f"link = {args.link!r}: is between nodes, and there is one; add --nodes=2, or say --node-link")
     numbers, given = assumed(args)
     between = hardware.link(args.link or "400Gb", "--link")
-    about = {"gpus": gpus, "nodes": nodes, "host_memory": size(args.host_memory) if args.host_memory else 0.0}
+    about: dict[str, Any] = {"gpus": gpus, "nodes": nodes, "host_memory": memory(args, "host_memory")}
     if args.machine:
-        return measured(args, {**numbers, **about, "link": between}, given)
+        return measured(args, {**about, **given, "link": between})
     dtype = getattr(torch, args.dtype or DTYPES[0])
     known = device(args, dtype)
     return System(
@@ -101,37 +114,31 @@ def system(args: argparse.Namespace) -> System:
         node_link=hardware.link(args.node_link or known.link, "--node-link"),
         link=between,
         origin=dict.fromkeys(given, "given"),
-        **about,
-        **numbers,
+        **{**about, **numbers},
     )
 
 
-def measured(args: argparse.Namespace, about: dict, given: dict[str, float]) -> System:
+def measured(args: argparse.Namespace, about: dict[str, Any]) -> System:
     """By a file of --calibrate; what the command line says goes before it."""
     if args.device or args.tflops or args.memory_bandwidth:
         raise UserError("--machine: has the device's numbers; leave --device, --tflops and --memory-bandwidth out")
     found = machine_file.read(args.machine)
     if args.dtype and args.dtype != found.dtype:
         raise UserError(f"dtype = {args.dtype}: {args.machine} was measured in {found.dtype}; measure in {args.dtype}")
-    numbers = {name: getattr(found, name) for name in machine_file.NUMBERS}
-    origin = dict.fromkeys(numbers, f"measured, {args.machine}")
-    if found.kind == "cpu":
-        about |= ON_CPU
-        origin |= dict.fromkeys(ON_CPU, "of CPU ranks")
     if args.gpu_memory:
-        numbers["memory"] = size(args.gpu_memory)
-    node_link = hardware.link(args.node_link, "--node-link") if args.node_link else found.link or about["link"]
-    numbers |= {"device": found.device, "kind": found.kind, "dtype": getattr(torch, found.dtype)}
-    origin |= dict.fromkeys(given, "given")
-    return System(**{**about, **numbers, "node_link": node_link, **given, "origin": origin})
+        about["memory"] = memory(args, "gpu_memory")
+    if args.node_link:
+        about["node_link"] = hardware.link(args.node_link, "--node-link")
+    return found.system(about, args.machine)
 
 
-def wish(args: argparse.Namespace, found: Shape, machines: System) -> Wish:
+def wish(args: argparse.Namespace, found: Shape, machines: System, strict: bool = True) -> Wish:
+    """strict: strategies that are not possible there are an error, and not left out."""
     ranks = machines.ranks
     default = -(-max(ranks, STEP // found.block_size) // ranks) * ranks
     wanted = strategies.named(args.strategies) if args.strategies else list(strategies.STRATEGIES.values())
     taken = tuple(s for s in wanted if possible(s, machines))
-    if args.strategies and (left := [s.name for s in wanted if s not in taken]):
+    if args.strategies and strict and (left := [s.name for s in wanted if s not in taken]):
         raise UserError(f"strategies: {', '.join(left)}: not possible on {ranks} ranks of {machines.nodes} nodes")
     if args.shard_ranks < 0 or (args.shard_ranks and ranks % args.shard_ranks):
         raise UserError(f"shard_ranks = {args.shard_ranks}: must divide the {ranks} ranks: {divisors(ranks)}")

@@ -1,0 +1,94 @@
+"""Predicted beside measured: real runs on the CPU ranks of this machine, after a calibration for each.
+
+    python -m training.plan.check results/plan_check --ranks=1,2,4 --strategies=ddp,zero1,zero2,zero3
+
+It writes check.json and check.md: the model state (counted by census.py) and the memory of a rank at its fullest, and a
+step's time. DDP on one rank is a single process.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from training import ending
+from training.plan import calibrate, strategies
+from training.plan.case import Case
+from training.plan.footprint import footprint
+from training.plan.machine_file import Measured
+from training.plan.shapes import Shape
+from training.plan.timing import timing
+
+MODELS = {
+    "narrow": (Shape("narrow", 4, 4, 256, vocab_size=257, block_size=128, bias=False), 4),  # and sequences a micro-step
+    "wide": (Shape("wide", 6, 8, 512, vocab_size=257, block_size=256, bias=False), 4),
+}
+STEPS, MICRO_STEPS = 12, 2
+PREDICTED = ("model_state", "peak_memory", "step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("write", type=Path, help="folder for check.json and check.md")
+    parser.add_argument("--ranks", default="1,2,4", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--strategies", default="ddp,zero0,zero1,zero2,zero3")
+    parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","), help="narrow, wide")
+    args = parser.parse_args()
+    rows, machines = [], []
+    for name in args.models:
+        shape, batch = MODELS[name]
+        for ranks in args.ranks:
+            machine = calibrate.measure(ranks, shape, batch, "float32")
+            machines.append({"model": name, **vars(machine)})
+            for strategy in strategies.named(args.strategies):
+                rows.append(compared(shape, batch, ranks, strategy, machine))
+                print(line(rows[-1]), flush=True)
+    write(args.write, "check", rows, machines)
+
+
+def compared(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, machine: Measured) -> dict[str, Any]:
+    if ranks == 1 and strategy.name == "ddp":
+        strategy = strategies.STRATEGIES["single"]
+    case = Case(shape, strategy, machine.system({"gpus": ranks, "nodes": 1, "link": 1e12}, ""))
+    memory, time = footprint(case, batch, False), timing(case, batch, False, MICRO_STEPS)
+    row: dict[str, Any] = {"model": shape.name, "strategy": strategy.name, "ranks": ranks}
+    row |= {"predicted": dict(zip(PREDICTED, (memory.model_state(), memory.total(), time.step()), strict=True))}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        calibrate.noise(folder / "data")
+        own = calibrate.settings(shape, batch, MICRO_STEPS * ranks, STEPS, machine.kind, machine.dtype)
+        own = [*calibrate.script(strategy.name), *own, f"--dataset={folder / 'data'}"]
+        calibrate.launch(ranks, *own, f"--out_dir={folder / 'run'}")
+        peak, seconds = calibrate.seen(folder / "run")
+        calibrate.launch(ranks, "census.py", str(folder / "census.json"), *own, f"--out_dir={folder / 'census'}")
+        held = json.loads((folder / "census.json").read_text())["model_state_bytes"]
+    return row | {"measured": dict(zip(PREDICTED, (held, peak, seconds), strict=True))}
+
+
+def ratio(row: dict[str, Any], what: str) -> float:
+    return row["predicted"][what] / row["measured"][what]
+
+
+def line(row: dict[str, Any]) -> str:
+    """Of a Markdown table: MB, MB, ms; of each predicted, measured, the ratio."""
+    cells = [row["model"], row["strategy"], str(row["ranks"])]
+    for what in row["measured"]:
+        unit = 1e3 if what == "step" else 1e-6
+        cells += [f"{unit * row[side][what]:,.1f}" for side in ("predicted", "measured")] + [f"{ratio(row, what):.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]], machines: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    titles = {"model_state": "model state, MB", "peak_memory": "memory at its fullest, MB", "step": "step, ms"}
+    head = ["model", "strategy", "ranks"]
+    for what in rows[0]["measured"]:
+        head += [f"{titles[what]}, predicted", "measured", "ratio"]
+    text = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |", *map(line, rows)]
+    (folder / f"{name}.md").write_text("\n".join(text) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    ending.run(main)
