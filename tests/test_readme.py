@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.running import ROOT, TINY, command, train
+from tests.test_plan_command import MACHINE
 
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/from_ddp.md", "docs/from_fsdp.md"]
 COMMANDS = sorted(
@@ -60,6 +61,12 @@ def test_command(line, data, tmp_path, trained):
     elif first.startswith(("./launch_traditional_ddp", "./launch_fsdp", "./launch_deepspeed_")):
         words = [word if not word.startswith("--nvme_path") else f"--nvme_path={tmp_path}" for word in words]
         arguments = [first, *shrunk(["2", *words[1:]], data, tmp_path / "out", trained)]
+    elif script == "plan.py":
+        words = [re.sub("^(--curve|--calibrate)=", rf"\1={tmp_path}/", word) for word in words]
+        if any(word.startswith("--machine=") for word in words):  # as a machine that was measured would write it
+            MACHINE.write(tmp_path / "machine.json")
+            words = [re.sub("^--machine=", f"--machine={tmp_path}/", word) for word in words]
+        arguments = [python, *words]
     elif script == "convert.py":
         arguments = [python, script, str(trained), str(tmp_path / "weights.safetensors")]
     elif script == "benchmark.py":

@@ -8,7 +8,7 @@ from training.errors import UserError
 from training.plan import hardware, shapes, strategies
 from training.plan.assumptions import ASSUMPTIONS
 
-STEP = 491_520  # tokens: nanoGPT's recipe for GPT-2
+STEP = 2**19  # tokens: half a million, as GPT-3's smaller models (arXiv:2005.14165, table 2.1)
 CHINCHILLA = 20  # tokens a parameter (Hoffmann et al., arXiv:2203.15556)
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICE = "A100-80GB"

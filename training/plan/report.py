@@ -89,7 +89,7 @@ def lacking(bests: list[Option], enough: Option | None) -> str:
 
 
 def advice(taken: Option, bests: list[Option]) -> str:
-    note = ["model.py is a GPT: of another architecture, strategy and batch hold"] if taken.wish.shape.hidden else []
+    note = ["model.py is a GPT: of this shape only strategy and batch hold"] if taken.wish.shape.hidden else []
     return "\n".join(
         [
             f"Take {taken.case.strategy.name}: {reason(taken, bests)}.",

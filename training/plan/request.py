@@ -1,6 +1,7 @@
 """What the command line asks for, checked: a model, machines, a step."""
 
 import argparse
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -135,7 +136,8 @@ def measured(args: argparse.Namespace, about: dict[str, Any]) -> System:
 def wish(args: argparse.Namespace, found: Shape, machines: System, strict: bool = True) -> Wish:
     """strict: strategies that are not possible there are an error, and not left out."""
     ranks = machines.ranks
-    default = -(-max(ranks, STEP // found.block_size) // ranks) * ranks
+    each = max(1.0, STEP / found.block_size / ranks)
+    default = ranks * 2 ** round(math.log2(each))  # which many micro-batches divide
     wanted = strategies.named(args.strategies) if args.strategies else list(strategies.STRATEGIES.values())
     taken = tuple(s for s in wanted if possible(s, machines))
     if args.strategies and strict and (left := [s.name for s in wanted if s not in taken]):
