@@ -32,7 +32,7 @@ MACHINE = machine_file.Measured(
 WRONG = {
     "unknown strategy": ([GPT2, "--strategies=zero4"], "strategies: 'zero4': unknown; did you mean zero"),
     "unknown model": (["--model=gpt2-xxl"], "model = 'gpt2-xxl': unknown; did you mean gpt2-xl?"),
-    "no model": ([], "what model? write --model=gpt2-xl, or --parameters=7.5e9"),
+    "no model": ([], "no model; write --model=gpt2-xl, or --parameters=7.5e9"),
     "two models": ([GPT2, "--parameters=1e9"], "contradict each other"),
     "unknown device": ([GPT2, "--device=H10"], "did you mean h100? Or write its numbers, --tflops="),
     "device without a table": ([GPT2, "--device=TPU"], "not in the table; write its numbers, --tflops="),

@@ -106,10 +106,10 @@ def listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def possible(strategy: Strategy, system: System) -> bool:
-    """One process is no DDP, and there is nothing to replicate in a single node."""
+def possible(strategy: Strategy, system: System, shard_ranks: int) -> bool:
+    """One process is no DDP, and a hybrid needs several groups of several ranks."""
     if strategy.hybrid:
-        return system.nodes > 1 and system.gpus > 1
+        return 1 < (shard_ranks or system.gpus) < system.ranks
     return strategy.name != ("ddp" if system.ranks == 1 else "single")
 
 
@@ -168,8 +168,10 @@ def reason(taken: Option, bests: list[Option]) -> str:
         more = fitting[0].time.step() / taken.time.step() - 1
         name = fitting[0].case.strategy.name
         words = f"the fastest that fits; {name} comes next, {more:.0%} slower"
-        if more <= ALIKE:
-            words = f"as fast as {name}, the fastest, within {ALIKE:.0%}, and simpler"
+        if more < 0:
+            words = f"about as fast as {name}, the fastest, and simpler"
+        elif more <= ALIKE:
+            words = f"the fastest that fits; {name} comes next, about as fast"
     words += f"; {gigabytes(taken.spare())} of {gigabytes(taken.wish.system.memory)} stay free"
     if taken.checkpointing:
         words += "; without activation checkpointing it does not fit, or only in micro-batches that are slower"

@@ -93,7 +93,7 @@ def in_update(case: Case) -> float:
         return FP32 * min(case.count, ZERO0_BUCKET)
     mine = 0 if strategy.offloads else FP32 * min(case.count / case.shard, case.sizes.sub_group)
     if strategy.stage == 3:
-        return mine + 3 * computed * case.shape.head() + computed * case.gathered()
+        return mine + 4 * computed * case.shape.head()  # what reads out, last: whole, its gradient, flat, and padded
     arriving = min(case.count, case.sizes.allgather_bucket) if case.gloo else 0  # NCCL gathers in place
     reducing = 2 * reduced(case) if strategy.stage == 1 and not case.sizes.overlap else 0
     return max(mine, computed * arriving, computed * reducing)

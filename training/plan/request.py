@@ -25,7 +25,7 @@ def shape(args: argparse.Namespace) -> Shape:
     own = (args.n_layer, args.n_head, args.n_embd)
     given = [args.model is not None, args.parameters is not None, any(own)]
     if sum(given) != 1:
-        said = "several of them contradict each other" if sum(given) else "what model?"
+        said = "several models contradict each other" if sum(given) else "no model"
         raise UserError(f"{said}; write --model=gpt2-xl, or --parameters=7.5e9, or --n_layer --n_head --n_embd")
     if args.model is not None:
         found = shapes.named(args.model)
@@ -139,7 +139,7 @@ def wish(args: argparse.Namespace, found: Shape, machines: System, strict: bool 
     each = max(1.0, STEP / found.block_size / ranks)
     default = ranks * 2 ** round(math.log2(each))  # which many micro-batches divide
     wanted = strategies.named(args.strategies) if args.strategies else list(strategies.STRATEGIES.values())
-    taken = tuple(s for s in wanted if possible(s, machines))
+    taken = tuple(s for s in wanted if possible(s, machines, args.shard_ranks))
     if args.strategies and strict and (left := [s.name for s in wanted if s not in taken]):
         raise UserError(f"strategies: {', '.join(left)}: not possible on {ranks} ranks of {machines.nodes} nodes")
     if args.shard_ranks < 0 or (args.shard_ranks and ranks % args.shard_ranks):
