@@ -111,8 +111,8 @@ def saved_bytes(shape: Shape, batch: int, precision: Precision, checkpointing: b
 @pytest.mark.parametrize("shape", [SMALL, Shape("wide", 2, 2, 96, 257, 128, True)], ids=lambda shape: shape.name)
 def test_activations_as_pytorch_saves_them(half, autocast, dropout, checkpointing, shape):
     shape, precision = replace(shape, dropout=dropout), Precision(half, autocast, on_gpu=False)
-    predicted = activations.saved(shape, 3, precision, checkpointing)
-    assert predicted == pytest.approx(saved_bytes(shape, 3, precision, checkpointing), rel=0.02)
+    predicted = activations.saved(shape, 5, precision, checkpointing)  # 5: no activation has the shape of a weight
+    assert predicted == pytest.approx(saved_bytes(shape, 5, precision, checkpointing), rel=0.02)
 
 
 def test_a_block_in_terms_of_the_activation_paper():

@@ -41,6 +41,13 @@ def shrunk(words: list[str], data: Path, out_dir: Path, trained: Path) -> list[s
     return [*words, *tiny, *(["--init_from=scratch"] if "finetune" in " ".join(words) else [])]
 
 
+def planned(words: list[str], folder: Path) -> list[str]:
+    """The files of plan.py in a folder, with that of a machine."""
+    if any(word.startswith("--machine=") for word in words):
+        MACHINE.write(folder / "machine.json")
+    return [re.sub("^(--curve|--calibrate|--machine)=", rf"\1={folder}/", word) for word in words]
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command(line, data, tmp_path, trained):
     first, *words = shlex.split(line)
@@ -62,11 +69,7 @@ def test_command(line, data, tmp_path, trained):
         words = [word if not word.startswith("--nvme_path") else f"--nvme_path={tmp_path}" for word in words]
         arguments = [first, *shrunk(["2", *words[1:]], data, tmp_path / "out", trained)]
     elif script == "plan.py":
-        words = [re.sub("^(--curve|--calibrate)=", rf"\1={tmp_path}/", word) for word in words]
-        if any(word.startswith("--machine=") for word in words):  # as a machine that was measured would write it
-            MACHINE.write(tmp_path / "machine.json")
-            words = [re.sub("^--machine=", f"--machine={tmp_path}/", word) for word in words]
-        arguments = [python, *words]
+        arguments = [python, *planned(words, tmp_path)]
     elif script == "convert.py":
         arguments = [python, script, str(trained), str(tmp_path / "weights.safetensors")]
     elif script == "benchmark.py":
