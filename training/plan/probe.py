@@ -19,7 +19,7 @@ from training.plan.shapes import Shape
 
 MINUTES = 1.0  # to wait for the others
 ROUNDS = 5  # the median of so many
-ENOUGH = 0.2  # seconds of a round
+ENOUGH, LONG = 0.2, 1.0  # seconds of a round; of a call that one will do for
 WIDTH = {"cuda": 8192, "cpu": 1024}  # of the square matrices
 COPIED = {"cuda": 2**30, "cpu": 2**27}  # bytes
 UPDATED = {"cuda": 2**27, "cpu": 2**23}  # parameters
@@ -54,8 +54,11 @@ class Probe:
     def seconds(self, work: Callable[[], object]) -> float:
         """Of one call: the median of a few rounds of many."""
         work()
-        count = max(1, math.ceil(ENOUGH / max(self.timed(work, 1), 1e-6)))
+        once = self.timed(work, 1)
         self.together()
+        if once > LONG:  # a slow CPU with a large model
+            return self.timed(work, 1)
+        count = max(1, math.ceil(ENOUGH / max(once, 1e-6)))
         return median(self.timed(work, count) for _ in range(ROUNDS)) / count
 
     def timed(self, work: Callable[[], object], count: int) -> float:
