@@ -24,13 +24,13 @@ from training.plan import probe, request
 from training.plan.case import Case
 from training.plan.footprint import footprint
 from training.plan.machine_file import Measured
+from training.plan.probe import TINY
 from training.plan.shapes import Shape
 from training.plan.strategies import STRATEGIES
 from training.plan.timing import timing
 
-TINY = Shape("tiny", 4, 2, 32, vocab_size=257, block_size=32, bias=False)
 DEFAULT = Shape("gpt2, shorter", 12, 12, 768, block_size=256, bias=False)
-STEPS, MICRO_STEPS = 12, 4
+STEPS, MICRO_STEPS = 10, 4
 PLAIN = ("single", "ddp")
 BATCH = 4  # sequences of the model that is timed
 
@@ -57,7 +57,7 @@ def measure(ranks: int, shape: Shape, batch: int, dtype: str) -> Measured:
         folder = Path(name)
         tell(f"measuring {ranks} ranks at once: matmul, memory, AdamW, a model, all-reduce")
         numbers = probed(ranks, shape, batch, dtype, folder / "probe.json")
-        outside = numbers.pop("outside")
+        outside, python = numbers.pop("outside"), TINY.block_size * TINY.flops_per_token() / numbers.pop("tiny")
         found = Measured(**numbers, baselines={}, overheads={}, n_embd=shape.n_embd, block_size=shape.block_size)
         noise(folder / "data")
         baselines, overheads = {}, {}
@@ -69,7 +69,8 @@ def measure(ranks: int, shape: Shape, batch: int, dtype: str) -> Measured:
             case = Case(TINY, STRATEGIES[strategy], found.system({"gpus": ranks, "nodes": 1, "link": 1e12}, ""))
             tensors = footprint(case, 1, False)
             baselines[strategy] = outside or max(0.0, peak - (tensors.total() - tensors.baseline))
-            besides = seconds - timing(case, 1, False, MICRO_STEPS).step()
+            time = timing(case, 1, False, MICRO_STEPS)
+            besides = seconds - (time.communication + time.update + MICRO_STEPS * python)
             overheads[strategy] = max(0.0, besides) / (MICRO_STEPS * (TINY.n_layer + 1))
     tell("")
     return replace(found, baselines=baselines, overheads=overheads)
