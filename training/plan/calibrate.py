@@ -1,7 +1,7 @@
 """--calibrate: this machine, measured by real ranks, into a file that --machine reads.
 
-What a device does alone, each rank measures (probe.py). What a strategy costs besides, the memory of its process and
-the time of its Python, comes from short runs of a model that is too small to take either.
+What a device does, each rank measures by itself (probe.py). What a strategy costs besides, the memory of its process
+and the time of its Python, is what short runs of a small model take beyond the formulas.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from training.plan import probe, request
 from training.plan.case import Case
 from training.plan.footprint import footprint
 from training.plan.machine_file import Measured
-from training.plan.probe import TINY
+from training.plan.probe import SAMPLE, SAMPLES
 from training.plan.shapes import Shape
 from training.plan.strategies import STRATEGIES
 from training.plan.timing import timing
 
 DEFAULT = Shape("gpt2, shorter", 12, 12, 768, block_size=256, bias=False)
-STEPS, MICRO_STEPS = 10, 4
+STEPS, MICRO_STEPS = 8, 2
 PLAIN = ("single", "ddp")
 BATCH = 4  # sequences of the model that is timed
 
@@ -57,21 +57,24 @@ def measure(ranks: int, shape: Shape, batch: int, dtype: str) -> Measured:
         folder = Path(name)
         tell(f"measuring {ranks} ranks at once: matmul, memory, AdamW, a model, all-reduce")
         numbers = probed(ranks, shape, batch, dtype, folder / "probe.json")
-        outside, python = numbers.pop("outside"), TINY.block_size * TINY.flops_per_token() / numbers.pop("tiny")
+        outside, alone = (
+            numbers.pop("outside"),
+            SAMPLES * SAMPLE.block_size * SAMPLE.flops_per_token() / numbers.pop("sample"),
+        )
         found = Measured(**numbers, baselines={}, overheads={}, n_embd=shape.n_embd, block_size=shape.block_size)
         noise(folder / "data")
         baselines, overheads = {}, {}
         for strategy in ("ddp" if ranks > 1 else "single", "zero2", "zero3"):
             tell(f"a short run of {strategy}")
-            own = settings(TINY, 1, MICRO_STEPS * ranks, STEPS, found.kind, found.dtype)
+            own = settings(SAMPLE, SAMPLES, MICRO_STEPS * ranks, STEPS, found.kind, found.dtype)
             launch(ranks, *script(strategy), *own, f"--dataset={folder / 'data'}", f"--out_dir={folder / strategy}")
             peak, seconds = seen(folder / strategy)
-            case = Case(TINY, STRATEGIES[strategy], found.system({"gpus": ranks, "nodes": 1, "link": 1e12}, ""))
-            tensors = footprint(case, 1, False)
+            case = Case(SAMPLE, STRATEGIES[strategy], found.system({"gpus": ranks, "nodes": 1, "link": 1e12}, ""))
+            tensors = footprint(case, SAMPLES, False)
             baselines[strategy] = outside or max(0.0, peak - (tensors.total() - tensors.baseline))
-            time = timing(case, 1, False, MICRO_STEPS)
-            besides = seconds - (time.communication + time.update + MICRO_STEPS * python)
-            overheads[strategy] = max(0.0, besides) / (MICRO_STEPS * (TINY.n_layer + 1))
+            time = timing(case, SAMPLES, False, MICRO_STEPS)
+            besides = seconds - (time.communication + time.update + MICRO_STEPS * alone)
+            overheads[strategy] = max(0.0, besides) / (MICRO_STEPS * (SAMPLE.n_layer + 1))
     tell("")
     return replace(found, baselines=baselines, overheads=overheads)
 

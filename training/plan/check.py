@@ -21,8 +21,8 @@ from training.plan.shapes import Shape
 from training.plan.timing import timing
 
 MODELS = {
-    "narrow": (Shape("narrow", 4, 4, 256, vocab_size=257, block_size=128, bias=False), 4),  # and sequences a micro-step
-    "wide": (Shape("wide", 6, 8, 512, vocab_size=257, block_size=256, bias=False), 4),
+    "11M": (Shape("11M", 6, 6, 384, vocab_size=257, block_size=128, bias=False), 4),  # and sequences a micro-step
+    "25M": (Shape("25M", 8, 8, 512, vocab_size=257, block_size=256, bias=False), 2),
 }
 STEPS, MICRO_STEPS = 12, 2
 PREDICTED = ("model_state", "peak_memory", "step")
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("write", type=Path, help="folder for check.json and check.md")
     parser.add_argument("--ranks", default="1,2,4", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--strategies", default="ddp,zero0,zero1,zero2,zero3")
-    parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","), help="narrow, wide")
+    parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","), help="11M, 25M")
     args = parser.parse_args()
     rows, machines = [], []
     for name in args.models:

@@ -24,7 +24,7 @@ WIDTH = {"cuda": 8192, "cpu": 1024}  # of the square matrices
 COPIED = {"cuda": 2**30, "cpu": 2**27}  # bytes
 UPDATED = {"cuda": 2**27, "cpu": 2**23}  # parameters
 MESSAGES = 200
-TINY = Shape("tiny", 4, 2, 32, vocab_size=257, block_size=32, bias=False)  # its computing is all Python's
+SAMPLE, SAMPLES = Shape("sample", 4, 4, 256, vocab_size=257, block_size=128, bias=False), 4  # of the short runs
 LAYERS = 4  # of the model that is timed, at most
 
 
@@ -35,7 +35,7 @@ def run(note: str, dtype: str, shape: Shape, batch: int) -> None:
         found = Probe(ranks, wanted)
         numbers = {"flops": found.matmul(), "memory_rate": found.copy(), "update_rate": found.adamw()}
         numbers["achievable"] = min(1.0, found.model(shape, batch) / numbers["flops"])
-        numbers["tiny"] = found.model(TINY, 1)
+        numbers["sample"] = found.model(SAMPLE, SAMPLES)
         of_ranks = ranks.gather(list(numbers.values()))
         slowest = {name: min(row[number] for row in of_ranks) for number, name in enumerate(numbers)}
         several = ranks.world_size > 1
