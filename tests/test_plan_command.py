@@ -2,14 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from tests.running import message, run
 from training.errors import UserError
-from training.plan import machine_file, request
+from training.plan import calibrate, machine_file, probe, request
+from training.plan.case import Case
 from training.plan.choice import best_of_each, options, recommended
+from training.plan.footprint import footprint
 from training.plan.options import parse
+from training.plan.strategies import STRATEGIES
+from training.plan.timing import timing
 
 GPT2 = "--model=gpt2"
 MACHINE = machine_file.Measured(
@@ -25,6 +30,7 @@ MACHINE = machine_file.Measured(
     link=1e9,
     latency=1e-4,
     baselines={"ddp": 3e8, "zero2": 5e8, "zero3": 5e8},
+    fragments={"ddp": 0.5, "zero2": 0.7, "zero3": 1.8},
     overheads={"ddp": 0.0, "zero2": 1e-4, "zero3": 1e-3},
     n_embd=256,
     block_size=128,
@@ -126,3 +132,28 @@ def test_a_machine_file_is_read_back_and_checked(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match="measure it"):
             machine_file.read(str(path))
+
+
+def test_a_rank_of_the_calibration(tmp_path):
+    """What `--calibrate` starts on each rank; here on one, which has no link."""
+    note, shape = tmp_path / "probe.json", ["--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=64"]
+    done = run("plan.py", f"--probe={note}", "--batch_size=2", "--vocab_size=257", *shape)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(note.read_text())
+    assert found["flops"] > 1e8 and 0 < found["achievable"] <= 1 and found["link"] == 0
+    assert min(found[name] for name in ("memory", "memory_rate", "update_rate", "sample")) > 1e8
+
+
+def test_calibration_takes_apart_what_short_runs_took():
+    """From runs as a machine of known numbers would have them, those numbers."""
+    system = MACHINE.system({"gpus": 2, "nodes": 1, "link": 1e12}, "")
+    runs = {}
+    for name in ("ddp", "zero2", "zero3"):
+        small, case = (Case(shape, STRATEGIES[name], system) for shape in (calibrate.TINY, probe.SAMPLE))
+        time = timing(case, probe.SAMPLES, False, calibrate.MICRO_STEPS)
+        tiny = footprint(small, 1, False).baseline + calibrate.tensors(small, 1)
+        runs[name] = tiny, footprint(case, probe.SAMPLES, False).total(), time.step()
+        alone = time.computing / calibrate.MICRO_STEPS - 5 * system.overheads[name]
+    found = calibrate.fitted(replace(MACHINE, baselines={}, fragments={}, overheads={}), runs, alone, 0.0)
+    for what in ("baselines", "fragments", "overheads"):
+        assert getattr(found, what) == pytest.approx(getattr(MACHINE, what), rel=1e-6, abs=1e-9), what

@@ -30,6 +30,7 @@ from training.plan.strategies import STRATEGIES
 from training.plan.timing import timing
 
 DEFAULT = Shape("gpt2, shorter", 12, 12, 768, block_size=256, bias=False)
+TINY = Shape("tiny", 1, 2, 32, vocab_size=257, block_size=32, bias=False)
 STEPS, MICRO_STEPS = 8, 2
 PLAIN = ("single", "ddp")
 BATCH = 4  # sequences of the model that is timed
@@ -57,26 +58,55 @@ def measure(ranks: int, shape: Shape, batch: int, dtype: str) -> Measured:
         folder = Path(name)
         tell(f"measuring {ranks} ranks at once: matmul, memory, AdamW, a model, all-reduce")
         numbers = probed(ranks, shape, batch, dtype, folder / "probe.json")
-        outside, alone = (
-            numbers.pop("outside"),
-            SAMPLES * SAMPLE.block_size * SAMPLE.flops_per_token() / numbers.pop("sample"),
-        )
-        found = Measured(**numbers, baselines={}, overheads={}, n_embd=shape.n_embd, block_size=shape.block_size)
+        outside, alone = numbers.pop("outside"), SAMPLES * SAMPLE.block_size * SAMPLE.flops_per_token()
+        alone /= numbers.pop("sample")  # seconds of a micro-step's computing
+        about = {"n_embd": shape.n_embd, "block_size": shape.block_size}
+        found = Measured(**numbers, **about, baselines={}, fragments={}, overheads={})
         noise(folder / "data")
-        baselines, overheads = {}, {}
+        runs = {}
         for strategy in ("ddp" if ranks > 1 else "single", "zero2", "zero3"):
-            tell(f"a short run of {strategy}")
-            own = settings(SAMPLE, SAMPLES, MICRO_STEPS * ranks, STEPS, found.kind, found.dtype)
-            launch(ranks, *script(strategy), *own, f"--dataset={folder / 'data'}", f"--out_dir={folder / strategy}")
-            peak, seconds = seen(folder / strategy)
-            case = Case(SAMPLE, STRATEGIES[strategy], found.system({"gpus": ranks, "nodes": 1, "link": 1e12}, ""))
-            tensors = footprint(case, SAMPLES, False)
-            baselines[strategy] = outside or max(0.0, peak - (tensors.total() - tensors.baseline))
-            time = timing(case, SAMPLES, False, MICRO_STEPS)
-            besides = seconds - (time.communication + time.update + MICRO_STEPS * alone)
-            overheads[strategy] = max(0.0, besides) / (MICRO_STEPS * (SAMPLE.n_layer + 1))
+            tell(f"short runs of {strategy}")
+            tiny, sample = (
+                short_run(ranks, strategy, found, model, folder) for model in ((TINY, 1), (SAMPLE, SAMPLES))
+            )
+            runs[strategy] = tiny[0], *sample
     tell("")
-    return replace(found, baselines=baselines, overheads=overheads)
+    return fitted(found, runs, alone, outside)
+
+
+def fitted(found: Measured, runs: dict[str, tuple[float, float, float]], alone: float, outside: float) -> Measured:
+    """runs: peak memory of the tiny model, of the sample, and seconds of its step; outside: of a GPU, besides torch.
+
+    A process takes what the tiny model's took; of what the sample holds beyond the formulas, a larger model has as
+    large a share: holes between tensors, which the C library's allocator keeps. torch's on a GPU does not count them.
+    """
+    baselines, fragments, overheads = {}, {}, {}
+    system = found.system({"gpus": found.ranks, "nodes": 1, "link": 1e12}, "")
+    for strategy, (tiny, sample, seconds) in runs.items():
+        small, case = (Case(model, STRATEGIES[strategy], system) for model in (TINY, SAMPLE))
+        baselines[strategy] = outside or max(0.0, tiny - tensors(small, 1))
+        if not outside:
+            share = (sample - baselines[strategy]) / tensors(case, SAMPLES) - 1
+            fragments[strategy] = max(0.0, share)
+        time = timing(case, SAMPLES, False, MICRO_STEPS)
+        besides = seconds - (time.communication + time.update + MICRO_STEPS * alone)
+        overheads[strategy] = max(0.0, besides) / (MICRO_STEPS * (SAMPLE.n_layer + 1))
+    return replace(found, baselines=baselines, fragments=fragments, overheads=overheads)
+
+
+def tensors(case: Case, batch: int) -> float:
+    """Bytes by the formulas alone."""
+    found = footprint(case, batch, False)
+    return found.total() - found.baseline - found.fragmentation
+
+
+def short_run(
+    ranks: int, strategy: str, found: Measured, model: tuple[Shape, int], folder: Path
+) -> tuple[float, float]:
+    """Peak memory of a rank in bytes, and the median step in seconds."""
+    own, out_dir = settings(*model, MICRO_STEPS * ranks, STEPS, found.kind, found.dtype), folder / strategy
+    launch(ranks, *script(strategy), *own, f"--dataset={folder / 'data'}", f"--out_dir={out_dir / model[0].name}")
+    return seen(out_dir / model[0].name)
 
 
 def probed(ranks: int, shape: Shape, batch: int, dtype: str, note: Path) -> dict[str, Any]:

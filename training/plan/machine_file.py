@@ -12,7 +12,8 @@ from training.plan.assumptions import ON_CPU, attribute, values
 from training.plan.system import System
 
 FORMAT = "nanozero machine, 1"
-NUMBERS = ("memory", "flops", "achievable", "memory_rate", "update_rate", "latency", "baselines", "overheads")
+NUMBERS = ("memory", "flops", "achievable", "memory_rate", "update_rate", "latency", "baselines")
+NUMBERS += ("fragments", "overheads")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Measured:
     link: float  # bus bandwidth of an all-reduce; 0: one rank
     latency: float  # of a short one
     baselines: dict[str, float]  # strategy -> bytes of a process besides tensors
+    fragments: dict[str, float]  # strategy -> what it holds beyond the formulas, a share of those; {}: unknown
     overheads: dict[str, float]  # strategy -> seconds a block and micro-step besides computing
     n_embd: int  # of the block
     block_size: int

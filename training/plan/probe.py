@@ -24,7 +24,8 @@ WIDTH = {"cuda": 8192, "cpu": 1024}  # of the square matrices
 COPIED = {"cuda": 2**30, "cpu": 2**27}  # bytes
 UPDATED = {"cuda": 2**27, "cpu": 2**23}  # parameters
 MESSAGES = 200
-SAMPLE, SAMPLES = Shape("sample", 4, 4, 256, vocab_size=257, block_size=128, bias=False), 4  # of the short runs
+SAMPLE = Shape("sample", 4, 6, 384, vocab_size=257, block_size=128, bias=False)  # of the short runs
+SAMPLES = 4  # sequences of it
 LAYERS = 4  # of the model that is timed, at most
 
 

@@ -31,6 +31,7 @@ class System:
     host_memory: float = 0.0  # of a node; 0: unknown
     update_rate: float = 0.0  # bytes that AdamW reads and writes; 0: as fast as memory
     baselines: dict[str, float] = field(default_factory=dict)  # strategy -> measured
+    fragments: dict[str, float] = field(default_factory=dict)  # strategy -> share of all that it holds, measured
     overheads: dict[str, float] = field(default_factory=dict)  # strategy -> seconds a block and micro-step, measured
     origin: dict[str, str] = field(default_factory=dict)  # of an assumption that is none any more
 
