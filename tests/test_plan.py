@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,19 +25,9 @@ PUBLISHED |= {"llama2-7b": 6.74e9, "llama2-13b": 13.02e9, "llama-65b": 65.29e9, 
 PUBLISHED |= {"gpt3-125m": 125e6, "gpt3-350m": 350e6, "gpt3-760m": 760e6, "gpt3-1.3b": 1.3e9, "gpt3-2.7b": 2.7e9}
 PUBLISHED |= {"gpt3-6.7b": 6.7e9}
 SMALL = Shape("small", 3, 4, 64, vocab_size=512, block_size=64, bias=False)
-SYSTEM = System(
-    device="A100-80GB",
-    kind="cuda",
-    gpus=8,
-    nodes=1,
-    dtype=torch.bfloat16,
-    memory=80e9,
-    flops=312e12,
-    memory_rate=2e12,
-    node_link=300e9,
-    link=50e9,
-    **{attribute(name): value for name, value in values({}).items()},
-)
+ASSUMED: dict[str, Any] = {attribute(name): value for name, value in values({}).items()}
+RATES: dict[str, Any] = {"flops": 312e12, "memory_rate": 2e12, "node_link": 300e9, "link": 50e9}
+SYSTEM = System("A100-80GB", "cuda", gpus=8, nodes=1, dtype=torch.bfloat16, memory=80e9, **RATES, **ASSUMED)
 
 
 def case(strategy: str, shape: Shape = SHAPES["gpt2-xl"], **changed) -> Case:

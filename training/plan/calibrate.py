@@ -60,7 +60,7 @@ def measure(ranks: int, shape: Shape, batch: int, dtype: str) -> Measured:
         numbers = probed(ranks, shape, batch, dtype, folder / "probe.json")
         outside, alone = numbers.pop("outside"), SAMPLES * SAMPLE.block_size * SAMPLE.flops_per_token()
         alone /= numbers.pop("sample")  # seconds of a micro-step's computing
-        about = {"n_embd": shape.n_embd, "block_size": shape.block_size}
+        about: dict[str, Any] = {"n_embd": shape.n_embd, "block_size": shape.block_size}
         found = Measured(**numbers, **about, baselines={}, fragments={}, overheads={})
         noise(folder / "data")
         runs = {}

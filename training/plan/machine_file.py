@@ -12,8 +12,10 @@ from training.plan.assumptions import ON_CPU, attribute, values
 from training.plan.system import System
 
 FORMAT = "nanozero machine, 1"
-NUMBERS = ("memory", "flops", "achievable", "memory_rate", "update_rate", "latency", "baselines")
-NUMBERS += ("fragments", "overheads")
+NUMBERS = (
+    *("memory", "flops", "achievable", "memory_rate", "update_rate", "latency"),
+    *("baselines", "fragments", "overheads"),
+)
 
 
 @dataclass(frozen=True)
