@@ -26,7 +26,7 @@ STRATEGIES = "ddp,zero2,zero3"
 
 def main(target: Path) -> None:
     machine, rows = calibrate.measure(2, SHAPE, BATCH, "float32"), []
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder, Cluster(Path(folder), 2) as cluster:
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), 2) as cluster:
         calibrate.noise(Path(folder) / "data")
         for speed in RATES:
             for host in cluster.hosts:
