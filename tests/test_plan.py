@@ -64,11 +64,11 @@ def test_the_zero_papers_table_of_7_5_billion_parameters_on_64_gpus():
         assert f"{held / 1e9:.1f}" == gigabytes, strategy
 
 
-@pytest.mark.parametrize("name", ["fsdp", "fsdp_grad_op", "hsdp"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_grad_op", "fsdp_hsdp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fsdp_partitions_16_bytes_a_parameter(name, dtype):
     found = case(name, nodes=4, dtype=dtype)
-    shard = 8 if name == "hsdp" else 32
+    shard = 8 if name == "fsdp_hsdp" else 32
     assert footprint(found, 1, False).model_state() == pytest.approx(16 * found.count / shard)
 
 

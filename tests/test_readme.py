@@ -49,6 +49,25 @@ def planned(words: list[str], folder: Path) -> list[str]:
     return [re.sub("^(--curve|--calibrate|--machine)=", rf"\1={folder}/", word) for word in words]
 
 
+def of_script(script: str, words: list[str], data: Path, folder: Path, trained: Path) -> list[str]:
+    """The arguments of a Python script of the root, for a small model; none for one that is unknown."""
+    if script == "plan.py":
+        return planned(words, folder)
+    if script == "convert.py":
+        return [str(trained), str(folder / "weights.safetensors")]
+    if script == "benchmark.py":
+        large = ("--write", "--rounds", "--ranks", "--gpus", "--nvme_path")
+        words = [re.sub("^--steps=.*", "--steps=5", word) for word in words if not word.startswith(large)]
+        words = [re.sub("^(--strategies=[^,]*,).*", r"\1zero3", word) for word in words]
+        return [*words, *(f"--{k}={v}" for k, v in {**SHORT, "dataset": data}.items())]
+    if script in ("train.py", "doctor.py"):
+        return shrunk(words, data, folder / "out", trained)
+    words = [word for word in words if not word.startswith(("--init_from", "--out_dir", "out-"))]
+    if script == "sample.py":
+        return [*words, f"--out_dir={trained}", "--max_new_tokens=5"]
+    return [*words, str(trained)] if script == "plot.py" else []
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command(line, data, tmp_path, trained):
     first, *words = shlex.split(line)
@@ -69,23 +88,8 @@ def test_command(line, data, tmp_path, trained):
     elif first.startswith(("./launch_traditional_ddp", "./launch_fsdp", "./launch_deepspeed_")):
         words = [word if not word.startswith("--nvme_path") else f"--nvme_path={tmp_path}" for word in words]
         arguments = [first, *shrunk(["2", *words[1:]], data, tmp_path / "out", trained)]
-    elif script == "plan.py":
-        arguments = [python, *planned(words, tmp_path)]
-    elif script == "convert.py":
-        arguments = [python, script, str(trained), str(tmp_path / "weights.safetensors")]
-    elif script == "benchmark.py":
-        tiny = [f"--{k}={v}" for k, v in {**SHORT, "dataset": data}.items()]
-        words = [
-            word for word in words if not word.startswith(("--write", "--rounds", "--ranks", "--gpus", "--nvme_path"))
-        ]
-        words = [re.sub("^--steps=.*", "--steps=5", re.sub("^(--strategies=[^,]*,).*", r"\1zero3", w)) for w in words]
-        arguments = [python, *words, *tiny]
-    elif script in ("train.py", "doctor.py"):
-        arguments = [python, *shrunk(words, data, tmp_path / "out", trained)]
-    elif script in ("sample.py", "plot.py"):
-        words = [word for word in words if not word.startswith(("--init_from", "--out_dir", "out-"))]
-        folder = str(trained) if script == "plot.py" else f"--out_dir={trained}"
-        arguments = [python, *words, folder, *(["--max_new_tokens=5"] if script == "sample.py" else [])]
+    elif of_ours := of_script(script, words[1:], data, tmp_path, trained):
+        arguments = [python, script, *of_ours]
     else:
         pytest.fail(f"a command that this test does not know: {line}")
     arguments = [re.sub("^(--nproc_per_node|--num_gpus)=8$", r"\1=2", word) for word in arguments]

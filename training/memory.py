@@ -10,6 +10,7 @@ import torch
 from model import GPTConfig
 from training.distributed import Ranks
 from training.errors import RankError
+from training.sharding import copy_ranks
 from training.train_config import TrainConfig
 from training.units import gigabytes
 
@@ -74,7 +75,7 @@ def first(note: Path, text: str) -> bool:
 
 def advice(cfg: TrainConfig, ranks: Ranks, model: GPTConfig, strategy: str, dtype: torch.dtype, said: str) -> str:
     size, world_size, on_gpu = model.parameter_count(), ranks.world_size, ranks.device.type == "cuda"
-    held = model_state(strategy, world_size, size, dtype)
+    held = model_state(strategy, copy_ranks(cfg, ranks), size, dtype)
     parts = f"weights {gb(held.weights)}, gradients {gb(held.gradients)}, optimizer states {gb(held.optimizer_states)}"
     lines = [said, f"by formula, the model state of a rank under {strategy} is {gb(held.total())}: {parts}"]
     if on_gpu:

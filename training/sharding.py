@@ -48,6 +48,11 @@ def strategy_of(cfg: PlainTrainConfig, ranks: Ranks) -> str:
     return "fsdp" if cfg.strategy == "fsdp" else "ddp" if ranks.world_size > 1 else "single"
 
 
+def copy_ranks(cfg: TrainConfig, ranks: Ranks) -> int:
+    """The ranks that share one copy of what is partitioned: all of them but for HSDP."""
+    return getattr(cfg, "shard_ranks", 0) or ranks.world_size
+
+
 def mesh(cfg: PlainTrainConfig, ranks: Ranks) -> DeviceMesh:
     """Of all ranks; for HSDP (Zhao et al., arXiv:2304.11277, section 3.2.2) of copies x ranks that share one."""
     if cfg.shard_ranks in (0, ranks.world_size):

@@ -29,6 +29,7 @@ from training.benchmark.ceiling import ceiling
 from training.checkpoint import Checkpoints
 from training.devices import peak_memory_bytes
 from training.memory import model_state
+from training.sharding import copy_ranks
 
 COUNTED, PEAK, TRACED = 1, 2, (4, 5, 6)  # steps: in which tensors are counted, after which the peak is read
 LEAST = 5  # steps of a run with --benchmark
@@ -115,7 +116,7 @@ class Probe:
         counts = max(self.note.pop("counts"), key=lambda found: sum(sum(kinds.values()) for kinds in found.values()))
         config = trainer.model.config
         accumulation = getattr(trainer, "engine", None) and trainer.engine._config.grad_accum_dtype == "fp32"
-        size, ranks = config.parameter_count(), trainer.ranks.world_size
+        size, ranks = config.parameter_count(), copy_ranks(trainer.cfg, trainer.ranks)
         state = model_state(trainer.strategy, ranks, size, trainer.dtype, bool(accumulation))
         self.note |= {
             "memory": counts,

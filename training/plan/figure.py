@@ -16,7 +16,7 @@ STYLES = {
     "zero3": ("#08519c", "-"),
     "fsdp_grad_op": ("#fdae6b", "-"),
     "fsdp": ("#e6550d", "-"),
-    "hsdp": ("#8c2d04", "-"),
+    "fsdp_hsdp": ("#8c2d04", "-"),
     "zero2_offload": ("#4292c6", "--"),
     "zero3_offload": ("#08519c", "--"),
     "fsdp_offload": ("#e6550d", "--"),

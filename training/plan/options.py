@@ -42,7 +42,7 @@ GROUPS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "batch-size": ("sequences of a rank and micro-step; default: the best", {"type": int, "default": 0}),
         "activation-checkpointing": ("default: whichever is better", {"choices": ("True", "False")}),
         "strategies": (f"{','.join(strategies.STRATEGIES)}; default: all", {}),
-        "shard-ranks": ("of hsdp: ranks that share one copy; default: a node's", {"type": int, "default": 0}),
+        "shard-ranks": ("of fsdp_hsdp: ranks that share one copy; default: a node's", {"type": int, "default": 0}),
         "tokens": (f"of the whole run, 300e9; default: {CHINCHILLA} a parameter", {}),
     },
     "output": {

@@ -54,7 +54,7 @@ STRATEGIES = {
         *(Strategy(f"zero{stage}", stage, ZERO.format(f"zero{stage}")) for stage in range(4)),
         Strategy("fsdp_grad_op", 3, FSDP, keeps=True),
         Strategy("fsdp", 3, FSDP),
-        Strategy("hsdp", 3, FSDP, hybrid=True),
+        Strategy("fsdp_hsdp", 3, FSDP, hybrid=True),
         Strategy("zero2_offload", 2, ZERO.format("zero2_offload"), optimizer="host"),
         Strategy("zero3_offload", 3, ZERO.format("zero3_offload"), "host", "host"),
         Strategy("fsdp_offload", 3, FSDP, "host", "host"),
@@ -63,7 +63,7 @@ STRATEGIES = {
 }
 FLAGS = {
     "fsdp_grad_op": ["--reshard_after_forward=False"],
-    "hsdp": ["--shard_ranks={shard}"],
+    "fsdp_hsdp": ["--shard_ranks={shard}"],
     "fsdp_offload": ["--cpu_offload=True"],
     "zero3_nvme": ["--nvme_path=/local_nvme"],
 }
