@@ -18,6 +18,7 @@ import numpy as np
 
 from data.tokenizer import ByteTokenizer
 from data.writer import Writer
+from training.benchmark.strategies import of
 from training.errors import UserError
 from training.machine import ROOT
 from training.plan import probe, request
@@ -32,7 +33,6 @@ from training.plan.timing import timing
 DEFAULT = Shape("gpt2, shorter", 12, 12, 768, block_size=256, bias=False)
 TINY = Shape("tiny", 1, 2, 32, vocab_size=257, block_size=32, bias=False)
 STEPS, MICRO_STEPS = 8, 2
-PLAIN = ("single", "ddp")
 BATCH = 4  # sequences of the model that is timed
 
 
@@ -105,7 +105,9 @@ def short_run(
 ) -> tuple[float, float]:
     """Peak memory of a rank in bytes, and the median step in seconds."""
     own, out_dir = settings(*model, MICRO_STEPS * ranks, STEPS, found.kind, found.dtype), folder / strategy
-    launch(ranks, *script(strategy), *own, f"--dataset={folder / 'data'}", f"--out_dir={out_dir / model[0].name}")
+    launch(
+        ranks, *of(strategy, ranks).script, *own, f"--dataset={folder / 'data'}", f"--out_dir={out_dir / model[0].name}"
+    )
     return seen(out_dir / model[0].name)
 
 
@@ -127,12 +129,6 @@ def noise(folder: Path) -> None:
     with Writer(folder, ByteTokenizer(), "noise") as writer:
         for split in ("train", "val"):
             writer.write(split, np.arange(2**16) % 256)
-
-
-def script(strategy: str) -> list[str]:
-    if strategy in PLAIN:
-        return ["train.py"]
-    return ["train_deepspeed.py", f"--deepspeed_config=deepspeed_configs/{strategy}_config.json"]
 
 
 def seen(out_dir: Path) -> tuple[float, float]:

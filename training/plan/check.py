@@ -2,8 +2,8 @@
 
     python -m training.plan.check results/plan_check --ranks=1,2,4 --strategies=ddp,zero1,zero2,zero3
 
-It writes check.json and check.md: the model state (counted by census.py) and the memory of a rank at its fullest, and a
-step's time. DDP on one rank is a single process.
+It writes check.json and check.md: the model state (all tensors that live) and the memory of a rank at its fullest, and
+a step's time. DDP on one rank is a single process.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from training import ending
+from training.benchmark import rows
+from training.benchmark.strategies import of
 from training.plan import calibrate, strategies
 from training.plan.case import Case
 from training.plan.footprint import footprint
@@ -35,16 +37,16 @@ def main() -> None:
     parser.add_argument("--strategies", default="ddp,zero0,zero1,zero2,zero3")
     parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","), help="11M, 25M")
     args = parser.parse_args()
-    rows, machines = [], []
+    found, machines = [], []
     for name in args.models:
         shape, batch = MODELS[name]
         for ranks in args.ranks:
             machine = calibrate.measure(ranks, shape, batch, "float32")
             machines.append({"model": name, **vars(machine)})
             for strategy in strategies.named(args.strategies):
-                rows.append(compared(shape, batch, ranks, strategy, machine))
-                print(line(rows[-1]), flush=True)
-    write(args.write, "check", rows, machines)
+                found.append(compared(shape, batch, ranks, strategy, machine))
+                print(line(found[-1]), flush=True)
+    write(args.write, "check", found, machines)
 
 
 def compared(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, machine: Measured) -> dict[str, Any]:
@@ -58,12 +60,13 @@ def compared(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy
         folder = Path(name)
         calibrate.noise(folder / "data")
         own = calibrate.settings(shape, batch, MICRO_STEPS * ranks, STEPS, machine.kind, machine.dtype)
-        own = [*calibrate.script(strategy.name), *own, f"--dataset={folder / 'data'}"]
+        own = [*of(strategy.name, ranks).script, *own, f"--dataset={folder / 'data'}"]
         calibrate.launch(ranks, *own, f"--out_dir={folder / 'run'}")
         peak, seconds = calibrate.seen(folder / "run")
-        calibrate.launch(ranks, "census.py", str(folder / "census.json"), *own, f"--out_dir={folder / 'census'}")
-        held = json.loads((folder / "census.json").read_text())["model_state_bytes"]
-    return row | {"measured": dict(zip(PREDICTED, (held, peak, seconds), strict=True))}
+        inside = ["benchmark.py", "--inside", "--memory", str(folder)]
+        calibrate.launch(ranks, *inside, *own, f"--out_dir={folder / 'counted'}")
+        held = [sum(rows.held(json.loads((folder / f"rank_{rank}.json").read_text()))) for rank in range(ranks)]
+    return row | {"measured": dict(zip(PREDICTED, (max(held), peak, seconds), strict=True))}
 
 
 def ratio(row: dict[str, Any], what: str) -> float:
@@ -79,15 +82,15 @@ def line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(folder: Path, name: str, rows: list[dict[str, Any]], machines: list[dict[str, Any]]) -> None:
+def write(folder: Path, name: str, found: list[dict[str, Any]], machines: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     titles = {"model_state": "model state, MB", "peak_memory": "memory at its fullest, MB", "step": "step, ms"}
     head = ["model", "strategy", "ranks"]
-    for what in rows[0]["measured"]:
+    for what in found[0]["measured"]:
         head += [f"{titles[what]}, predicted", "measured", "ratio"]
-    text = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |", *map(line, rows)]
+    text = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |", *map(line, found)]
     (folder / f"{name}.md").write_text("\n".join(text) + "\n")
-    (folder / f"{name}.json").write_text(json.dumps({"machines": machines, "rows": rows}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({"machines": machines, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ s tokens a sequence, b sequences of a rank and micro-step, h width, L blocks, V 
 
 model state     (2 + 2 + 12) P bytes, less what is partitioned (ZeRO, arXiv:1910.02054, section 3.1), as this code has
                 it: DDP, FSDP2 and fp32 4 + 4 + 8; ZeRO in half precision sums gradients in 4 bytes; its own copy of
-                the weights is 4 of the 12 (training/memory.py, counted by census.py in results/zero_memory)
+                the weights is 4 of the 12 (training/memory.py, counted in results/zero_memory)
 gathered        FSDP2: what reads out, and three blocks; all of it where it is kept for backward. ZeRO-3: what backward
                 uses within stage3_max_reuse_distance, a block and stage3_prefetch_bucket_size, at most
                 stage3_max_live_parameters. autocast: 2 P, the copies of the weights in half precision
