@@ -33,7 +33,7 @@ def main(target: Path) -> None:
                 host.limit(speed.lower())
             written = Path(folder) / speed
             command = [sys.executable, "benchmark.py", f"--hostfile={cluster.hostfile(1)}", f"--ssh={cluster.ssh}"]
-            command += [f"--strategies={STRATEGIES}", "--rounds=2", "--steps=12", f"--write={written}"]
+            command += [f"--strategies={STRATEGIES}", "--speed", "--rounds=2", "--steps=12", f"--write={written}"]
             settings = calibrate.settings(SHAPE, BATCH, 2, 12, "cpu", "float32")
             settings = [
                 word for word in settings if not word.startswith(("--max_iters", "--eval_i", "--log", "--always"))
