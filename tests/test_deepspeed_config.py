@@ -89,7 +89,7 @@ def test_dtype_auto_follows_a_json_that_has_chosen():
 
 def test_arguments_in_the_forms_of_deepspeeds_launcher_and_users():
     given = ["--local_rank=1", "config/x.py", "--deepspeed", "--deepspeed_config", "a.json", "--verbose", "--seed=2"]
-    found = ["config/x.py", "--deepspeed_config=a.json", "--verbose=True", "--seed=2"]
+    found = ["config/x.py", "--deepspeed_config=a.json", "--verbose", "--seed=2"]
     assert deepspeed_config.arguments(given) == found
 
 
