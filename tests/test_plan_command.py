@@ -96,6 +96,16 @@ def test_larger_models_need_higher_stages():
     assert found and found.case.strategy.offloads, "65 billion parameters on 8 GPUs"
 
 
+def test_room_is_left_where_there_is_a_choice():
+    """ZeRO-2 with 2 sequences would fill an 80 GB device of LLaMA-2 7B to the last gigabyte."""
+    asked = ("--model=llama2-7b", "--strategies=zero2", "--activation-checkpointing=False")
+    found = list(options(wish(*asked)))
+    assert [option.batch for option in found if option.fits()] == [1, 2] and not found[1].roomy()
+    assert recommended(best_of_each(found)) is found[0]
+    alone = list(options(wish(*asked, "--batch_size=2")))
+    assert recommended(best_of_each(alone)) is alone[0], "what fits is refused"
+
+
 def test_host_memory_is_counted_where_it_is_known():
     crowded = best_of_each(list(options(wish("--model=llama-65b", "--host-memory=64GB", "--strategies=zero3_offload"))))
     assert recommended(crowded) is None

@@ -14,6 +14,7 @@ from training.plan.timing import Timing, timing
 from training.units import gigabytes
 
 DAY, HOUR = 86400.0, 3600.0
+ROOM = 0.05  # of a device, which is to stay free where there is a choice: predictions are off by as much
 ALIKE = 0.02  # of a step's time: less is no reason for the more complicated strategy, or the smaller micro-batch
 
 
@@ -82,6 +83,9 @@ class Option:
     def fits(self) -> bool:
         return self.spare() >= 0
 
+    def roomy(self) -> bool:
+        return self.spare() >= ROOM * self.wish.system.memory
+
     def tokens_per_second(self) -> float:
         return self.wish.tokens_per_step / self.time.step()
 
@@ -126,9 +130,14 @@ def options(wish: Wish) -> Iterator[Option]:
                 yield Option(wish, case, batch, checkpointing, memory, time)
 
 
+def takable(found: list[Option]) -> list[Option]:
+    """Those that fit; only those with room to spare, where there are such."""
+    return [option for option in found if option.roomy()] or [option for option in found if option.fits()]
+
+
 def best(found: list[Option]) -> Option:
     """Of one strategy: among those about as fast, the largest micro-batch; where none fits, the smallest in memory."""
-    fitting = [option for option in found if option.fits()]
+    fitting = takable(found)
     if not fitting:
         return max(found, key=lambda option: option.spare())
     fastest = min(option.time.step() for option in fitting)
@@ -148,7 +157,7 @@ def best_of_each(found: list[Option]) -> list[Option]:
 
 def recommended(bests: list[Option]) -> Option | None:
     """The simplest of those about as fast as the fastest that fits; None where none fits."""
-    fitting = [option for option in bests if option.fits()]
+    fitting = takable(bests)
     if not fitting:
         return None
     fastest = min(option.time.step() for option in fitting)
