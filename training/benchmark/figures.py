@@ -119,7 +119,8 @@ def losses(rows: list[Row]) -> "Figure":
     below.set_xlabel("step")
     for axes in (above, below):
         figures.tidy(axes)
-    legend = above.legend(frameon=False, ncols=2)
+    legend = figure.legend(*above.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
+    figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(legend.get_lines()) // 3))
     for line in legend.get_lines():
         line.set_linewidth(2.5)
     return figure

@@ -117,6 +117,7 @@ def once(case: Case, plan: Plan, out_dir: Path) -> Failure | None:
     case.runs.append(speed.train_rows(out_dir / "metrics.jsonl"))
     case.starts.append(ended.first_step_s or ended.seconds)
     case.environment = json.loads((out_dir / "environment.json").read_text())
+    del case.environment["command"]  # the benchmark's own arguments are noted, without this launch's folder
     return None
 
 
