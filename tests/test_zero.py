@@ -105,7 +105,7 @@ def compare(out: Path, one: Path, strategy: str, ranks: int) -> None:
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data, zero, strategy):
     """Nearer than other strategies come: only the order of additions differs there."""
     killed, settings, _ = zero(strategy)
