@@ -26,4 +26,4 @@ def leave_out(unless: bool) -> None:
 
 def as_it_is(function: Callable | None = None, *_: Any, **__: Any) -> Callable:
     """A decorator, with arguments or without, that changes nothing."""
-    return function or as_it_is
+    return as_it_is if function is None else function  # an empty module counts as false

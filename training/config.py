@@ -21,7 +21,7 @@ from training.errors import ConfigError, listed
 Problem = tuple[str, str]  # key, the rule it breaks and the fix
 T = TypeVar("T")
 
-FSDP = ("strategy", "reshard_after_forward", "shard_ranks", "cpu_offload")
+FSDP = ("strategy", "reshard_after_forward", "shard_ranks", "cpu_offload")  # the first turns the others on
 # Keys of one script that are easily given to the other.
 ELSEWHERE = {
     "deepspeed_config": "train_deepspeed.py and ./launch_deepspeed_*.sh",

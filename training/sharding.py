@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from training import checkpoint
-from training.config import Problem, key
+from training.config import FSDP, Problem, key
 from training.distributed import Ranks, world_size
 from training.train_config import TrainConfig
 
@@ -35,7 +35,7 @@ class PlainTrainConfig(TrainConfig):
         if self.strategy not in ("auto", "ddp", "fsdp"):
             yield "strategy", "must be one of auto, ddp, fsdp; ZeRO is train_deepspeed.py's"
         elif self.strategy != "fsdp":
-            for name in ("reshard_after_forward", "shard_ranks", "cpu_offload"):
+            for name in FSDP[1:]:
                 if getattr(self, name) != PlainTrainConfig.__dataclass_fields__[name].default:
                     yield name, f"is FSDP's, strategy is {self.strategy!r}; set --strategy=fsdp"
         ranks, shared = world_size(), self.shard_ranks
