@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.running import message, run
+from tests.running import ROOT, message, run
 from training.errors import UserError
 from training.plan import calibrate, machine_file, probe, request
 from training.plan.case import Case
@@ -109,6 +109,18 @@ def test_room_is_left_where_there_is_a_choice():
 def test_host_memory_is_counted_where_it_is_known():
     crowded = best_of_each(list(options(wish("--model=llama-65b", "--host-memory=64GB", "--strategies=zero3_offload"))))
     assert recommended(crowded) is None
+
+
+def test_the_table_of_7b_is_the_planners():
+    text = (ROOT / "docs/from_fsdp.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) tokens.* \| (kept|recomputed) \| (.*) \|$", text, re.M)
+    assert len(rows) == 3, "the guide's table of LLaMA-2 7B"
+    for tokens, activations, numbers in rows:
+        asked = [f"--block_size={tokens.replace(',', '')}", f"--activation_checkpointing={activations == 'recomputed'}"]
+        asked += ["--model=llama2-7b", "--batch_size=1", "--global-batch=8", "--strategies=fsdp,zero3"]
+        found = list(options(wish(*asked)))
+        predicted = [f"{option.memory.total() / 1e9:.1f}" for option in found]
+        assert [*predicted, *(f"{option.time.step():.2f}" for option in found)] == numbers.split(" | "), tokens
 
 
 def test_the_command_says_what_to_paste():
