@@ -11,12 +11,12 @@ from training.train_config import TrainConfig
 
 CONFIGS = Path("deepspeed_configs")
 PEER = "nanogpt"  # a row beside the strategies; see peer.py
-OF_TRAIN = {  # the others are the names in deepspeed_configs/
+OF_TRAIN = {  # the others are the names in deepspeed_configs/; {shard}: ranks that share one copy
     "single": (),
     "ddp": (),
     "fsdp": ("--strategy=fsdp",),
     "fsdp_grad_op": ("--strategy=fsdp", "--reshard_after_forward=False"),
-    "fsdp_hsdp": ("--strategy=fsdp", "--shard_ranks={half}"),
+    "fsdp_hsdp": ("--strategy=fsdp", "--shard_ranks={shard}"),
     "fsdp_offload": ("--strategy=fsdp", "--cpu_offload=True"),
 }
 
@@ -52,7 +52,7 @@ def find(names: list[str], ranks: int) -> list[Strategy]:
 
 def of(name: str, ranks: int) -> Strategy:
     if name in OF_TRAIN:
-        arguments = [argument.format(half=max(1, ranks // 2)) for argument in OF_TRAIN[name]]
+        arguments = [argument.format(shard=max(1, ranks // 2)) for argument in OF_TRAIN[name]]
         return Strategy(name, 1 if name == "single" else ranks, ("train.py", *arguments))
     if name not in known():
         near = difflib.get_close_matches(name, known(), n=1)

@@ -23,7 +23,7 @@ def config(option: Option) -> list[str]:
 
 def command(option: Option) -> str:
     strategy, system = option.case.strategy, option.wish.system
-    flags = [flag.format(shard=option.case.shard) for flag in FLAGS.get(strategy.name, [])]
+    flags = [flag.format(shard=option.case.shard) for flag in FLAGS.get(strategy.name, ())]
     hostfile = "HOSTFILE=hostfile " if system.nodes > 1 else ""
     ranks = [str(system.gpus)] if system.nodes == 1 and strategy.name != "single" else []
     device = [] if system.on_gpu else ["--device=cpu"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from training import deepspeed_config
+from training.benchmark.strategies import OF_TRAIN
 from training.deepspeed_rules import dotted
 from training.errors import UserError
 from training.machine import ROOT
@@ -61,12 +62,7 @@ STRATEGIES = {
         Strategy("zero3_nvme", 3, ZERO.format("zero3_nvme"), "nvme", "nvme"),
     )
 }
-FLAGS = {
-    "fsdp_grad_op": ["--reshard_after_forward=False"],
-    "fsdp_hsdp": ["--shard_ranks={shard}"],
-    "fsdp_offload": ["--cpu_offload=True"],
-    "zero3_nvme": ["--nvme_path=/local_nvme"],
-}
+FLAGS = {name: flags[1:] for name, flags in OF_TRAIN.items()} | {"zero3_nvme": ("--nvme_path=/local_nvme",)}
 
 
 def named(names: str) -> list[Strategy]:
