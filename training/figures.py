@@ -46,7 +46,8 @@ def positions(rows: list[dict[str, Any]], config: dict[str, Any], x: str) -> dic
 
 def look(number: int) -> dict[str, Any]:
     """Of the curve of a run: of runs with the same colour, the dashes differ."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+    again, colour = divmod(number, len(COLOURS))
+    return {"color": COLOURS[colour], "linestyle": DASHES[(colour + again) % len(DASHES)]}
 
 
 def new(width: float, height: float) -> "Figure":

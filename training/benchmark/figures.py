@@ -121,8 +121,8 @@ def losses(rows: list[Row]) -> "Figure":
         figures.tidy(axes)
     legend = figure.legend(*above.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
     figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(legend.get_lines()) // 3))
-    for line in legend.get_lines():
-        line.set_linewidth(2.5)
+    for number, line in enumerate(legend.get_lines()):  # its dashes are those below
+        line.set(linewidth=2, linestyle=figures.look(number)["linestyle"])
     return figure
 
 
