@@ -25,6 +25,7 @@ from training.deepspeed_files import DeepSpeedFiles
 from training.deepspeed_log import DeepSpeedLog
 from training.deepspeed_state import load_partition, sub_groups
 from training.distributed import Ranks, pick_dtype
+from training.nvme import own_folder
 from training.optim import adamw, parameter_groups, set_learning_rate
 from training.origin import Origin, find_origin
 
@@ -131,7 +132,8 @@ def main() -> None:
     cfg = parse(DeepSpeedTrainConfig, deepspeed_config.arguments(sys.argv[1:]), __doc__ or "")
     config = deepspeed_config.read(cfg.deepspeed_config)
     leave_out(unless=cfg.compile)
-    with distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, alone=True) as ranks:
+    start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, alone=True)
+    with start as ranks, own_folder(config, cfg.nvme_path, cfg.out_dir, ranks):
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():
             dtype = pick_dtype(deepspeed_config.wanted_dtype(cfg, config), ranks.device)

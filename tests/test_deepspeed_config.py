@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.running import ROOT, TINY
-from training import deepspeed_config
+from training import deepspeed_config, nvme
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, read, resolve, strategy_of
 from training.deepspeed_rules import BLOCKS
@@ -110,3 +110,17 @@ def test_whose_adamw_depends_on_where_the_optimizer_is(offloaded, torchs):
     config = read(str(ROOT / "deepspeed_configs" / "zero3_config.json"))
     config["zero_optimization"][f"offload_{offloaded}"] = {"device": "cpu"}
     assert resolved(config)["optimizer"]["params"].get("torch_adam", False) is torchs
+
+
+def test_a_run_swaps_into_a_folder_of_its_own(tmp_path):
+    config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/other"}}}
+    left, others = nvme.own(str(tmp_path), "out") / "of a killed run", nvme.own(str(tmp_path), "there/out")
+    for path in (left, others):
+        path.mkdir(parents=True)
+    with nvme.own_folder(config, str(tmp_path), "out", ALONE):
+        assert not left.exists()
+        nvme.take_disk(config, str(tmp_path))
+        nvme.take_own(config, "out")
+        assert config["zero_optimization"]["offload_param"]["nvme_path"] == str(left.parent)
+        left.mkdir(parents=True)
+    assert list(tmp_path.iterdir()) == [others], "a run leaves its own behind, or took another's away"

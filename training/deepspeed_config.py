@@ -14,6 +14,7 @@ import torch
 from torch.utils import cpp_extension
 
 from model import GPTConfig
+from training import nvme
 from training.config import Problem, key
 from training.deepspeed_rules import check, dotted
 from training.distributed import Ranks
@@ -111,14 +112,12 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     for path, value in suggested(cfg, model, config).items():
         if dotted(config, path) == "auto":
             put(config, path, value)
-    zero = config.get("zero_optimization", {})
-    for what in ("optimizer", "param"):
-        if cfg.nvme_path and dotted(zero, f"offload_{what}.device") == "nvme":
-            zero[f"offload_{what}"]["nvme_path"] = cfg.nvme_path
+    nvme.take_disk(config, cfg.nvme_path)
     adapt(config, ranks.device)
     problems += check(config, cfg, model, ranks)
     if problems:
         raise ConfigError(listed(problems, f"in {cfg.deepspeed_config}"))
+    nvme.take_own(config, cfg.out_dir)
     return config
 
 
