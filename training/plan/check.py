@@ -2,8 +2,8 @@
 
     python -m training.plan.check results/plan_check --ranks=1,2,4 --strategies=ddp,zero1,zero2,zero3
 
-It writes check.json and check.md: the model state (all tensors that live) and the memory of a rank at its fullest, and
-a step's time. DDP on one rank is a single process.
+It writes check.json and check.md: the model state (all tensors that live), and the memory of a rank at its fullest. DDP
+on one rank is a single process. Times are compared over links that are known: tests/cluster/plan_links.py.
 """
 
 import argparse
@@ -20,14 +20,13 @@ from training.plan.case import Case
 from training.plan.footprint import footprint
 from training.plan.machine_file import Measured
 from training.plan.shapes import Shape
-from training.plan.timing import timing
 
 MODELS = {
     "11M": (Shape("11M", 6, 6, 384, vocab_size=257, block_size=128, bias=False), 4),  # and sequences a micro-step
     "25M": (Shape("25M", 8, 8, 512, vocab_size=257, block_size=256, bias=False), 2),
 }
 STEPS, MICRO_STEPS = 12, 2
-PREDICTED = ("model_state", "peak_memory", "step")
+PREDICTED = ("model_state", "peak_memory")
 
 
 def main() -> None:
@@ -53,20 +52,20 @@ def compared(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy
     if ranks == 1 and strategy.name == "ddp":
         strategy = strategies.STRATEGIES["single"]
     case = Case(shape, strategy, machine.system({"gpus": ranks, "nodes": 1, "link": 1e12}, ""))
-    memory, time = footprint(case, batch, False), timing(case, batch, False, MICRO_STEPS)
+    memory = footprint(case, batch, False)
     row: dict[str, Any] = {"model": shape.name, "strategy": strategy.name, "ranks": ranks}
-    row |= {"predicted": dict(zip(PREDICTED, (memory.model_state(), memory.total(), time.step()), strict=True))}
+    row |= {"predicted": dict(zip(PREDICTED, (memory.model_state(), memory.total()), strict=True))}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         calibrate.noise(folder / "data")
         own = calibrate.settings(shape, batch, MICRO_STEPS * ranks, STEPS, machine.kind, machine.dtype)
         own = [*of(strategy.name, ranks).script, *own, f"--dataset={folder / 'data'}"]
         calibrate.launch(ranks, *own, f"--out_dir={folder / 'run'}")
-        peak, seconds = calibrate.seen(folder / "run")
+        peak, _ = calibrate.seen(folder / "run")
         inside = ["benchmark.py", "--inside", "--memory", str(folder)]
         calibrate.launch(ranks, *inside, *own, f"--out_dir={folder / 'counted'}")
         held = [sum(rows.held(json.loads((folder / f"rank_{rank}.json").read_text()))) for rank in range(ranks)]
-    return row | {"measured": dict(zip(PREDICTED, (max(held), peak, seconds), strict=True))}
+    return row | {"measured": dict(zip(PREDICTED, (max(held), peak), strict=True))}
 
 
 def ratio(row: dict[str, Any], what: str) -> float:
