@@ -170,14 +170,20 @@ def test_a_rank_of_the_calibration(tmp_path):
 
 def test_calibration_takes_apart_what_short_runs_took():
     """From runs as a machine of known numbers would have them, those numbers."""
-    system = MACHINE.system({"gpus": 2, "nodes": 1, "link": 1e12}, "")
+    system, sample, batch = (
+        MACHINE.system({"gpus": 2, "nodes": 1, "link": 1e12}, ""),
+        probe.sample(calibrate.DEFAULT),
+        4,
+    )
     runs = {}
     for name in ("ddp", "zero2", "zero3"):
-        small, case = (Case(shape, STRATEGIES[name], system) for shape in (calibrate.TINY, probe.SAMPLE))
-        time = timing(case, probe.SAMPLES, False, calibrate.MICRO_STEPS)
+        small, case = (Case(shape, STRATEGIES[name], system) for shape in (calibrate.TINY, sample))
+        time = timing(case, batch, False, calibrate.MICRO_STEPS)
         tiny = footprint(small, 1, False).baseline + calibrate.tensors(small, 1)
-        runs[name] = tiny, footprint(case, probe.SAMPLES, False).total(), time.step()
+        runs[name] = tiny, footprint(case, batch, False).total(), time.step()
         alone = time.computing / calibrate.MICRO_STEPS - 5 * system.overheads[name]
-    found = calibrate.fitted(replace(MACHINE, baselines={}, fragments={}, overheads={}), runs, alone, 0.0)
+    found = calibrate.fitted(
+        replace(MACHINE, baselines={}, fragments={}, overheads={}), sample, batch, runs, alone, 0.0
+    )
     for what in ("baselines", "fragments", "overheads"):
         assert getattr(found, what) == pytest.approx(getattr(MACHINE, what), rel=1e-6, abs=1e-9), what

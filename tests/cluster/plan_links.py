@@ -1,6 +1,8 @@
 """Predicted beside measured over links of several speeds, between two hosts that are network namespaces of one machine.
 
-python -m tests.cluster.plan_links results/plan_check
+    python -m tests.cluster.plan_links results/plan_check
+
+Calibration and runs take turns, as the machine may be faster now and slower then; of each the median is written.
 """
 
 import json
@@ -8,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from tests.cluster import Cluster
 from tests.running import ROOT
@@ -20,33 +24,49 @@ from training.plan.timing import timing
 from training.units import rate
 
 RATES = ("10Gbit", "1Gbit")
-SHAPE, BATCH = Shape("4 layers of 256", 4, 4, 256, vocab_size=257, block_size=128, bias=False), 4
+SHAPE, BATCH = Shape("11M", 6, 6, 384, vocab_size=257, block_size=128, bias=False), 4
 STRATEGIES = "ddp,zero2,zero3"
+ROUNDS, STEPS = 3, 12
 
 
 def main(target: Path) -> None:
-    machine, rows = calibrate.measure(2, SHAPE, BATCH, "float32"), []
+    machines, rounds = [], []
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), 2) as cluster:
         calibrate.noise(Path(folder) / "data")
-        for speed in RATES:
-            for host in cluster.hosts:
-                host.limit(speed.lower())
-            written = Path(folder) / speed
-            command = [sys.executable, "benchmark.py", f"--hostfile={cluster.hostfile(1)}", f"--ssh={cluster.ssh}"]
-            command += [f"--strategies={STRATEGIES}", "--speed", "--rounds=2", "--steps=12", f"--write={written}"]
-            settings = calibrate.settings(SHAPE, BATCH, 2, 12, "cpu", "float32")
-            settings = [
-                word for word in settings if not word.startswith(("--max_iters", "--eval_i", "--log", "--always"))
-            ]
-            subprocess.run([*command, *settings, f"--dataset={folder}/data"], cwd=ROOT, check=True)
-            found = {row["strategy"]: row for row in json.loads((written / "benchmark.json").read_text())["rows"]}
-            system = machine.system({"gpus": 1, "nodes": 2, "link": rate(speed)}, "")
-            for strategy in named(STRATEGIES):
-                predicted = timing(Case(SHAPE, strategy, system), BATCH, False, 1).step()
-                row = {"model": speed, "strategy": strategy.name, "ranks": 2, "predicted": {"step": predicted}}
-                rows.append(row | {"measured": {"step": found[strategy.name]["step_ms"] / 1e3}})
-                print(line(rows[-1]), flush=True)
-    write(target, "links", rows, [vars(machine)])
+        for _ in range(ROUNDS):
+            machines.append(calibrate.measure(2, SHAPE, BATCH, "float32"))
+            rounds.append([row for speed in RATES for row in of_link(cluster, Path(folder), speed, machines[-1])])
+            print(*map(line, rounds[-1]), sep="\n", flush=True)
+    rows = [middle(list(same)) for same in zip(*rounds, strict=True)]
+    print(*map(line, rows), sep="\n")
+    write(target, "links", rows, [vars(machine) for machine in machines])
+
+
+def of_link(cluster: Cluster, folder: Path, speed: str, machine: calibrate.Measured) -> list[dict[str, Any]]:
+    """A row a strategy."""
+    for host in cluster.hosts:
+        host.limit(speed.lower())
+    command = [sys.executable, "benchmark.py", f"--hostfile={cluster.hostfile(1)}", f"--ssh={cluster.ssh}"]
+    command += [f"--strategies={STRATEGIES}", "--speed", f"--steps={STEPS}", f"--write={folder / speed}"]
+    settings = calibrate.settings(SHAPE, BATCH, 2, STEPS, "cpu", "float32")
+    settings = [word for word in settings if not word.startswith(("--max_iters", "--eval_i", "--log", "--always"))]
+    subprocess.run([*command, *settings, f"--dataset={folder}/data"], cwd=ROOT, check=True)
+    found = json.loads((folder / speed / "benchmark.json").read_text())["rows"]
+    measured = {row["strategy"]: row["step_ms"] / 1e3 for row in found}
+    system = machine.system({"gpus": 1, "nodes": 2, "link": rate(speed)}, "")
+    return [
+        {"model": speed, "strategy": strategy.name, "ranks": 2}
+        | {"predicted": {"step": timing(Case(SHAPE, strategy, system), BATCH, False, 1).step()}}
+        | {"measured": {"step": measured[strategy.name]}}
+        for strategy in named(STRATEGIES)
+    ]
+
+
+def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rounds of one strategy and link."""
+    seconds = {side: [row[side]["step"] for row in rows] for side in ("predicted", "measured")}
+    medians = {side: {"step": median(found)} for side, found in seconds.items()}
+    return {**rows[0], **medians, "rounds": seconds}
 
 
 if __name__ == "__main__":

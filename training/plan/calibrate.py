@@ -25,7 +25,6 @@ from training.plan import probe, request
 from training.plan.case import Case
 from training.plan.footprint import footprint
 from training.plan.machine_file import Measured
-from training.plan.probe import SAMPLE, SAMPLES
 from training.plan.shapes import Shape
 from training.plan.strategies import STRATEGIES
 from training.plan.timing import timing
@@ -58,24 +57,26 @@ def measure(ranks: int, shape: Shape, batch: int, dtype: str) -> Measured:
         folder = Path(name)
         tell(f"measuring {ranks} ranks at once: matmul, memory, AdamW, a model, all-reduce")
         numbers = probed(ranks, shape, batch, dtype, folder / "probe.json")
-        outside, alone = numbers.pop("outside"), SAMPLES * SAMPLE.block_size * SAMPLE.flops_per_token()
-        alone /= numbers.pop("sample")  # seconds of a micro-step's computing
+        outside, model = numbers.pop("outside"), probe.sample(shape)
+        alone = batch * model.block_size * model.flops_per_token() / numbers.pop("sample")  # seconds of a micro-step
         about: dict[str, Any] = {"n_embd": shape.n_embd, "block_size": shape.block_size}
         found = Measured(**numbers, **about, baselines={}, fragments={}, overheads={})
         noise(folder / "data")
         runs = {}
         for strategy in ("ddp" if ranks > 1 else "single", "zero2", "zero3"):
             tell(f"short runs of {strategy}")
-            tiny, sample = (
-                short_run(ranks, strategy, found, model, folder) for model in ((TINY, 1), (SAMPLE, SAMPLES))
-            )
+            tiny, sample = (short_run(ranks, strategy, found, one, folder) for one in ((TINY, 1), (model, batch)))
             runs[strategy] = tiny[0], *sample
     tell("")
-    return fitted(found, runs, alone, outside)
+    return fitted(found, model, batch, runs, alone, outside)
 
 
-def fitted(found: Measured, runs: dict[str, tuple[float, float, float]], alone: float, outside: float) -> Measured:
-    """runs: peak memory of the tiny model, of the sample, and seconds of its step; outside: of a GPU, besides torch.
+def fitted(
+    found: Measured, model: Shape, batch: int, runs: dict[str, tuple[float, float, float]], alone: float, outside: float
+) -> Measured:
+    """model: the sample; runs: peak memory of the tiny one, of the sample, and seconds of its step.
+
+    alone: seconds of its computing in a micro-step; outside: bytes that a process holds of a GPU besides torch's.
 
     A process takes what the tiny model's took; of what the sample holds beyond the formulas, a larger model has as
     large a share: holes between tensors, which the C library's allocator keeps. torch's on a GPU does not count them.
@@ -83,14 +84,14 @@ def fitted(found: Measured, runs: dict[str, tuple[float, float, float]], alone: 
     baselines, fragments, overheads = {}, {}, {}
     system = found.system({"gpus": found.ranks, "nodes": 1, "link": 1e12}, "")
     for strategy, (tiny, sample, seconds) in runs.items():
-        small, case = (Case(model, STRATEGIES[strategy], system) for model in (TINY, SAMPLE))
+        small, case = (Case(shape, STRATEGIES[strategy], system) for shape in (TINY, model))
         baselines[strategy] = outside or max(0.0, tiny - tensors(small, 1))
         if not outside:
-            share = (sample - baselines[strategy]) / tensors(case, SAMPLES) - 1
+            share = (sample - baselines[strategy]) / tensors(case, batch) - 1
             fragments[strategy] = max(0.0, share)
-        time = timing(case, SAMPLES, False, MICRO_STEPS)
+        time = timing(case, batch, False, MICRO_STEPS)
         besides = seconds - (time.communication + time.update + MICRO_STEPS * alone)
-        overheads[strategy] = max(0.0, besides) / (MICRO_STEPS * (SAMPLE.n_layer + 1))
+        overheads[strategy] = max(0.0, besides) / (MICRO_STEPS * (model.n_layer + 1))
     return replace(found, baselines=baselines, fragments=fragments, overheads=overheads)
 
 

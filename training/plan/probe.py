@@ -24,9 +24,17 @@ WIDTH = {"cuda": 8192, "cpu": 1024}  # of the square matrices
 COPIED = {"cuda": 2**30, "cpu": 2**27}  # bytes
 UPDATED = {"cuda": 2**27, "cpu": 2**23}  # parameters
 MESSAGES = 200
-SAMPLE = Shape("sample", 4, 6, 384, vocab_size=257, block_size=128, bias=False)  # of the short runs
-SAMPLES = 4  # sequences of it
-LAYERS = 4  # of the model that is timed, at most
+LAYERS = 4  # of the models that are timed, at most
+BYTES = 257  # ids of the short runs' data
+
+
+def sample(shape: Shape) -> Shape:
+    """Of the short runs: a model as wide, of fewer blocks."""
+    return replace(part(shape), name="sample", vocab_size=BYTES, bias=False, dropout=0.0)
+
+
+def part(shape: Shape) -> Shape:
+    return replace(shape, n_layer=min(shape.n_layer, LAYERS), hidden=0, given=0)
 
 
 def run(note: str, dtype: str, shape: Shape, batch: int) -> None:
@@ -36,7 +44,7 @@ def run(note: str, dtype: str, shape: Shape, batch: int) -> None:
         found = Probe(ranks, wanted)
         numbers = {"flops": found.matmul(), "memory_rate": found.copy(), "update_rate": found.adamw()}
         numbers["achievable"] = min(1.0, found.model(shape, batch) / numbers["flops"])
-        numbers["sample"] = found.model(SAMPLE, SAMPLES)
+        numbers["sample"] = found.model(sample(shape), batch)
         of_ranks = ranks.gather(list(numbers.values()))
         slowest = {name: min(row[number] for row in of_ranks) for number, name in enumerate(numbers)}
         several = ranks.world_size > 1
@@ -98,17 +106,17 @@ class Probe:
 
     def model(self, shape: Shape, batch: int) -> float:
         """FLOP/s of the model's forward and backward, of a few of its blocks; as train.py runs it, uncompiled."""
-        part = replace(shape, n_layer=min(shape.n_layer, LAYERS), hidden=0, given=0)
-        model = GPT(part.gpt()).to(self.ranks.device)
+        timed = part(shape)
+        model = GPT(timed.gpt()).to(self.ranks.device)
         model.init_weights(0)
-        tokens = torch.zeros(batch, part.block_size, dtype=torch.int64, device=self.ranks.device)
+        tokens = torch.zeros(batch, timed.block_size, dtype=torch.int64, device=self.ranks.device)
 
         def work() -> None:
             with torch.autocast(self.ranks.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 loss = model(tokens, tokens)
             loss.backward()
 
-        return batch * part.block_size * part.flops_per_token() / self.seconds(work)
+        return batch * timed.block_size * timed.flops_per_token() / self.seconds(work)
 
     def latency(self) -> float:
         """Seconds of an all-reduce of one number."""
