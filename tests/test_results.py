@@ -50,7 +50,7 @@ def test_speed():
     assert table("**Speed.**") == [speed(row) for row in rows("speed_124m")]
 
 
-@pytest.mark.parametrize("name", ["parity", "speed_124m"])
+@pytest.mark.parametrize("name", ["parity", "speed_124m", "speed_4_ranks"])
 def test_every_strategy_ran(name):
     failed = {row["strategy"]: row["error"] for row in rows(name) if row["status"] != "ok"}
     assert not failed and len(rows(name)) >= 12, failed
