@@ -6,6 +6,7 @@ Calibration and runs take turns, as the machine may be faster now and slower the
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,8 @@ def of_link(cluster: Cluster, folder: Path, speed: str, machine: calibrate.Measu
     command += [f"--strategies={STRATEGIES}", "--speed", f"--steps={STEPS}", f"--write={folder / speed}"]
     settings = calibrate.settings(SHAPE, BATCH, 2, STEPS, "cpu", "float32")
     settings = [word for word in settings if not word.startswith(("--max_iters", "--eval_i", "--log", "--always"))]
-    subprocess.run([*command, *settings, f"--dataset={folder}/data"], cwd=ROOT, check=True)
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # both hosts are this machine, and would take all of its cores each
+    subprocess.run([*command, *settings, f"--dataset={folder}/data"], cwd=ROOT, env=one, check=True)
     found = json.loads((folder / speed / "benchmark.json").read_text())["rows"]
     measured = {row["strategy"]: row["step_ms"] / 1e3 for row in found}
     system = machine.system({"gpus": 1, "nodes": 2, "link": rate(speed)}, "")

@@ -40,7 +40,7 @@ def timing(case: Case, batch: int, checkpointing: bool, micro_steps: int) -> Tim
             once = sum(t.seconds(case) for t in together)
             exposed += together[0].times * max(0.0, once - system.overlap * window)
     exposed += offloaded(case, micro_steps)
-    sent = sum(t.times * t.sent(case.gloo) for t in found)
+    sent = sum(t.times * t.sent() for t in found)
     return Timing(micro_steps * (computing + overhead), exposed, update(case), sent)
 
 
