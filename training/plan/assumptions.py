@@ -31,7 +31,7 @@ ASSUMPTIONS = {
         share,
         "share of the computing beside it that communication can hide behind, where it runs beside computing at all",
         "assumed for GPUs; on CPU ranks DDP's 1 Gbit/s took 37 ms of 104 from a step of 218 (results/zero_links): 0.5 "
-        "of backward, and ZeRO hides nothing",
+        "of backward; ZeRO-1 and 2 hide nothing, ZeRO-3 all that a step has room for (results/plan_check/links.md)",
     ),
     "fragmentation": Assumption(
         "0.1", amount, "allowance for fragments, a share of what comes and goes within a step", "assumed"

@@ -28,7 +28,8 @@ communication   a ring sends 2 (n - 1) / n S in an all-reduce, half as much in a
                 of 4 P a step. ZeRO-1, ZeRO-2: an all-reduce of c P, as DeepSpeed sends it, a step and a micro-step,
                 and the updated weights, c P, a step. ZeRO-3: c P up to three times a micro-step: weights for forward
                 and for backward, and gradients. FSDP2: the same, gradients in 4 P, over gloo by an all-reduce.
-                Beside backward: DDP; on GPUs, ZeRO-1 and 2. Beside forward, too: on GPUs ZeRO-3 and FSDP2
+                Beside backward: DDP; on GPUs, ZeRO-1 and 2. Beside forward, too: ZeRO-3, which fetches ahead; on GPUs
+                FSDP2
 update          clipping and AdamW read and write 40 bytes a parameter of the rank's part, where its states are; NVMe
                 gives and takes 12"""
 

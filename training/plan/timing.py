@@ -10,6 +10,7 @@ RECOMPUTED = 4 / 3  # with it (arXiv:2205.05198, section 5: forward once more)
 UPDATED = 28  # bytes a parameter: AdamW reads weight, gradient and moments, and writes all but the gradient, in fp32
 CLIPPED = 12  # the norm reads a gradient, scaling reads and writes it
 SWAPPED = 12  # bytes a parameter that NVMe gives and takes: fp32 weight and moments
+AHEAD = 1.0  # share of a micro-step on CPU ranks that ZeRO-3 fetches ahead in (assumptions.py: overlap)
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ def timing(case: Case, batch: int, checkpointing: bool, micro_steps: int) -> Tim
     backward = computing * (1 - (1 - BACKWARD) / (RECOMPUTED if checkpointing else 1))
     found = transfers(case, micro_steps)
     exposed = sum(t.times * t.seconds(case) for t in found if not t.beside)
-    for window, beside in ((backward, "backward"), (computing, "computing")):
+    ahead = (system.overlap if system.on_gpu else AHEAD) * (computing + overhead)
+    for window, beside in ((system.overlap * backward, "backward"), (ahead, "computing")):
         together = [t for t in found if t.beside == beside]
         if together:
             once = sum(t.seconds(case) for t in together)
-            exposed += together[0].times * max(0.0, once - system.overlap * window)
+            exposed += together[0].times * max(0.0, once - window)
     exposed += offloaded(case, micro_steps)
     sent = sum(t.times * t.sent() for t in found)
     return Timing(micro_steps * (computing + overhead), exposed, update(case), sent)

@@ -64,7 +64,7 @@ def transfers(case: Case, micro_steps: int) -> list[Transfer]:
             Transfer("all-reduce", weights, ranks, times, messages, beside, COPIES * weights),
             Transfer("all-gather", weights, ranks, 1, arriving),
         ]
-    beside = "computing" if on_gpu and case.sizes.overlap else ""
+    beside = "computing" if case.sizes.overlap or not on_gpu else ""
     again = 1 - case.kept() / case.count
     matrices = 4 * case.shape.n_layer  # gathered one by one
     return [
