@@ -113,7 +113,7 @@ def test_whose_adamw_depends_on_where_the_optimizer_is(offloaded, torchs):
 
 
 def test_a_run_swaps_into_a_folder_of_its_own(tmp_path):
-    config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/other"}}}
+    config: dict[str, Any] = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/other"}}}
     left, others = nvme.own(str(tmp_path), "out") / "of a killed run", nvme.own(str(tmp_path), "there/out")
     for path in (left, others):
         path.mkdir(parents=True)

@@ -30,7 +30,7 @@ from training.plan.strategies import STRATEGIES
 from training.plan.timing import timing
 
 DEFAULT = Shape("gpt2, shorter", 12, 12, 768, block_size=256, bias=False)
-TINY = Shape("tiny", 1, 2, 32, vocab_size=257, block_size=32, bias=False)
+RUN = ("zero0", "zero1", "zero2", "zero3", "fsdp")  # besides train.py's own; their variants are like them
 STEPS, MICRO_STEPS = 8, 2
 BATCH = 4  # sequences of the model that is timed
 
@@ -60,39 +60,35 @@ def measure(ranks: int, shape: Shape, batch: int, dtype: str) -> Measured:
         outside, model = numbers.pop("outside"), probe.sample(shape)
         alone = batch * model.block_size * model.flops_per_token() / numbers.pop("sample")  # seconds of a micro-step
         about: dict[str, Any] = {"n_embd": shape.n_embd, "block_size": shape.block_size}
-        found = Measured(**numbers, **about, baselines={}, fragments={}, overheads={})
+        found = Measured(**numbers, **about, baselines={}, overheads={})
         noise(folder / "data")
         runs = {}
-        for strategy in ("ddp" if ranks > 1 else "single", "zero2", "zero3"):
-            tell(f"short runs of {strategy}")
-            tiny, sample = (short_run(ranks, strategy, found, one, folder) for one in ((TINY, 1), (model, batch)))
-            runs[strategy] = tiny[0], *sample
+        for strategy in ("ddp" if ranks > 1 else "single", *RUN):
+            tell(f"a short run of {strategy}")
+            runs[strategy] = short_run(ranks, strategy, found, model, batch, folder)
     tell("")
     return fitted(found, model, batch, runs, alone, outside)
 
 
 def fitted(
-    found: Measured, model: Shape, batch: int, runs: dict[str, tuple[float, float, float]], alone: float, outside: float
+    found: Measured, model: Shape, batch: int, runs: dict[str, tuple[float, float]], alone: float, outside: float
 ) -> Measured:
-    """model: the sample; runs: peak memory of the tiny one, of the sample, and seconds of its step.
+    """model: the sample; runs: its peak memory, and seconds of its step, by strategy.
 
     alone: seconds of its computing in a micro-step; outside: bytes that a process holds of a GPU besides torch's.
 
-    A process takes what the tiny model's took; of what the sample holds beyond the formulas, a larger model has as
-    large a share: holes between tensors, which the C library's allocator keeps. torch's on a GPU does not count them.
+    What a CPU rank holds beyond the formulas (Python, libraries, holes that the C library's allocator keeps) grows with
+    the first few blocks, and then hardly any more: a larger model has as much of it. torch's peak has none of it.
     """
-    baselines, fragments, overheads = {}, {}, {}
+    baselines, overheads = {}, {}
     system = found.system({"gpus": found.ranks, "nodes": 1, "link": 1e12}, "")
-    for strategy, (tiny, sample, seconds) in runs.items():
-        small, case = (Case(shape, STRATEGIES[strategy], system) for shape in (TINY, model))
-        baselines[strategy] = outside or max(0.0, tiny - tensors(small, 1))
-        if not outside:
-            share = (sample - baselines[strategy]) / tensors(case, batch) - 1
-            fragments[strategy] = max(0.0, share)
+    for strategy, (peak, seconds) in runs.items():
+        case = Case(model, STRATEGIES[strategy], system)
+        baselines[strategy] = outside or max(0.0, peak - tensors(case, batch))
         time = timing(case, batch, False, MICRO_STEPS)
         besides = seconds - (time.communication + time.update + MICRO_STEPS * alone)
         overheads[strategy] = max(0.0, besides) / (MICRO_STEPS * (model.n_layer + 1))
-    return replace(found, baselines=baselines, fragments=fragments, overheads=overheads)
+    return replace(found, baselines=baselines, overheads=overheads)
 
 
 def tensors(case: Case, batch: int) -> float:
@@ -102,14 +98,12 @@ def tensors(case: Case, batch: int) -> float:
 
 
 def short_run(
-    ranks: int, strategy: str, found: Measured, model: tuple[Shape, int], folder: Path
+    ranks: int, strategy: str, found: Measured, model: Shape, batch: int, folder: Path
 ) -> tuple[float, float]:
     """Peak memory of a rank in bytes, and the median step in seconds."""
-    own, out_dir = settings(*model, MICRO_STEPS * ranks, STEPS, found.kind, found.dtype), folder / strategy
-    launch(
-        ranks, *of(strategy, ranks).script, *own, f"--dataset={folder / 'data'}", f"--out_dir={out_dir / model[0].name}"
-    )
-    return seen(out_dir / model[0].name)
+    own, out_dir = settings(model, batch, MICRO_STEPS * ranks, STEPS, found.kind, found.dtype), folder / strategy
+    launch(ranks, *of(strategy, ranks).script, *own, f"--dataset={folder / 'data'}", f"--out_dir={out_dir}")
+    return seen(out_dir)
 
 
 def probed(ranks: int, shape: Shape, batch: int, dtype: str, note: Path) -> dict[str, Any]:

@@ -42,9 +42,6 @@ def footprint(case: Case, batch: int, checkpointing: bool) -> Footprint:
     passing = max(in_backward(case), in_update(case) - active - gathered)
     weights, gradients, states = (size if place == "device" else 0.0 for size, place in held)
     fragments = case.system.fragmentation * (gathered + active + passing)
-    if case.system.fragments:
-        share = case.system.of("fragments", case.strategy.name)
-        fragments = share * (weights + gradients + states + gathered + active + passing)
     return Footprint(
         weights,
         gradients,

@@ -11,10 +11,10 @@ from training.errors import UserError
 from training.plan.assumptions import ON_CPU, attribute, values
 from training.plan.system import System
 
-FORMAT = "nanozero machine, 1"
+FORMAT = "nanozero machine, 2"
 NUMBERS = (
     *("memory", "flops", "achievable", "memory_rate", "update_rate", "latency"),
-    *("baselines", "fragments", "overheads"),
+    *("baselines", "overheads"),
 )
 
 
@@ -33,8 +33,7 @@ class Measured:
     update_rate: float  # AdamW reads and writes
     link: float  # bus bandwidth of an all-reduce; 0: one rank
     latency: float  # of a short one
-    baselines: dict[str, float]  # strategy -> bytes of a process besides tensors
-    fragments: dict[str, float]  # strategy -> what it holds beyond the formulas, a share of those; {}: unknown
+    baselines: dict[str, float]  # strategy -> bytes of a process besides those by formula
     overheads: dict[str, float]  # strategy -> seconds a block and micro-step besides computing
     n_embd: int  # of the block
     block_size: int

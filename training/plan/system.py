@@ -31,7 +31,6 @@ class System:
     host_memory: float = 0.0  # of a node; 0: unknown
     update_rate: float = 0.0  # bytes that AdamW reads and writes; 0: as fast as memory
     baselines: dict[str, float] = field(default_factory=dict)  # strategy -> measured
-    fragments: dict[str, float] = field(default_factory=dict)  # strategy -> share of all that it holds, measured
     overheads: dict[str, float] = field(default_factory=dict)  # strategy -> seconds a block and micro-step, measured
     origin: dict[str, str] = field(default_factory=dict)  # of an assumption that is none any more
 
@@ -51,7 +50,7 @@ class System:
     def of(self, table: str, strategy: str) -> float:
         """A measured number of a strategy, or of the one that is most like it."""
         found: dict[str, float] = getattr(self, table)
-        for name in (strategy, strategy.split("_")[0], "zero2" if strategy in ("zero0", "zero1") else "ddp"):
+        for name in (strategy, strategy.split("_")[0], "ddp"):
             if name in found:
                 return found[name]
         return self.baseline if table == "baselines" else 0.0
