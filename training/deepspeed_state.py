@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from training.errors import CheckpointError
-from training.saved_state import KINDS, WEIGHT, SavedState, fresh_state, open_state
+from training.model_state import SavedState, fresh_state
+from training.saved_state import open_state
+from training.sharding import KINDS, WEIGHT
 
 Place = tuple[str, int, int, int]  # a parameter; its element that the piece begins with; where in the flat; how many
 

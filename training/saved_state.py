@@ -4,20 +4,18 @@ The files are mapped, and whoever needs a part of a parameter, or of a moment of
 checkpoint of any strategy and number of ranks goes into any other, and no rank holds more than its own.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from torch.serialization import safe_globals
 
 from training import checkpoint
 from training.errors import CheckpointError
-from training.sharding import KINDS, MOMENTS, WEIGHT, own
+from training.model_state import TIED, SavedState
+from training.sharding import KINDS, MOMENTS, WEIGHT
 
-TIED = "lm_head.weight"  # the same as the embedding's
 Files = list[dict[str, Any]]
 
 
@@ -37,58 +35,6 @@ STAND_INS: list[Any] = [
     (StandIn, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
-
-
-@dataclass
-class SavedState:
-    """step: AdamW's count of updates; scaler: of fp16's loss, as torch's GradScaler names what it holds."""
-
-    folder: Path
-    shapes: dict[str, torch.Size]  # of every parameter; tied ones once
-    pieces: dict[tuple[str, str], list[Tensor]]  # (parameter, kind) -> what follows one another in it, flat
-    step: float = 0.0
-    scaler: dict[str, Any] = field(default_factory=dict)
-
-    def part(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """Elements start ... start + numel of the flat parameter or moment, fp32, on the CPU."""
-        found, at = [], 0
-        for piece in self.pieces[name, kind]:
-            low, high = max(start - at, 0), min(start + numel - at, len(piece))
-            if low < high:
-                found.append(piece[low:high])
-            at += len(piece)
-        return found[0] if len(found) == 1 else torch.cat(found or [torch.empty(0)])
-
-    def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
-        return self.part(name, kind, 0, self.shapes[name].numel()).view(self.shapes[name]).float()
-
-    def require_moments(self) -> None:
-        if lacking := [name for name in self.shapes if (name, MOMENTS[0]) not in self.pieces]:
-            raise CheckpointError(f"{self.folder} holds no moments of AdamW for {lacking[0]}; take another checkpoint")
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: self.whole(name) for name in self.shapes}
-
-    @torch.no_grad()
-    def into(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """A model, and its AdamW: whole or, under FSDP2, this rank's shard."""
-        self.require_moments()
-        parameters = dict(model.named_parameters())
-        assert parameters.keys() == self.shapes.keys(), f"other parameters: {parameters.keys() ^ self.shapes.keys()}"
-        for name, parameter in parameters.items():
-            state = optimizer.state[parameter] = fresh_state(optimizer, parameter, self.step)
-            for kind, tensor in {**state, WEIGHT: parameter}.items():
-                if kind in KINDS:
-                    mine, start = own(tensor)
-                    mine.copy_(self.part(name, kind, start, mine.numel()).view_as(mine))
-
-
-def fresh_state(optimizer: Optimizer, parameter: Tensor, step: float) -> dict[str, Any]:
-    """AdamW's for a parameter after `step` updates, the moments still to be filled in."""
-    fused = optimizer.param_groups[0].get("fused")
-    torchs = type(optimizer).__module__.startswith("torch.")
-    count = torch.tensor(step, device=parameter.device if fused else "cpu") if torchs else int(step)
-    return {"step": count, **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}}
 
 
 def open_state(folder: Path, about: dict[str, Any]) -> SavedState:

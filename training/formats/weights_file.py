@@ -1,0 +1,72 @@
+"""One safetensors file of a model's weights. Its header says which model they are of, so it can be read back.
+
+safetensors' own save_file wants all tensors in memory. The format: https://github.com/huggingface/safetensors, "Format".
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.errors import CheckpointError
+from training.formats import lazy
+from training.formats.lazy import Lazy
+from training.formats.options import Options
+from training.model_state import TIED, SavedState
+from training.sharding import WEIGHT
+
+KINDS = (WEIGHT,)
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+ABOUT = ("model", "tokenizer", "vocab_size", "step", "best_val_loss", "init_from")
+
+
+def read(path: Path) -> tuple[SavedState, dict[str, Any]]:
+    tensors, metadata = mapped(path)
+    if "model" not in metadata:
+        raise CheckpointError(
+            f"{path} does not say which model its {len(tensors)} tensors are of, as one written here does; "
+            "if it is of a Hugging Face model, name the folder with its config.json"
+        )
+    try:
+        about = {key: json.loads(metadata[key]) for key in ABOUT if key in metadata}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error}); take another file") from None
+    pieces = {(name, WEIGHT): [tensor.flatten()] for name, tensor in tensors.items() if name != TIED}
+    return SavedState(path, {name: tensors[name].shape for name, _ in pieces}, pieces), about
+
+
+def mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of any safetensors file, mapped, and what its header says. CheckpointError where it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  no dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); fetch or write it again") from None
+
+
+def write(saved: SavedState, about: dict[str, Any], target: Path, options: Options) -> list[str]:
+    tensors = {name: lazy.stored(saved, name, dtype=options.torch_dtype) for name in saved.shapes}
+    tensors[TIED] = tensors["transformer.wte.weight"]  # the same here; other readers may not know
+    save(target, tensors, {key: json.dumps(about[key]) for key in ABOUT if key in about})
+    return []
+
+
+def save(path: Path, tensors: Mapping[str, Lazy], metadata: dict[str, str]) -> None:
+    """A safetensors file: the size of a header, the header, and the numbers of one tensor after the other."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for name, tensor in tensors.items():
+        place = [at, at := at + tensor.nbytes]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            tensor.write(file)
