@@ -1,0 +1,37 @@
+"""A run folder, as train.py leaves it in one process: it resumes from there, and sample.py reads it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training import checkpoint
+from training.checkpoint import Checkpoints
+from training.errors import CheckpointError
+from training.formats import adamw, lazy, torch_file
+from training.formats.adamw import SETTINGS
+from training.formats.options import Options
+from training.model_state import SavedState
+from training.saved_state import open_state
+from training.sharding import KINDS as KINDS
+
+
+def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
+    """folder: of a run, whose newest checkpoint is taken, or one checkpoint; of any strategy."""
+    if (folder / "checkpoint.json").is_file():
+        if broken := checkpoint.damage(folder):
+            raise CheckpointError(f"{folder} is damaged: {broken}; take another one")
+        about = checkpoint.read_about(folder)
+    else:
+        folder, about = Checkpoints(str(folder)).newest()
+    config = folder.parent.parent / "config.json"
+    told = json.loads(config.read_text()) if config.is_file() else {}
+    return open_state(folder, about), {"settings": {key: told[key] for key in SETTINGS if key in told}, **about}
+
+
+def write(saved: SavedState, about: dict[str, Any], target: Path, options: Options) -> list[str]:
+    about = {**about, "strategy": "single", "world_size": 1, "dtype": "float32"}
+    with Checkpoints(str(target)).writing(about, best=False) as folder:
+        torch_file.save(folder / "model.pt", {name: lazy.stored(saved, name) for name in saved.shapes})
+        optimizer = adamw.state_dict(saved, about["settings"], fused=True)
+        torch_file.save(folder / "optimizer.pt", {"optimizer": optimizer, "scaler": saved.scaler})
+    return []
