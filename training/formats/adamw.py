@@ -39,5 +39,5 @@ def state_dict(saved: SavedState, settings: dict[str, Any], fused: bool | None) 
         number: {"step": torch.tensor(saved.step), **{kind: lazy.stored(saved, name, kind) for kind in MOMENTS}}
         for number, name in enumerate([*decay, *rest])
     }
-    numbers = list(state)
-    return {"state": state, "param_groups": param_groups(settings, (numbers[: len(decay)], numbers[len(decay) :]), fused)}
+    numbers = [list(state)[: len(decay)], list(state)[len(decay) :]]
+    return {"state": state, "param_groups": param_groups(settings, numbers, fused)}

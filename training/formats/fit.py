@@ -50,6 +50,6 @@ def cut(saved: SavedState, about: dict[str, Any], vocab: int) -> tuple[SavedStat
     rows, width = saved.shapes[EMBEDDING]
     ids = about.get("vocab_size") or rows
     if not ids <= vocab <= rows:
-        raise ConfigError(f"--vocab={vocab}: the embedding has {rows} rows, {ids} of them for ids; keep {ids} to {rows}")
+        raise ConfigError(f"--vocab={vocab}: the embedding has {rows} rows, for {ids} ids; keep {ids} to {rows}")
     model = {**about["model"], "vocab_size": vocab}
     return replace(saved, shapes={**saved.shapes, EMBEDDING: torch.Size((vocab, width))}), {**about, "model": model}

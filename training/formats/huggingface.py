@@ -124,7 +124,7 @@ def write(saved: SavedState, about: dict[str, Any], target: Path, options: Optio
 def renamed(saved: SavedState, config: GPTConfig, dtype: torch.dtype) -> Iterator[tuple[str, Lazy]]:
     for name, shape in fit.shapes(replace(config, bias=True)).items():
         if name not in saved.shapes:
-            yield name, Lazy(tuple(shape), dtype, lambda numel=shape.numel(): lazy.zeros(numel))
+            yield name, Lazy(tuple(shape), dtype, lambda shape=shape: lazy.zeros(shape.numel()))
         elif name.endswith(TRANSPOSED):
             yield name, Lazy((shape[1], shape[0]), dtype, lambda name=name: transposed(saved, name))
         else:

@@ -73,4 +73,4 @@ def write(saved: SavedState, about: dict[str, Any], target: Path, options: Optio
     torch_file.save(file(target), state)
     if model["gelu"] == "none":
         return []
-    return ["these weights were trained with the tanh form of GELU; nanoGPT computes the exact one, so its loss differs"]
+    return ["these weights are of a GELU by tanh; nanoGPT computes the exact one: its loss is a little off"]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+VERIFY = ("logits", "tensors", "none")  # logits: and tensors
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Options:
     max_shard_size: float = 5e9  # bytes in a file of the Hugging Face folder
     vocab: int | None = None  # rows to keep of the embedding; None: all
     tokenizer: dict[str, Any] | None = None  # where the source does not say which: its describe()
-    verify: str = "logits"  # and tensors; tensors; none
+    verify: str = "logits"  # one of VERIFY
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -42,7 +42,7 @@ def described(encoding: Any) -> dict[str, Any]:
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [[names[left], names[right]] for left, right in pairs(ranks)]
     words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    # a possessive {1,3}+ is a repetition of its own in their engine; at the end of an alternative it makes no difference
+    # a possessive {1,3}+ means something else to their engine, and where it stands it is no other than {1,3}
     pattern = {"Regex": encoding._pat_str.replace("{1,3}+", "{1,3}")}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from model import GPTConfig
 from training import checkpoint
 from training.errors import CheckpointError
-from training.formats import lazy, torch_file
+from training.formats import fit, lazy, torch_file
 from training.formats.adamw import groups, param_groups
 from training.formats.options import Options
 from training.formats.zero import VERSION
@@ -40,10 +41,13 @@ def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
     path = found(folder)
     assert path, f"{folder} is no universal checkpoint"
     if not (path / ABOUT).is_file():
-        raise CheckpointError(f"{path} does not say what model it is of; copy the {ABOUT} of the run it came from there")
+        raise CheckpointError(
+            f"{path} does not say what model it is of; copy there the {ABOUT} of the run it came from"
+        )
     about = checkpoint.read_about(path)
     pieces: dict[tuple[str, str], list[Tensor]] = {}
     shapes: dict[str, torch.Size] = {}
+    wanted = fit.shapes(GPTConfig(**about["model"]))
     with safe_globals(STAND_INS):
         overall = checkpoint.read(path / "zero" / "optimizer_state.pt")
     for parameter in sorted(p.parent for p in path.glob("zero/*/fp32.pt")):
@@ -52,7 +56,8 @@ def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
                 raise CheckpointError(f"{parameter / name}.pt is missing; take another checkpoint")
             tensor = checkpoint.read(parameter / f"{name}.pt")["param"]
             pieces[parameter.name, kind] = [tensor.flatten()]
-            shapes[parameter.name] = tensor.shape
+            shape = wanted.get(parameter.name, tensor.shape)
+            shapes[parameter.name] = shape if shape.numel() == tensor.numel() else tensor.shape  # ZeRO-3's are flat
     step = overall.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
     if step is None:
         step = checkpoint.read(parameter / "step.pt")
@@ -68,7 +73,7 @@ def write(saved: SavedState, about: dict[str, Any], target: Path, options: Optio
         for kind, file in NAMES.items():
             torch_file.save(zero / name / f"{file}.pt", {"param": lazy.stored(saved, name, kind)})
         torch_file.save(zero / name / "step.pt", step)
-    hyper = [{k: v for k, v in g.items() if k != "params"} for g in param_groups(about["settings"], [[], []], fused=True)]
+    hyper = param_groups(about["settings"], [[0], [1]], fused=True)
     overall = {"state": {0: {"step": step}}, "param_groups": hyper}
     state = {"ds_version": VERSION, "param_groups": hyper, "optimizer_state_dict": overall}
     torch_file.save(zero / "optimizer_state.pt", state)

@@ -1,6 +1,6 @@
 """One safetensors file of a model's weights. Its header says which model they are of, so it can be read back.
 
-safetensors' own save_file wants all tensors in memory. The format: https://github.com/huggingface/safetensors, "Format".
+safetensors' own save_file wants all tensors in memory. The format: README of github.com/huggingface/safetensors.
 """
 
 import json

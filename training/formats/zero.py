@@ -37,10 +37,9 @@ def write(saved: SavedState, about: dict[str, Any], target: Path, options: Optio
             of_stage = stage_3 if options.stage == 3 else stages_1_and_2
             state = {"optimizer_state_dict": of_stage(saved, about, rank, options), "ds_version": VERSION}
             torch_file.save(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", state)
-            if options.stage == 3:
-                torch_file.save(folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", model(saved, about, options))
-        if options.stage < 3:
-            torch_file.save(folder / "mp_rank_00_model_states.pt", model(saved, about, options))
+        names = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(options.ranks)]
+        for name in names if options.stage == 3 else ["mp_rank_00"]:
+            torch_file.save(folder / f"{name}_model_states.pt", model(saved, about, options))
     return []
 
 
@@ -66,11 +65,6 @@ def model(saved: SavedState, about: dict[str, Any], options: Options) -> dict[st
     }
 
 
-def common() -> dict[str, Any]:
-    scaler = LossScaler(cur_scale=1.0, dynamic=False)  # of fp32 and bf16, which need none
-    return {"loss_scaler": scaler, "dynamic_loss_scale": False, "overflow": False}
-
-
 def stages_1_and_2(saved: SavedState, about: dict[str, Any], rank: int, options: Options) -> dict[str, Any]:
     """A group of parameters is one flat array, padded to 2 elements a rank, and cut into a part for each rank."""
     flats: list[Lazy] = []
@@ -90,9 +84,8 @@ def stages_1_and_2(saved: SavedState, about: dict[str, Any], rank: int, options:
         paddings.append(padding)
         flats.append(flat(saved, WEIGHT, pieces, size - padding))
         states[number] = state(saved, pieces, size)
-    return {
-        **common(),
-        "clip_grad": 0.0,
+    return {  # without clip_grad and loss_scaler, which the run then keeps as its settings say
+        "overflow": False,
         "base_optimizer_state": optimizer(states, about, [[0], [1]]),
         "single_partition_of_fp32_groups": flats,
         "zero_stage": options.stage,
@@ -129,7 +122,8 @@ def stage_3(saved: SavedState, about: dict[str, Any], rank: int, options: Option
             states[len(flats)] = state(saved, pieces, numel)
             flats.append(flat(saved, WEIGHT, pieces, numel))
     return {
-        **common(),
+        "loss_scaler": LossScaler(cur_scale=1.0, dynamic=False),  # of fp32 and bf16, which need none
+        **{"dynamic_loss_scale": False, "overflow": False},
         "zero_stage": options.stage,
         "partition_count": options.ranks,
         "optimizer_state_dict": optimizer(states, about, numbers),
@@ -170,5 +164,3 @@ def stretches(saved: SavedState, kind: str, pieces: Pieces, numel: int) -> Itera
 
 def optimizer(states: dict[int, Any], about: dict[str, Any], numbers: list[list[int]]) -> dict[str, Any]:
     return {"state": states, "param_groups": param_groups(about["settings"], numbers, fused=True)}
-
-
