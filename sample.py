@@ -63,13 +63,13 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
     if cfg.init_from == "resume":
         folder, about = Checkpoints(cfg.out_dir).newest()
         config, tokenizer = GPTConfig(**{**about["model"], "dropout": 0.0}), tokenizer_from(about["tokenizer"])
-        weights = open_state(folder, about).weights()
+        saved = open_state(folder, about)
     else:
-        config, weights = pretrained.open_weights(cfg.init_from)
+        config, saved = pretrained.open_weights(cfg.init_from)
         tokenizer = tokenizer_from({"name": "gpt2"})
     with device:
         model = GPT(config)
-    checkpoint.fill(model, weights)
+    checkpoint.fill(model, saved.weights())
     return model.eval(), tokenizer
 
 

@@ -29,7 +29,7 @@ def gpt2(tmp_path_factory):
 def load(source: str) -> GPT:
     config, weights = pretrained.open_weights(source)
     model = GPT(config)
-    checkpoint.fill(model, weights)
+    checkpoint.fill(model, weights.weights())
     return model.eval()
 
 
@@ -97,7 +97,7 @@ def test_the_run_decides_on_dropout_and_context_and_the_weights_on_the_rest(gpt2
     cfg = parse(TrainConfig, line.split(), "")
     config, weights = pretrained.start_from(cfg, 300)
     assert config == GPTConfig(32, 300, 2, 2, 32, 0.3, True, "tanh", True)
-    assert weights["transformer.wpe.weight"].shape == (32, 32)
+    assert weights.whole("transformer.wpe.weight").shape == (32, 32)
     with pytest.raises(UserError, match=r"has 301 ids, the weights of .* know 300"):
         pretrained.start_from(cfg, 301)
 
@@ -111,4 +111,4 @@ def test_weights_that_do_not_fit_the_run(gpt2, data, tmp_path):
         "train.py", env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}, **{**settings, "init_from": "gpt2"}
     )
     assert offline.returncode == 2
-    assert "cannot be downloaded" in offline.stderr and "set --init_from to their folder" in offline.stderr
+    assert "'gpt2' cannot be downloaded" in offline.stderr and "name their folder instead of gpt2" in offline.stderr

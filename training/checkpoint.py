@@ -7,6 +7,7 @@ out_dir/latest, out_dir/best        text: step_000500
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,10 +155,14 @@ def write(path: Path, state: Any) -> None:
 
 def read(path: Path) -> Any:
     """What `write` wrote, on the CPU and mapped, not copied; no code in a file is run."""
+    with path.open("rb") as file:
+        old = file.read(2) == b"\x80\x02"  # of torch before 1.6: no zip file, and not to be mapped
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        code = asked and f"it asks for {asked[1]}, and whatever code that runs; only tensors and plain data are read"
+        raise CheckpointError(f"{path} cannot be read: {code or str(error).splitlines()[0]}") from None
 
 
 @torch.no_grad()

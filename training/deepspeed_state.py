@@ -13,11 +13,33 @@ import torch
 from torch import Tensor
 
 from training.errors import CheckpointError
-from training.model_state import SavedState, fresh_state
+from training.model_state import SavedState, fresh_state, step_count
 from training.saved_state import open_state
 from training.sharding import KINDS, WEIGHT
 
 Place = tuple[str, int, int, int]  # a parameter; its element that the piece begins with; where in the flat; how many
+
+
+def load_native(engine: Any, folder: Path) -> None:
+    """DeepSpeed's own loading, of what the same strategy wrote on as many ranks. Every rank calls it.
+
+    It would take the hyperparameters from the file, too, and counts of steps in the form of the optimizer that wrote it:
+    here they are the run's, and those of the optimizer that goes on (torch's or DeepSpeed's, whichever compiles).
+    """
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    own = [{k: v for k, v in group.items() if k not in ("params", "lr", "step")} for group in inner.param_groups]
+    clip = getattr(optimizer, "clip_grad", None)
+    engine.load_checkpoint(folder.parent, tag=folder.name)
+    for group, settings in zip(inner.param_groups, own, strict=True):
+        group.update(settings)
+    for parameter, state in inner.state.items():
+        if "step" in state:
+            state["step"] = step_count(inner, parameter, float(state["step"]))
+    if clip is not None:
+        optimizer.clip_grad = clip
+    if engine.lr_scheduler:
+        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
 
 
 def load_partition(engine: Any, folder: Path, about: dict[str, Any]) -> None:

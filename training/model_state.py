@@ -90,7 +90,12 @@ def stretch(piece: Tensor, low: int, high: int) -> Tensor:
 
 def fresh_state(optimizer: Optimizer, parameter: Tensor, step: float) -> dict[str, Any]:
     """AdamW's for a parameter after `step` updates, the moments still to be filled in."""
+    moments = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}
+    return {"step": step_count(optimizer, parameter, step), **moments}
+
+
+def step_count(optimizer: Optimizer, parameter: Tensor, step: float) -> Tensor | int:
+    """As the optimizer wants it: torch's a tensor, where it is fused on the parameter's device; DeepSpeed's a number."""
     fused = optimizer.param_groups[0].get("fused")
     torchs = type(optimizer).__module__.startswith("torch.")
-    count = torch.tensor(step, device=parameter.device if fused else "cpu") if torchs else int(step)
-    return {"step": count, **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}}
+    return torch.tensor(step, device=parameter.device if fused else "cpu") if torchs else int(step)

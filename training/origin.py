@@ -11,6 +11,7 @@ from model import GPTConfig, initial_value
 from training import pretrained
 from training.checkpoint import Checkpoints, read_about
 from training.errors import CheckpointError
+from training.model_state import SavedState
 from training.train_config import TrainConfig
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
@@ -20,7 +21,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 class Origin:
     model: GPTConfig
     init_from: str = "scratch"  # what the run's very first start had, through all resumes
-    weights: dict[str, Tensor] | None = None
+    weights: SavedState | None = None
     checkpoint: Path | None = None
     step: int = 0
     best_val_loss: float | None = None
@@ -28,7 +29,7 @@ class Origin:
 
     def value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """A parameter's first value, whole, on the CPU."""
-        return self.weights[name] if self.weights else initial_value(name, shape, self.model, seed)
+        return self.weights.whole(name) if self.weights else initial_value(name, shape, self.model, seed)
 
 
 def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) -> Origin:

@@ -99,7 +99,7 @@ def compare(saved: SavedState, about: dict[str, Any], written: Path, to: str, op
     if dtype == torch.float32 and difference > verify.EPSILON * largest:
         raise UserError(f"{written.name}: logits differ by {difference:.1e}; nothing was written")
     return [
-        f"verified: every tensor equal; logits of a random batch differ by {difference:.1e} of {largest:.1f} at most"
+        f"verified: every tensor equal; logits of a random batch are {difference:.1e} apart at most, of {largest:.1f}"
     ]
 
 
