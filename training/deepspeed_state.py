@@ -23,8 +23,8 @@ Place = tuple[str, int, int, int]  # a parameter; its element that the piece beg
 def load_native(engine: Any, folder: Path) -> None:
     """DeepSpeed's own loading, of what the same strategy wrote on as many ranks. Every rank calls it.
 
-    It would take the hyperparameters from the file, too, and counts of steps in the form of the optimizer that wrote it:
-    here they are the run's, and those of the optimizer that goes on (torch's or DeepSpeed's, whichever compiles).
+    It would take the hyperparameters from the file, too, and counts of steps as the optimizer had them that wrote it:
+    here they are the run's, and as the optimizer has them that goes on (torch's or DeepSpeed's, whichever compiles).
     """
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)

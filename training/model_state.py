@@ -13,7 +13,7 @@ from training.errors import CheckpointError
 from training.sharding import KINDS, MOMENTS, WEIGHT, own
 
 TIED = "lm_head.weight"  # the same as the embedding's
-CHUNK = 2**24  # elements that a conversion reads at a time: 64 MiB
+CHUNK = 2**22  # elements that a conversion reads at a time: 16 MiB
 
 
 @dataclass
@@ -95,7 +95,7 @@ def fresh_state(optimizer: Optimizer, parameter: Tensor, step: float) -> dict[st
 
 
 def step_count(optimizer: Optimizer, parameter: Tensor, step: float) -> Tensor | int:
-    """As the optimizer wants it: torch's a tensor, where it is fused on the parameter's device; DeepSpeed's a number."""
+    """As the optimizer has it: torch's a tensor, if fused on the parameter's device; DeepSpeed's a number."""
     fused = optimizer.param_groups[0].get("fused")
     torchs = type(optimizer).__module__.startswith("torch.")
     return torch.tensor(step, device=parameter.device if fused else "cpu") if torchs else int(step)
