@@ -1,6 +1,5 @@
 """convert.py: every format to every other and back, bit by bit."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import GPT, GPTConfig
-from tests.checkpoints import BYTES, SMALL, STEPS, assert_same, logits, nanogpt_file, run_folder, trained
+from tests.checkpoints import BYTES, SMALL, STEPS, assert_same, nanogpt_file, run_folder
 from tests.running import run, train
 from training import checkpoint
 from training.checkpoint import Checkpoints
@@ -121,7 +120,7 @@ def test_logits_by_the_block_are_the_models(source):
 
 
 def test_a_wrong_target_is_noticed(source, tmp_path):
-    saved, about = open_source(str(source[0]), OPTIONS)
+    saved, _ = open_source(str(source[0]), OPTIONS)
     for name, kind in (("transformer.h.1.mlp.c_fc.bias", "weight"), ("transformer.wpe.weight", "exp_avg_sq")):
         pieces = {**saved.pieces, (name, kind): [saved.whole(name, kind).flatten() + 1e-9]}
         with pytest.raises(verify.NotEqual, match=f"the {kind} of {name} is another one"):

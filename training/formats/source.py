@@ -13,6 +13,8 @@ from training.formats.options import Options
 from training.model_state import SavedState
 
 GPT2 = (50257, 50304)  # its ids, and their number padded to a multiple of 64
+UNKNOWN = {"step": 0, "best_val_loss": None, "evaluated": False, "settings": {}}  # of weights alone
+ABOUT = ("model", "tokenizer", "vocab_size", "init_from", *UNKNOWN)  # the rest of a checkpoint.json is of its files
 KNOWN = "a run folder or checkpoint, nanoGPT's ckpt.pt, a safetensors file, a universal checkpoint, a GPT-2 folder"
 
 
@@ -27,8 +29,7 @@ def open_source(source: str, options: Options) -> tuple[SavedState, dict[str, An
         raise CheckpointError(f"{source}: {found(path)}; what can be read is {KNOWN}, or {', '.join(HUB)}")
     inside = path / nanogpt.FILE if kind is nanogpt and path.is_dir() else path
     saved, about = kind.read(inside)
-    about = {"step": 0, "best_val_loss": None, "evaluated": False, "init_from": source, "settings": {}, **about}
-    about = with_tokenizer(about, options)
+    about = with_tokenizer({**UNKNOWN, "init_from": source, **about}, options)
     rows, ids = about["model"]["vocab_size"], about["vocab_size"]
     if ids > rows:
         name = about["tokenizer"]["name"]
@@ -77,7 +78,8 @@ def with_tokenizer(about: dict[str, Any], options: Options) -> dict[str, Any]:
     if tokenizer is None and vocab in GPT2:
         tokenizer = {"name": "gpt2"}
     ids = tokenizer_from(tokenizer).vocab_size if tokenizer else vocab
-    return {**about, "tokenizer": tokenizer, "vocab_size": ids}
+    about = {**about, "tokenizer": tokenizer, "vocab_size": ids}
+    return {key: about[key] for key in ABOUT}
 
 
 def need_tokenizer(about: dict[str, Any], source: str) -> None:

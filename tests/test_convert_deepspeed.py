@@ -1,0 +1,34 @@
+"""What convert.py writes for DeepSpeed, read by DeepSpeed itself."""
+
+import torch
+
+from tests.checkpoints import run_folder
+from tests.running import run
+from training.checkpoint import Checkpoints
+from training.formats.conversion import convert
+from training.formats.options import Options
+
+
+def test_deepspeed_loads_every_stage_and_the_universal_one(tmp_path):
+    """Weights, moments and counts of steps, on two ranks; and the model computes the same."""
+    run_folder(tmp_path / "run")
+    for stage in (1, 2, 3):
+        convert(str(tmp_path / "run"), tmp_path / f"zero{stage}", "deepspeed", Options(stage=stage, ranks=2))
+    convert(str(tmp_path / "run"), tmp_path / "universal", "universal", Options())
+    done = run("tests/deepspeed_loads.py", str(tmp_path), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": equal") == 6, done.stdout
+
+
+def test_deepspeeds_own_converter_reads_them(tmp_path):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    model, _ = run_folder(tmp_path / "run")
+    for stage, ranks in ((1, 3), (2, 3), (3, 4)):
+        folder = tmp_path / f"zero{stage}"
+        convert(str(tmp_path / "run"), folder, "deepspeed", Options(stage=stage, ranks=ranks, dtype="bfloat16"))
+        weights = get_fp32_state_dict_from_zero_checkpoint(folder / "checkpoints", "step_000003")
+        assert weights.keys() == model.state_dict().keys()
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weights[name], weight), f"{name} of stage {stage}"
+        assert Checkpoints(str(folder)).newest()[1]["dtype"] == "bfloat16"
