@@ -24,10 +24,11 @@ import torch
 
 from model import GPTConfig
 from tests.running import ROOT
+from training.distributed import ALONE
 from training.formats import fit, zero
 from training.formats.options import Options
-from training.machine import describe
 from training.model_state import SavedState
+from training.run_folder import environment
 from training.sharding import KINDS
 
 RANDOM = 2**22  # numbers of which all tensors are made
@@ -57,19 +58,15 @@ def make(folder: Path, config: GPTConfig, ranks: int) -> None:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Seconds and peak memory of a process that must end well."""
+    """Seconds and peak memory of a process; its status: it may be killed for want of memory."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = process.stdout.read() if process.stdout else ""
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{command} ended with {process.returncode}: {said}"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "seconds": round(time.perf_counter() - began, 1),
-        "peak_bytes": used.ru_maxrss * unit,
-        "said": said.split("\n"),
-    }
+    row: dict[str, Any] = {"status": process.returncode, "seconds": round(time.perf_counter() - began, 1)}
+    row["peak_bytes"] = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {**row, "said": said.splitlines()[-5:]}
 
 
 def size(path: Path) -> int:
@@ -97,7 +94,7 @@ def compare(scratch: Path, config: GPTConfig, ranks: int) -> list[dict[str, Any]
         for path in [target] if target.exists() else []:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         rows.append(row)
-        print({key: row[key] for key in ("what", "seconds", "peak_bytes", "target_bytes")}, flush=True)
+        print({key: row[key] for key in ("what", "status", "seconds", "peak_bytes", "target_bytes")}, flush=True)
     largest = max(shape.numel() for shape in fit.shapes(config).values())
     shard = max(path.stat().st_size for path in newest.glob("*_optim_states.pt"))
     return [{"what": "source", "bytes": size(newest), "largest_tensor": 4 * largest, "largest_shard": shard}, *rows]
@@ -119,7 +116,7 @@ def main() -> None:
         "model": asdict(config),
         "parameters": config.parameter_count(),
         "ranks": args.ranks,
-        "machine": describe(),
+        "environment": environment(ALONE),
     }
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "convert.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
