@@ -54,7 +54,7 @@ def of_script(script: str, words: list[str], data: Path, folder: Path, trained: 
     if script == "plan.py":
         return planned(words, folder)
     if script == "convert.py":
-        return [str(trained), str(folder / "weights.safetensors")]
+        return [str(trained), str(folder / words[1]), *words[2:]]
     if script == "benchmark.py":
         large = ("--write", "--rounds", "--ranks", "--gpus", "--nvme_path")
         words = [re.sub("^--steps=.*", "--steps=5", word) for word in words if not word.startswith(large)]
