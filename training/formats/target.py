@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from training.checkpoint import sync
 from training.errors import ConfigError
 from training.formats.source import recognise
 
@@ -32,6 +33,8 @@ def writing(target: Path) -> Iterator[Path]:
     remove(unfinished)
     try:
         yield unfinished
+        for path in [unfinished, *unfinished.rglob("*")]:
+            sync(path)
         if target.is_dir():  # a folder cannot be replaced at once: the old one goes aside first
             aside = target.with_name(f".{target.name}.replaced")
             remove(aside)
