@@ -13,11 +13,13 @@ def test_deepspeed_loads_every_stage_and_the_universal_one(tmp_path):
     """Weights, moments and counts of steps, on two ranks; and the model computes the same."""
     run_folder(tmp_path / "run")
     for stage in (1, 2, 3):
-        convert(str(tmp_path / "run"), tmp_path / f"zero{stage}", "deepspeed", Options(stage=stage, ranks=2))
+        for dtype in ("float32", "bfloat16"):
+            options = Options(stage=stage, ranks=2, dtype=dtype)
+            convert(str(tmp_path / "run"), tmp_path / f"zero{stage}-{dtype}", "deepspeed", options)
     convert(str(tmp_path / "run"), tmp_path / "universal", "universal", Options())
     done = run("tests/deepspeed_loads.py", str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": equal") == 6, done.stdout
+    assert done.stdout.count(": equal") == 9, done.stdout
 
 
 def test_deepspeeds_own_converter_reads_them(tmp_path):

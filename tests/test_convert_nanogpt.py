@@ -26,7 +26,8 @@ SETTINGS = {
 # its model, so that ours is compared with it and not with what we think that it is
 LOGITS = (
     "import sys, torch; from model import GPT, GPTConfig; c = torch.load(sys.argv[1]);"
-    "m = GPT(GPTConfig(**c['model_args'])); m.load_state_dict(c['model']); torch.save(m.eval()(torch.load(sys.argv[2]))[0][:, -1].detach(), sys.argv[3])"
+    "m = GPT(GPTConfig(**c['model_args'])); m.load_state_dict(c['model']);"
+    "torch.save(m.eval()(torch.load(sys.argv[2]))[0][:, -1].detach(), sys.argv[3])"
 )
 
 
