@@ -106,9 +106,9 @@ def test_another_shape_or_vocabulary_is_told_with_both_numbers(tmp_path):
     told = refused(tmp_path / "a.pt", tmp_path)
     assert "transformer.wte.weight has shape (320, 32), the model's config says (300, 32)" in told
     assert "transformer.h.1.attn.c_attn.bias is no parameter of the model" in told
-    told = refused(tmp_path / "a.pt", tmp_path, tokenizer={"name": "gpt2"})
-    assert "its embedding has 300 rows, 'gpt2' has 50257 ids; name another tokenizer" in told
     nanogpt_file(tmp_path / "b.pt")
+    told = refused(tmp_path / "b.pt", tmp_path, tokenizer={"name": "gpt2"})
+    assert "its embedding has 320 rows, 'gpt2' has 50257 ids; name another tokenizer" in told
     told = refused(tmp_path / "b.pt", tmp_path, to="train", tokenizer=None)
     assert "does not say which tokenizer its 320 ids are of: give --tokenizer=gpt2" in told
     nanogpt_file(tmp_path / "c.pt", model_args={**args, "n_embd": "wide"})

@@ -1,7 +1,7 @@
 """GPT-2 as Hugging Face keeps it, a folder with config.json: the one place that knows their names."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,11 @@ def shape(path: Path) -> GPTConfig:
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Under their names, mapped: of safetensors where there are both, as no code can be in those."""
-    for name, reader in (("model.safetensors", lambda path: mapped(path)[0]), ("pytorch_model.bin", checkpoint.read)):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return reader(folder / name)
+    readers: dict[str, Callable[[Path], Any]] = {"model.safetensors": mapped, "pytorch_model.bin": checkpoint.read}
+    for whole, reader in readers.items():
+        index = folder / f"{whole}.index.json"
+        if (folder / whole).is_file():
+            return reader(folder / whole)
         if index.is_file():
             try:
                 files = sorted(set(json.loads(index.read_text())["weight_map"].values()))

@@ -21,8 +21,10 @@ def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
         if broken := checkpoint.damage(folder):
             raise CheckpointError(f"{folder} is damaged: {broken}; take another one")
         about = checkpoint.read_about(folder)
-    else:
+    elif Checkpoints(str(folder)).finished():
         folder, about = Checkpoints(str(folder)).newest()
+    else:
+        raise CheckpointError(f"{folder}: its run has saved no checkpoint yet")
     config = folder.parent.parent / "config.json"
     told = json.loads(config.read_text()) if config.is_file() else {}
     return open_state(folder, about), {"settings": {key: told[key] for key in SETTINGS if key in told}, **about}

@@ -29,6 +29,7 @@ def open_source(source: str, options: Options) -> tuple[SavedState, dict[str, An
         raise CheckpointError(f"{source}: {found(path)}; what can be read is {KNOWN}, or {', '.join(HUB)}")
     inside = path / nanogpt.FILE if kind is nanogpt and path.is_dir() else path
     saved, about = kind.read(inside)
+    saved = fit.checked(saved, about)
     about = with_tokenizer({**UNKNOWN, "init_from": source, **about}, options)
     rows, ids = about["model"]["vocab_size"], about["vocab_size"]
     if ids > rows:
@@ -36,15 +37,14 @@ def open_source(source: str, options: Options) -> tuple[SavedState, dict[str, An
         raise CheckpointError(
             f"{source}: its embedding has {rows} rows, {name!r} has {ids} ids; name another tokenizer"
         )
-    return fit.checked(saved, about), about
+    return saved, about
 
 
 def recognise(path: Path) -> Any:
     """The module of its format; None where there is none."""
     if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(9)
-        if start[8:] == b"{":  # behind the size of the header
+        start = first(path)
+        if start[8:9] == b"{":  # behind the size of the header
             return weights_file
         return nanogpt if start[:2] in (b"PK", b"\x80\x02") else None  # a zip file, or a pickle of before that
     if path.is_dir() and universal.found(path):
@@ -56,12 +56,17 @@ def recognise(path: Path) -> Any:
     return huggingface if (path / "config.json").is_file() else None
 
 
+def first(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
 def found(path: Path) -> str:
     """What is there instead, in words."""
     if not path.exists():
         return "there is no such file or folder"
     if path.is_file():
-        return f"is a file of {path.stat().st_size:,} bytes that begins with {path.open('rb').read(8)!r}"
+        return f"is a file of {path.stat().st_size:,} bytes that begins with {first(path)[:8]!r}"
     names = sorted(inside.name for inside in path.iterdir())
     if any(name.endswith("_states.pt") for name in names):
         return "is a checkpoint of DeepSpeed, without the checkpoint.json that train_deepspeed.py writes beside it"
@@ -71,7 +76,9 @@ def found(path: Path) -> str:
 def with_tokenizer(about: dict[str, Any], options: Options) -> dict[str, Any]:
     """Which tokenizer its ids are of: what the source says; else the user; else GPT-2's, where their number is its."""
     vocab = GPTConfig(**about["model"]).vocab_size
-    tokenizer = about.get("tokenizer") or options.tokenizer
+    said, tokenizer = options.tokenizer, about.get("tokenizer") or options.tokenizer
+    if said not in (None, tokenizer):
+        raise ConfigError(f"its ids are of the tokenizer {tokenizer['name']!r}, not {said['name']!r}: leave that out")
     if tokenizer is None and (folder := nanogpt.dataset(about)):
         here = open_dataset(folder).tokenizer
         tokenizer = here.describe() if here.vocab_size <= vocab else None

@@ -10,17 +10,16 @@ from typing import Any
 
 from data.errors import DataError
 from data.tokenizer import END_OF_TEXT, BPETokenizer
-from training.errors import UserError
 
 SAMPLE = "The 2 quick foxes' 12,345 jumps:\n\n\tnaïve café — 漢字 can't won't   end.  \n x = y**2  # ok"
 
 
 def write(folder: Path, name: str, block_size: int) -> list[str]:
-    """name: of an encoding. Returns what there is to say. UserError where its BPE file cannot be had."""
+    """name: of an encoding. Returns what there is to say."""
     try:
         encoding = BPETokenizer(name).encoding()
     except DataError as error:
-        raise UserError(str(error)) from None
+        return [f"without tokenizer files: {error}"]
     text = json.dumps(described(encoding), ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)

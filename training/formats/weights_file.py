@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from training.errors import CheckpointError
@@ -25,7 +27,7 @@ ABOUT = ("model", "tokenizer", "vocab_size", "step", "best_val_loss", "init_from
 
 
 def read(path: Path) -> tuple[SavedState, dict[str, Any]]:
-    tensors, metadata = mapped(path)
+    tensors, metadata = mapped(path), header(path)
     if "model" not in metadata:
         raise CheckpointError(
             f"{path} does not say which model its {len(tensors)} tensors are of, as one written here does; "
@@ -39,15 +41,18 @@ def read(path: Path) -> tuple[SavedState, dict[str, Any]]:
     return SavedState(path, {name: tensors[name].shape for name, _ in pieces}, pieces), about
 
 
-def mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of any safetensors file, mapped, and what its header says. CheckpointError where it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of any safetensors file. Raises CheckpointError where it is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  no dict
+        return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); fetch or write it again") from None
+
+
+def header(path: Path) -> dict[str, str]:
+    """What a file that can be read says of itself."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def write(saved: SavedState, about: dict[str, Any], target: Path, options: Options) -> list[str]:
