@@ -13,7 +13,7 @@ from model import GPTConfig
 from training.errors import ConfigError, UserError
 from training.formats import fit, huggingface, nanogpt, run, source, target, universal, verify, weights_file, zero
 from training.formats.options import Options
-from training.formats.reading import Reading, numbers
+from training.formats.reading import Reading
 from training.model_state import SavedState
 
 FORMATS: dict[str, Any] = {
@@ -41,7 +41,7 @@ def convert(origin: str, goal: Path, to: str, options: Options, force: bool = Fa
     saved = saved.with_moments() if len(form.KINDS) > 1 else saved
     try:
         with target.writing(goal) as unfinished:
-            with reading(saved, "writing", form.KINDS) as watched:
+            with reading(saved, "writing", len(form.KINDS)) as watched:
                 notes += form.write(watched, about, unfinished, options)
             notes += compare(saved, about, unfinished, to, options)
             size = sum(path.stat().st_size for path in [unfinished, *unfinished.rglob("*")] if path.is_file())
@@ -67,9 +67,9 @@ def moments(saved: SavedState, kinds: tuple[str, ...]) -> Iterator[str]:
 
 
 @contextmanager
-def reading(saved: SavedState, words: str, kinds: tuple[str, ...], times: int = 1) -> Iterator[SavedState]:
-    """saved, with a bar that shows how much of it was read."""
-    total = times * numbers(saved, kinds)
+def reading(saved: SavedState, words: str, passes: int) -> Iterator[SavedState]:
+    """saved, with a bar that shows how much was read of so many passes over all parameters, or moments of one kind."""
+    total = passes * 4 * sum(shape.numel() for shape in saved.shapes.values())
     with tqdm(total=total, desc=words, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         done = Reading(saved.folder, bar)
         yield replace(saved, done=done)
@@ -85,7 +85,7 @@ def compare(saved: SavedState, about: dict[str, Any], written: Path, to: str, op
     again, told = source.open_source(str(written), replace(options, tokenizer=about["tokenizer"]))
     again = replace(again, done=Reading(written))
     try:
-        with reading(saved, "verifying", form.KINDS) as watched:
+        with reading(saved, "verifying", len(form.KINDS) + (options.verify == "logits")) as watched:
             verify.tensors(watched, again, form.KINDS, dtype)
             if options.verify == "tensors":
                 return ["verified: every tensor equal"]

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from training.model_state import SavedState
-
 MAPS = Path("/proc/self/maps")  # Linux; elsewhere pages go when memory is short, which is as good
 DONT_NEED = 4  # madvise(2): MADV_DONTNEED; what is needed again comes from the file
 OFTEN = 2**25  # bytes between two looks at MAPS
@@ -42,8 +40,3 @@ class Reading:
             if name in self.files:
                 start, end = (int(address, 16) for address in addresses.split("-"))
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONT_NEED)
-
-
-def numbers(saved: SavedState, kinds: tuple[str, ...]) -> int:
-    """Bytes of the parameters, and of so many moments of theirs, in fp32."""
-    return 4 * len(kinds) * sum(shape.numel() for shape in saved.shapes.values())

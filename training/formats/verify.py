@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model import Block, GPTConfig, LayerNorm
 from training import checkpoint
+from training.errors import UserError
 from training.model_state import CHUNK, SavedState
 from training.sharding import WEIGHT
 
@@ -33,7 +34,7 @@ def tensors(saved: SavedState, again: SavedState, kinds: tuple[str, ...], dtype:
                 if not torch.equal(rounded.view(torch.int32), theirs.view(torch.int32)):  # bits: a NaN is one again
                     raise NotEqual(f"the {kind} of {name} is another one")
                 if dtype == torch.float16 and not theirs.isfinite().all() and expected.isfinite().all():
-                    raise NotEqual(f"{name} has values up to {expected.abs().max():.1e}: too large for float16")
+                    raise UserError(f"{name} has values up to {expected.abs().max():.1e}: too large for float16")
     if missing := saved.shapes.keys() - again.shapes.keys():
         raise NotEqual(f"{min(missing)} is missing")
     if len(kinds) > 1 and saved.step != again.step:
