@@ -15,6 +15,7 @@ import torch
 from model import GPT, GPTConfig
 from training import distributed
 from training.checkpoint import fill
+from training.deepspeed_state import load_native
 from training.formats.options import Options
 from training.formats.source import open_source
 from training.model_state import SavedState
@@ -78,9 +79,15 @@ def main(folder: Path) -> None:
         config = GPTConfig(**about["model"])
         for stage, dtype, universal in CASES:
             engine = engine_of(deepspeed, stage, dtype, universal, config)
-            path = folder / ("universal" if universal else f"zero{stage}-{dtype}/checkpoints")
-            loaded, _ = engine.load_checkpoint(path, tag=None if universal else "step_000003")
-            assert loaded and engine.global_steps == about["step"], f"nothing was loaded of {path}"
+            path = folder / ("universal" if universal else f"zero{stage}-{dtype}/checkpoints/step_000003")
+            if universal:
+                engine.load_checkpoint(path)
+            else:
+                load_native(engine, path)
+                groups = engine.optimizer.param_groups
+                assert {(*group["betas"], group["lr"]) for group in groups} == {(0.9, 0.999, 6e-4)}, "not the run's own"
+                assert [group["weight_decay"] for group in groups] == [0.1, 0.0], "not the run's own"
+            assert engine.global_steps == about["step"], f"nothing was loaded of {path}"
             check(engine, stage, dtype, expected, config)
             if ranks.main:
                 print(f"stage {stage} of {path}: equal", flush=True)
