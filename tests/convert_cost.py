@@ -4,7 +4,7 @@
     python -m tests.convert_cost /tmp/small --n_layer=2 --n_embd=256 --n_head=4
 
 The checkpoint is of random numbers, and made as it is converted: by the piece. It, and what is written of it, lie in
---scratch, where 16 bytes a parameter and the largest target must fit; they are removed at the end. DeepSpeed's own
+--scratch, where 16 bytes a parameter must fit; they are removed at the end. DeepSpeed's own
 zero_to_fp32, which reads its files by unpickling them, is beside it.
 """
 
