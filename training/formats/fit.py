@@ -12,6 +12,7 @@ from training.errors import CheckpointError, ConfigError, listed
 from training.model_state import SavedState
 
 EMBEDDING = "transformer.wte.weight"
+SHOWN = 5  # of the problems
 
 
 @lru_cache
@@ -22,18 +23,21 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def checked(saved: SavedState, about: dict[str, Any]) -> SavedState:
-    """saved, its parameters in the model's order. Raises CheckpointError with all that is missing or of other sizes."""
+    """saved, its parameters in the model's order. Raises CheckpointError for what is missing, or of another size."""
     try:
         wanted = shapes(GPTConfig(**about["model"]))
     except (TypeError, KeyError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{saved.folder} is of no model that is known here ({error})") from None
     if problems := list(differences(saved, wanted)):
-        raise CheckpointError(f"{saved.folder}: " + listed(problems[:5], "in its parameters"))
+        first, *rest = listed(problems, "in its parameters").splitlines()
+        raise CheckpointError(
+            "\n".join([f"{saved.folder}: {first}", *rest[:SHOWN], *(["  ..."] if rest[SHOWN:] else [])])
+        )
     return replace(saved, shapes=dict(wanted))
 
 
 def differences(saved: SavedState, wanted: dict[str, torch.Size]) -> Iterator[str]:
-    for name in [*wanted, *(saved.shapes.keys() - wanted.keys())]:
+    for name in dict.fromkeys([*wanted, *saved.shapes]):
         found, shape = saved.shapes.get(name), wanted.get(name)
         if found is None or shape is None:
             yield f"{name} is missing" if found is None else f"{name} is no parameter of the model"
