@@ -159,7 +159,7 @@ def read(path: Path) -> Any:
         old = file.read(2) == b"\x80\x02"  # of torch before 1.6: no zip file, and not to be mapped
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:  # EINVAL: seeking in what was cut off
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         code = asked and f"it asks for {asked[1]}, and whatever code that runs; only tensors and plain data are read"
         raise CheckpointError(f"{path} cannot be read: {code or str(error).splitlines()[0]}") from None
