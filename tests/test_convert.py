@@ -66,7 +66,7 @@ def test_nanogpts_checkpoint_with_its_prefixes(tmp_path, prefix):
     saved, about = open_source(str(tmp_path), OPTIONS)
     assert_same(saved, model, optimizer)
     assert (about["step"], about["best_val_loss"], about["settings"]["beta2"]) == (STEPS, 1.5, 0.99)
-    convert(str(tmp_path), tmp_path / "back.pt", "nanogpt", OPTIONS)
+    convert(str(tmp_path / "ckpt.pt"), tmp_path / "back.pt", "nanogpt", OPTIONS)
     again = checkpoint.read(tmp_path / "back.pt")
     groups = again["optimizer"]["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and groups[0]["betas"] == (0.9, 0.99)
