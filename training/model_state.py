@@ -13,7 +13,7 @@ from training.errors import CheckpointError
 from training.sharding import KINDS, MOMENTS, WEIGHT, own
 
 TIED = "lm_head.weight"  # the same as the embedding's
-CHUNK = 2**22  # elements that a conversion reads at a time: 16 MiB
+CHUNK = 2**20  # elements that a conversion reads at a time: 4 MiB
 
 
 @dataclass

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 MAPS = Path("/proc/self/maps")  # Linux; elsewhere pages go when memory is short, which is as good
 DONT_NEED = 4  # madvise(2): MADV_DONTNEED; what is needed again comes from the file
-OFTEN = 2**25  # bytes between two looks at MAPS
+OFTEN = 2**23  # bytes between two looks at MAPS
 
 
 class Reading:

@@ -9,6 +9,7 @@ from torch import Tensor
 from model import Block, GPTConfig, LayerNorm
 from training import checkpoint
 from training.errors import UserError
+from training.formats import lazy
 from training.model_state import CHUNK, SavedState
 from training.sharding import WEIGHT
 
@@ -27,9 +28,8 @@ def tensors(saved: SavedState, again: SavedState, kinds: tuple[str, ...], dtype:
             if name in saved.shapes and saved.shapes[name] != again.shapes[name]:
                 raise NotEqual(f"{name} has shape {tuple(again.shapes[name])}, not {tuple(saved.shapes[name])}")
             numel = again.shapes[name].numel()
-            ours = saved.chunks(name, kind, 0, numel) if name in saved.shapes else None
-            for theirs in again.chunks(name, kind, 0, numel):
-                expected = next(ours) if ours else torch.zeros_like(theirs)
+            ours = saved.chunks(name, kind, 0, numel) if name in saved.shapes else lazy.zeros(numel)
+            for expected, theirs in zip(ours, again.chunks(name, kind, 0, numel), strict=True):
                 rounded = expected.to(dtype).float() if kind == WEIGHT else expected
                 if not torch.equal(rounded.view(torch.int32), theirs.view(torch.int32)):  # bits: a NaN is one again
                     raise NotEqual(f"the {kind} of {name} is another one")
