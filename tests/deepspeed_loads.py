@@ -65,7 +65,8 @@ def check(engine: Any, stage: int, dtype: str, expected: SavedState, config: GPT
     whole = GPT(config)
     fill(whole, expected.weights())
     tokens = torch.arange(config.block_size)[None] % 257
-    ours, theirs = whole.eval()(tokens), engine.eval()(tokens).float()
+    engine.eval()
+    ours, theirs = whole.eval()(tokens), engine(tokens).float()
     limit = 1e-5 if dtype == "float32" else 0.03 * ours.abs().max()
     assert (ours - theirs).abs().max() < limit, f"logits differ by {(ours - theirs).abs().max()}"
 
@@ -74,6 +75,7 @@ def main(folder: Path) -> None:
     with distributed.start("cpu", "gloo", alone=True) as ranks:
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at every start, for inference only
         deepspeed.init_distributed(verbose=False)
         expected, about = open_source(str(folder / "run"), Options())
         config = GPTConfig(**about["model"])
