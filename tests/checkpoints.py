@@ -21,6 +21,7 @@ BYTES = {"name": "byte"}
 STEPS = 3
 
 
+@torch.enable_grad()
 def trained(config: GPTConfig = SMALL) -> tuple[GPT, Optimizer]:
     """A model and its AdamW after STEPS steps on random tokens."""
     torch.manual_seed(0)
