@@ -10,7 +10,6 @@ zero_to_fp32, which reads its files by unpickling them, is beside it.
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -53,20 +52,25 @@ def random_state(config: GPTConfig) -> SavedState:
 def make(folder: Path, config: GPTConfig, ranks: int) -> None:
     """A run folder of ZeRO-3."""
     about = {"step": 100, "best_val_loss": None, "evaluated": True, "model": asdict(config), "init_from": "scratch"}
-    about |= {"tokenizer": {"name": "gpt2"}, "vocab_size": 50257, "settings": {}}
+    about |= {"tokenizer": {"name": "gpt2" if config.vocab_size > 50000 else "byte"}, "settings": {}}
     zero.write(random_state(config), about, folder, Options(stage=3, ranks=ranks))
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Seconds and peak memory of a process; its status: it may be killed for want of memory."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = process.stdout.read() if process.stdout else ""
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    row: dict[str, Any] = {"status": process.returncode, "seconds": round(time.perf_counter() - began, 1)}
-    row["peak_bytes"] = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {**row, "said": said.splitlines()[-5:]}
+    """Seconds and peak memory of a process; its status: it may be killed for want of memory.
+
+    (What wait4 says of the peak counts the process as well that it was forked from.)
+    """
+    began, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            held = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max(peak, *(int(line.split()[1]) for line in held.splitlines() if line.startswith("VmHWM")), 0)
+            time.sleep(0.02)
+        said.seek(0)
+        row: dict[str, Any] = {"status": process.returncode, "seconds": round(time.perf_counter() - began, 1)}
+        return {**row, "peak_bytes": peak * 1024, "said": said.read().splitlines()[-5:]}
 
 
 def size(path: Path) -> int:

@@ -1,6 +1,7 @@
 """convert.py: every format to every other and back, bit by bit."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,13 @@ def test_nanogpts_checkpoint_with_its_prefixes(tmp_path, prefix):
 def test_a_run_goes_on_from_what_was_converted(source, tmp_path, data):
     """As it would have gone on where it came from, by train.py."""
     folder, *_ = source
-    settings = {"block_size": 32, "bias": True, "max_iters": STEPS + 2, "init_from": "resume", "log_interval": 1}
+    settings: dict[str, Any] = {
+        "block_size": 32,
+        "bias": True,
+        "max_iters": STEPS + 2,
+        "init_from": "resume",
+        "log_interval": 1,
+    }
     convert(str(folder), tmp_path / "u", "universal", OPTIONS)
     convert(str(tmp_path / "u"), tmp_path / "run", "train", OPTIONS)
     output = train(tmp_path / "run", data, **settings)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,9 @@ def write(saved: SavedState, about: dict[str, Any], target: Path, options: Optio
 def renamed(saved: SavedState, config: GPTConfig, dtype: torch.dtype) -> Iterator[tuple[str, Lazy]]:
     for name, shape in fit.shapes(replace(config, bias=True)).items():
         if name not in saved.shapes:
-            yield name, Lazy(tuple(shape), dtype, lambda shape=shape: lazy.zeros(shape.numel()))
+            yield name, Lazy(tuple(shape), dtype, partial(lazy.zeros, shape.numel()))
         elif name.endswith(TRANSPOSED):
-            yield name, Lazy((shape[1], shape[0]), dtype, lambda name=name: transposed(saved, name))
+            yield name, Lazy((shape[1], shape[0]), dtype, partial(transposed, saved, name))
         else:
             yield name, lazy.stored(saved, name, dtype=dtype)
 

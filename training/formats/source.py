@@ -13,7 +13,7 @@ from training.formats.options import Options
 from training.model_state import SavedState
 
 GPT2 = (50257, 50304)  # its ids, and their number padded to a multiple of 64
-UNKNOWN = {"step": 0, "best_val_loss": None, "evaluated": False, "settings": {}}  # of weights alone
+UNKNOWN: dict[str, Any] = {"step": 0, "best_val_loss": None, "evaluated": False, "settings": {}}  # of weights alone
 ABOUT = ("model", "tokenizer", "vocab_size", "init_from", *UNKNOWN)  # the rest of a checkpoint.json is of its files
 KNOWN = "a run folder or checkpoint, nanoGPT's ckpt.pt, a safetensors file, a universal checkpoint, a GPT-2 folder"
 
@@ -76,9 +76,11 @@ def found(path: Path) -> str:
 def with_tokenizer(about: dict[str, Any], options: Options) -> dict[str, Any]:
     """Which tokenizer its ids are of: what the source says; else the user; else GPT-2's, where their number is its."""
     vocab = GPTConfig(**about["model"]).vocab_size
-    said, tokenizer = options.tokenizer, about.get("tokenizer") or options.tokenizer
-    if said not in (None, tokenizer):
-        raise ConfigError(f"its ids are of the tokenizer {tokenizer['name']!r}, not {said['name']!r}: leave that out")
+    tokenizer: dict[str, Any] | None = about.get("tokenizer")
+    if tokenizer and options.tokenizer and tokenizer != options.tokenizer:
+        told, given = tokenizer["name"], options.tokenizer["name"]
+        raise ConfigError(f"its ids are of the tokenizer {told!r}, not {given!r}: leave that out")
+    tokenizer = tokenizer or options.tokenizer
     if tokenizer is None and (folder := nanogpt.dataset(about)):
         here = open_dataset(folder).tokenizer
         tokenizer = here.describe() if here.vocab_size <= vocab else None
