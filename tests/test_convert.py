@@ -1,5 +1,6 @@
 """convert.py: every format to every other and back, bit by bit."""
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from model import GPT, GPTConfig
 from tests.checkpoints import BYTES, SMALL, STEPS, assert_same, nanogpt_file, run_folder
-from tests.running import run, train
+from tests.running import difference, run, train
 from training import checkpoint
 from training.checkpoint import Checkpoints
 from training.errors import UserError
@@ -78,18 +79,14 @@ def test_nanogpts_checkpoint_with_its_prefixes(tmp_path, prefix):
 
 
 def test_a_run_goes_on_from_what_was_converted(source, tmp_path, data):
-    """As it would have gone on where it came from, by train.py."""
+    """By train.py, as it would have gone on where it came from."""
     folder, *_ = source
-    settings: dict[str, Any] = {
-        "block_size": 32,
-        "bias": True,
-        "max_iters": STEPS + 2,
-        "init_from": "resume",
-        "log_interval": 1,
-    }
+    settings: dict[str, Any] = {"bias": True, "max_iters": STEPS + 2, "init_from": "resume"}
     convert(str(folder), tmp_path / "u", "universal", OPTIONS)
     convert(str(tmp_path / "u"), tmp_path / "run", "train", OPTIONS)
     output = train(tmp_path / "run", data, **settings)
+    train(shutil.copytree(folder, tmp_path / "own"), data, **settings)
+    assert difference(tmp_path / "own", tmp_path / "run") == 0
     assert f"resuming {tmp_path}/run/checkpoints/step_000003" in output
     saved, _ = open_source(str(tmp_path / "run"), OPTIONS)
     assert saved.step == STEPS + 2
