@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Block, GPTConfig, LayerNorm
-from training import checkpoint
 from training.errors import UserError
 from training.formats import lazy
 from training.model_state import CHUNK, SavedState
@@ -69,7 +68,7 @@ def logits(saved: SavedState, config: GPTConfig, tokens: Tensor) -> Tensor:
 
 
 def filled(module: Any, saved: SavedState, prefix: str) -> Any:
-    names = [name for name, _ in module.named_parameters()]
-    checkpoint.fill(module, {name: saved.whole(prefix + name) for name in names})
-    saved.done(sum(saved.shapes[prefix + name].numel() for name in names))
+    for name, parameter in module.named_parameters():
+        parameter.copy_(saved.whole(prefix + name))
+        saved.done(parameter.numel())
     return module.eval()
