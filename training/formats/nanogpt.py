@@ -32,7 +32,7 @@ def read(path: Path) -> tuple[SavedState, dict[str, Any]]:
             name = name.partition(".")[2]
         if name != TIED and not name.endswith(".attn.bias"):  # the mask of attention without flash
             weights[name] = weight
-    config, states = state.get("config", {}), state.get("optimizer", {}).get("state", {})
+    config, states = state.get("config") or {}, (state.get("optimizer") or {}).get("state", {})
     best = state.get("best_val_loss")
     try:
         model = GPTConfig(**{key: state["model_args"][key] for key in MODEL_ARGS if key in state["model_args"]})

@@ -26,6 +26,7 @@ from training.sharding import KINDS, WEIGHT
 
 LATEST = "latest_universal"
 NAMES = {kind: "fp32" if kind == WEIGHT else kind for kind in KINDS}
+OVERALL = "optimizer_state.pt"
 ABOUT = "checkpoint.json"
 
 
@@ -33,7 +34,7 @@ def found(folder: Path) -> Path | None:
     """The checkpoint in a folder that has one or is one."""
     latest = folder / LATEST
     folder = folder / latest.read_text().strip() if latest.is_file() else folder
-    return folder if (folder / "zero").is_dir() else None
+    return folder if (folder / "zero" / OVERALL).is_file() else None
 
 
 def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
@@ -49,7 +50,7 @@ def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
     shapes: dict[str, torch.Size] = {}
     wanted = fit.shapes(GPTConfig(**about["model"]))
     with safe_globals(STAND_INS):
-        overall = checkpoint.read(path / "zero" / "optimizer_state.pt")
+        overall = checkpoint.read(path / "zero" / OVERALL)
     for parameter in sorted(p.parent for p in path.glob("zero/*/fp32.pt")):
         for kind, name in NAMES.items():
             if not (parameter / f"{name}.pt").is_file():
@@ -76,7 +77,7 @@ def write(saved: SavedState, about: dict[str, Any], target: Path, options: Optio
     hyper = param_groups(about["settings"], [[0], [1]], fused=True)
     overall = {"state": {0: {"step": step}}, "param_groups": hyper}
     state = {"ds_version": VERSION, "param_groups": hyper, "optimizer_state_dict": overall}
-    torch_file.save(zero / "optimizer_state.pt", state)
+    torch_file.save(zero / OVERALL, state)
     model = {
         **{"dp_world_size": 1, "mp_world_size": 1, "global_steps": about["step"], "skipped_steps": 0},
         "param_shapes": [{name: saved.shapes[name] for name in names} for names in groups(saved)],
