@@ -20,7 +20,7 @@ from training.formats import fit, lazy, torch_file
 from training.formats.adamw import groups, param_groups
 from training.formats.options import Options
 from training.formats.zero import VERSION
-from training.model_state import SavedState
+from training.model_state import TIED, SavedState
 from training.saved_state import STAND_INS
 from training.sharding import KINDS, WEIGHT
 
@@ -51,18 +51,18 @@ def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
     wanted = fit.shapes(GPTConfig(**about["model"]))
     with safe_globals(STAND_INS):
         overall = checkpoint.read(path / "zero" / OVERALL)
-    for parameter in sorted(p.parent for p in path.glob("zero/*/fp32.pt")):
+    step = overall.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
+    for parameter in sorted(p.parent for p in path.glob("zero/*/fp32.pt") if p.parent.name != TIED):
         for kind, name in NAMES.items():
             if not (parameter / f"{name}.pt").is_file():
                 raise CheckpointError(f"{parameter / name}.pt is missing; take another checkpoint")
-            tensor = checkpoint.read(parameter / f"{name}.pt")["param"]
+            held = checkpoint.read(parameter / f"{name}.pt")
+            tensor = held["param"] if isinstance(held, dict) else held
             pieces[parameter.name, kind] = [tensor.flatten()]
             shape = wanted.get(parameter.name, tensor.shape)
             shapes[parameter.name] = shape if shape.numel() == tensor.numel() else tensor.shape  # ZeRO-3's are flat
-    step = overall.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
-    if step is None:
-        step = checkpoint.read(parameter / "step.pt")
-    return SavedState(path, shapes, pieces, float(step)), about
+        step = checkpoint.read(parameter / "step.pt") if step is None else step
+    return SavedState(path, shapes, pieces, float(step or 0)), about
 
 
 def write(saved: SavedState, about: dict[str, Any], target: Path, options: Options) -> list[str]:
