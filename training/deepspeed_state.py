@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
+from training.checkpoint import read_about
 from training.errors import CheckpointError
 from training.model_state import SavedState, fresh_state, step_count
-from training.saved_state import open_state
+from training.saved_state import STAND_INS, open_state, states_of
 from training.sharding import KINDS, WEIGHT
 
 Place = tuple[str, int, int, int]  # a parameter; its element that the piece begins with; where in the flat; how many
@@ -26,6 +28,9 @@ def load_native(engine: Any, folder: Path) -> None:
     It would take the hyperparameters from the file, too, and counts of steps as the optimizer had them that wrote it:
     here they are the run's, and as the optimizer has them that goes on (torch's or DeepSpeed's, whichever compiles).
     """
+    if not same_sub_groups(engine, folder):
+        load_partition(engine, folder, read_about(folder))
+        return
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     own = [{k: v for k, v in group.items() if k not in ("params", "lr", "step")} for group in inner.param_groups]
@@ -40,6 +45,15 @@ def load_native(engine: Any, folder: Path) -> None:
         optimizer.clip_grad = clip
     if engine.lr_scheduler:
         engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
+
+
+def same_sub_groups(engine: Any, folder: Path) -> bool:
+    """Of stage 3: the JSON's sub_group_size may be another one by now, which DeepSpeed does not take."""
+    if not engine.zero_optimization_partition_weights():
+        return True
+    with safe_globals(STAND_INS):
+        saved = states_of(folder, torch.distributed.get_rank(engine.optimizer.dp_process_group))["fp32_flat_groups"]
+    return [len(flat) for flat in saved] == [len(flat) for flat in engine.optimizer.fp32_partitioned_groups_flat]
 
 
 def load_partition(engine: Any, folder: Path, about: dict[str, Any]) -> None:
