@@ -16,7 +16,7 @@ from training.formats.conversion import convert
 from training.formats.options import Options
 from training.formats.source import open_source
 
-NANOGPT = Path(os.environ.get("NANOGPT", ""))
+NANOGPT = Path(os.environ.get("NANOGPT", "nowhere"))
 pytestmark = pytest.mark.skipif(not (NANOGPT / "model.py").is_file(), reason="NANOGPT names no checkout of nanoGPT")
 SETTINGS = {
     **{"device": "cpu", "compile": False, "dtype": "float32", "eval_iters": 1, "eval_interval": 3, "log_interval": 1},
