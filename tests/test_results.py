@@ -62,3 +62,17 @@ def test_links():
         [of_one[0]["strategy"], *(f"{1e3 / row['step_ms']:.2f}" for row in of_one)]
         for of_one in zip(*runs, strict=True)
     ]
+
+
+def planned(name: str) -> list[dict]:
+    return json.loads((ROOT / "results" / "plan_check" / f"{name}.json").read_text())["rows"]
+
+
+def test_predicted_times():
+    found = []
+    for row in planned("links"):
+        predicted, measured = (1e3 * row[side]["step"] for side in ("predicted", "measured"))
+        assert predicted / measured == pytest.approx(1, abs=0.2), row
+        cells = [f"{predicted:,.1f}", f"{measured:,.1f}", f"{predicted / measured:.2f}"]
+        found.append([row["model"].replace("Gbit", " Gbit/s"), row["strategy"], *cells])
+    assert table("How near that comes") == found
