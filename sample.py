@@ -61,7 +61,8 @@ class SampleConfig:
 def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
     """The model, on device and in evaluation mode, and the tokenizer that it was trained with."""
     if cfg.init_from == "resume":
-        folder, about = Checkpoints(cfg.out_dir).newest()
+        folder, about = (checkpoints := Checkpoints(cfg.out_dir)).newest()
+        checkpoints.verify(folder)
         config, tokenizer = GPTConfig(**{**about["model"], "dropout": 0.0}), tokenizer_from(about["tokenizer"])
         saved = open_state(folder, about)
     else:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPT
-from training import checkpoint, distributed, ending, loop, memory, run_folder, sharding
+from training import distributed, ending, loop, memory, run_folder, sharding
 from training.batches import Batches
 from training.checkpoint import Checkpoints, read_about
 from training.compiler import leave_out
@@ -28,6 +28,7 @@ from training.distributed import Ranks, pick_dtype
 from training.optim import adamw, parameter_groups, set_learning_rate
 from training.origin import Origin, find_origin
 from training.saved_state import open_state
+from training.saving import Files
 from training.sharding import PlainTrainConfig, strategy_of
 
 
@@ -110,16 +111,16 @@ class Trainer:
         self.optimizer.zero_grad()
         return mean_loss, grad_norm, lr
 
-    def save(self, folder: Path) -> None:
+    def save(self, files: Files) -> None:
         """Of what every rank has, the main one writes the whole; of what is sharded, each its part."""
         if self.strategy == "fsdp":
             for module in (*self.model.transformer.h, self.model):
                 module.reshard()  # an evaluation leaves what it gathered last
-            sharding.save(folder, self.model, self.optimizer, self.scaler)
+            sharding.save(files, self.model, self.optimizer, self.scaler)
         elif self.ranks.main:
-            checkpoint.write(folder / "model.pt", dict(self.model.named_parameters()))
+            files.write("model.pt", dict(self.model.named_parameters()))
             state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            checkpoint.write(folder / "optimizer.pt", state)
+            files.write("optimizer.pt", state)
 
     def load(self, folder: Path) -> None:
         """A checkpoint of any strategy."""

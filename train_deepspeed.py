@@ -28,6 +28,7 @@ from training.distributed import Ranks, pick_dtype
 from training.nvme import own_folder
 from training.optim import adamw, parameter_groups, set_learning_rate
 from training.origin import Origin, find_origin
+from training.saving import Files
 
 
 class Trainer:
@@ -108,15 +109,14 @@ class Trainer:
             mean_loss += loss.detach() / micro_steps
         return mean_loss, grad_norm if self.plain else torch.as_tensor(self.engine.get_global_grad_norm()), lr
 
-    def save(self, folder: Path) -> None:
+    def save(self, files: Files) -> None:
         """Every rank writes its partition, in DeepSpeed's format."""
-        step = self.engine.global_steps
-        with self.log.about(f"saving step {step}"):
+        step, folder = self.engine.global_steps, files.folder
+        with self.log.about(f"saving step {step}"), self.files.into(files):
             state = {"step": step, "sub_groups": sub_groups(self.engine)}
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
             if self.engine._config.comms_config.comms_logger_enabled:
                 self.deepspeed.comm.log_summary()
-        self.files.check()
 
     def load(self, folder: Path) -> None:
         """DeepSpeed loads what the same strategy wrote on as many ranks; from any other, each rank takes its part."""

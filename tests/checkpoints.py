@@ -13,6 +13,7 @@ from training import checkpoint
 from training.checkpoint import Checkpoints
 from training.model_state import SavedState
 from training.optim import adamw, parameter_groups
+from training.saving import Saver
 from training.train_config import TrainConfig
 
 SMALL = GPTConfig(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=32, bias=True)
@@ -42,9 +43,9 @@ def run_folder(
     about = {"step": STEPS, "best_val_loss": 1.5, "evaluated": True, "model": asdict(config), "init_from": "scratch"}
     about |= {"tokenizer": tokenizer or BYTES, "vocab_size": 257 if tokenizer is None else config.vocab_size}
     about |= {"strategy": "single", "world_size": 1, "dtype": "float32"}
-    with Checkpoints(str(folder)).writing(about, best=False) as path:
-        checkpoint.write(path / "model.pt", dict(model.named_parameters()))
-        checkpoint.write(path / "optimizer.pt", {"optimizer": optimizer.state_dict(), "scaler": {}})
+    with Saver(Checkpoints(str(folder))).writing(about, best=False) as files:
+        files.write("model.pt", dict(model.named_parameters()))
+        files.write("optimizer.pt", {"optimizer": optimizer.state_dict(), "scaler": {}})
     return model, optimizer
 
 

@@ -102,8 +102,13 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_offered(tmp_path, da
 def test_bytes_that_rotted_in_a_checkpoint(tmp_path, data, finished):
     copy = shutil.copytree(finished, tmp_path / "copy")
     path = copy / "checkpoints" / "step_000030" / "model.pt"
-    path.write_bytes(bytes(path.stat().st_size))
-    assert refused(copy, data, init_from="resume").startswith(f"{path} cannot be read: ")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # a single bit, of a weight
+    path.write_bytes(content)
+    for ranks in (0, 2):
+        told = refused(copy, data, ranks=ranks, gradient_accumulation_steps=2, init_from="resume")
+        assert told.startswith(f"{path.parent} is damaged: model.pt is not what was written (its CRC-32 is ")
+        assert told.endswith("step_000015 is whole and is taken then)")
 
 
 def test_resume_with_another_shape(data, finished):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from model import GPT, GPTConfig
 from tests.checkpoints import BYTES, SMALL, STEPS, assert_same, nanogpt_file, run_folder
 from tests.running import difference, run, train
-from training import checkpoint
+from training import files
 from training.checkpoint import Checkpoints
 from training.errors import UserError
 from training.formats import verify
@@ -69,7 +69,7 @@ def test_nanogpts_checkpoint_with_its_prefixes(tmp_path, prefix):
     assert_same(saved, model, optimizer)
     assert (about["step"], about["best_val_loss"], about["settings"]["beta2"]) == (STEPS, 1.5, 0.99)
     convert(str(tmp_path / "ckpt.pt"), tmp_path / "back.pt", "nanogpt", OPTIONS)
-    again = checkpoint.read(tmp_path / "back.pt")
+    again = files.read(tmp_path / "back.pt")
     groups = again["optimizer"]["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and groups[0]["betas"] == (0.9, 0.99)
     theirs = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups], lr=9.0)

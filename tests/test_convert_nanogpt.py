@@ -11,7 +11,7 @@ import torch
 
 from model import GPTConfig
 from tests.checkpoints import logits
-from training import checkpoint
+from training import files
 from training.formats.conversion import convert
 from training.formats.options import Options
 from training.formats.source import open_source
@@ -57,7 +57,7 @@ def test_it_goes_on_from_what_went_through_all_our_formats(data, tmp_path):
         at = tmp_path / to
         saved, about = open_source(str(at), Options())
         assert (about["step"], saved.step, about["settings"]["beta2"]) == (3, 3, 0.99)
-        expected = checkpoint.read(tmp_path / "logits")
+        expected = files.read(tmp_path / "logits")
         torch.testing.assert_close(logits(saved, GPTConfig(**about["model"]), tokens), expected, rtol=0, atol=1e-6)
     own, ours = (run(out, data, max_iters=8, init_from="resume") for out in (tmp_path / "own", at))
     assert own == ours and len(own) == 6

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.running import TINY, difference, losses, message, run, train, zero_json
-from training import checkpoint
+from training import files
 from training.checkpoint import Checkpoints
 from training.saved_state import open_state
 
@@ -65,7 +65,7 @@ def test_bf16_stays_near_ddp(tmp_path, data):
     train(fsdp, data, ranks=2, **settings)
     assert 0 < difference(ddp, fsdp) < 0.02
     newest = Checkpoints(str(fsdp)).whole()[-1] / "shard_0000.pt"
-    assert {tensor.dtype for tensor in checkpoint.read(newest)["weight"].values()} == {torch.float32}
+    assert {tensor.dtype for tensor in files.read(newest)["weight"].values()} == {torch.float32}
 
 
 def test_what_fsdp_cannot_do_is_said(tmp_path, data):

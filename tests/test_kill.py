@@ -20,8 +20,11 @@ def test_a_run_killed_a_dozen_times_loses_no_checkpoint_and_no_bit(tmp_path, dat
         size = file_size(folder / "metrics.jsonl")
         settings = {**TINY, **SETTINGS, "dataset": data, "out_dir": folder, "max_iters": 100_000}
         settings["init_from"] = "resume" if saved else "scratch"
+        settings["async_save"] = bool(kill // 2 % 2)  # and is killed while a thread writes
         process = subprocess.Popen(command("train.py", **settings), cwd=ROOT, stdout=subprocess.DEVNULL)
         wait_for(process, lambda size=size: file_size(folder / "metrics.jsonl") not in (0, size))
+        if kill == 0:  # on a busy machine the others might all come before the first checkpoint
+            wait_for(process, Checkpoints(str(folder)).finished)
         if kill % 2:
             wait_for(process, lambda: unfinished(folder))
             time.sleep(chance.uniform(0, 0.005))

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig
 from tests.running import TINY, run, train
-from training import checkpoint, pretrained
+from training import checkpoint, files, pretrained
 from training.config import parse
 from training.errors import UserError
 from training.train_config import TrainConfig
@@ -55,7 +55,7 @@ def test_a_bin_file_of_weights_works_too(gpt2, tmp_path):
 def test_fine_tuning_starts_at_the_weights_with_a_shorter_context(gpt2, data, tmp_path):
     folder, theirs = gpt2
     train(tmp_path, data, init_from=folder, block_size=32, max_iters=2, learning_rate=1e-9)
-    saved = checkpoint.read(tmp_path / "checkpoints" / "step_000002" / "model.pt")
+    saved = files.read(tmp_path / "checkpoints" / "step_000002" / "model.pt")
     assert saved["transformer.wpe.weight"].shape == (32, 32)
     torch.testing.assert_close(saved["transformer.wte.weight"], theirs.transformer.wte.weight, rtol=0, atol=1e-6)
     output = train(tmp_path, data, init_from="resume", block_size=32, max_iters=3)

@@ -20,6 +20,7 @@ from training.distributed import ALONE, Ranks
 from training.evaluation import evaluate
 from training.optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from training.origin import Origin
+from training.saving import Files, Saver
 from training.sharding import PlainTrainConfig
 
 
@@ -168,7 +169,7 @@ def test_the_scaler_of_fp16_is_in_the_checkpoint(data, tmp_path):
     first.scaler.load_state_dict({**first.scaler.state_dict(), "scale": 1024.0})
     for step in range(3):
         first.train_step(step)
-    first.save(tmp_path)
+    first.save(Files(tmp_path, later=False))
     (tmp_path / "checkpoint.json").write_text('{"strategy": "single"}')
     second = Trainer(cfg, ALONE, first.batches, Origin(cfg.model_config(257), checkpoint=tmp_path), torch.float16)
     assert second.scaler.state_dict() == first.scaler.state_dict()
@@ -194,7 +195,7 @@ def test_what_a_killed_save_left_is_no_part_of_the_next(tmp_path):
     for name in ("checkpoint.json", "of_a_rank_that_is_no_more.pt"):
         (left / name).write_text("{}")
     checkpoints = Checkpoints(str(tmp_path))
-    with checkpoints.writing({"step": 3}, best=True) as folder:
-        (folder / "model.pt").write_text("weights")
+    with Saver(checkpoints).writing({"step": 3}, best=True) as files:
+        (files.folder / "model.pt").write_text("weights")
     path, about = checkpoints.newest()
     assert damage(path) is None and list(about["files"]) == ["model.pt"]

@@ -1,26 +1,27 @@
-"""Checkpoints: complete or not there. What is in the files is the train script's; when they count is decided here.
+"""Checkpoints: complete or not there. What is in the files is the train script's; which of them count is decided here.
 
-out_dir/checkpoints/step_000500/    the script's files, and checkpoint.json with their sizes
+out_dir/checkpoints/step_000500/    the script's files, and checkpoint.json with their sizes and checksums
 out_dir/latest, out_dir/best        text: step_000500
 """
 
 import json
-import os
-import pickle
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from training import files
 from training.distributed import ALONE, Ranks
-from training.errors import CheckpointError, UserError
+from training.errors import CheckpointError
+from training.files import Sum
 
 FORMAT = 1
+ABOUT, OWN = "checkpoint.json", "own_crc32"
+UNFINISHED = "unfinished_"
 
 
 class Checkpoints:
@@ -28,46 +29,25 @@ class Checkpoints:
         self.out_dir, self.keep, self.ranks = Path(out_dir), keep, ranks
         self.folder = self.out_dir / "checkpoints"
 
-    @contextmanager
-    def writing(self, about: dict[str, Any], best: bool) -> Iterator[Path]:
-        """Every rank writes its files into the folder given; when all have, they are the checkpoint of about["step"].
+    def complete(self, unfinished: Path, about: dict[str, Any], sums: dict[str, Sum], best: bool) -> None:
+        """Make a checkpoint of the files in a folder; sums: of those that are on the disk already. By the main rank.
 
-        Raises UserError on every rank, with nothing saved before touched, where any rank could not write.
+        The order is what makes a kill harmless: files on disk, then the name, then `latest`.
         """
-        name = f"step_{about['step']:06d}"
-        unfinished = self.folder / f"unfinished_{name}"
-        try:
-            with self.ranks.together():  # or what a killed run has left there would be taken for a part of this one
-                if self.ranks.local_rank == 0:
-                    shutil.rmtree(unfinished, ignore_errors=True)
-            with self.ranks.together():
-                unfinished.mkdir(parents=True, exist_ok=True)
-            with self.ranks.together():
-                yield unfinished
-            with self.ranks.together():
-                if self.ranks.main:
-                    self.complete(unfinished, name, {"format": FORMAT, **about}, best)
-        except UserError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            whole = self.whole()
-            kept = f"{whole[-1]} is whole, --init_from=resume goes on from it" if whole else "nothing was saved before"
-            raise CheckpointError(f"cannot save {name}: {error} ({kept})") from None
-
-    def complete(self, unfinished: Path, name: str, about: dict[str, Any], best: bool) -> None:
-        """The order is what makes a kill harmless: files on disk, then the name, then `latest`."""
-        files = [p for p in unfinished.rglob("*") if p.is_file()]
-        for path in files:
-            sync(path)
-        about["files"] = {str(p.relative_to(unfinished)): p.stat().st_size for p in sorted(files)}
-        write_text(unfinished / "checkpoint.json", json.dumps(about, indent=1))
+        for path in sorted(p for p in unfinished.rglob("*") if p.is_file()):
+            if (name := str(path.relative_to(unfinished))) not in sums:
+                files.sync(path)
+                sums[name] = files.checksum(path)
+        name = unfinished.name.removeprefix(UNFINISHED)
+        files.write_text(unfinished / ABOUT, signed({"format": FORMAT, **about, **listed(sums)}))
         final = self.folder / name
         if damage(final):  # a whole one of the same step stays: replacing it would leave a moment without any
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
-        sync(self.folder)
-        write_text(self.out_dir / "latest", name + "\n")
+        files.sync(self.folder)
+        files.write_text(self.out_dir / "latest", name + "\n")
         if best:
-            write_text(self.out_dir / "best", name + "\n")
+            files.write_text(self.out_dir / "best", name + "\n")
         self.prune()
 
     def prune(self) -> None:
@@ -98,71 +78,75 @@ class Checkpoints:
             )
         path = finished[-1]
         if broken := damage(path):
-            whole = self.whole()
-            offer = f"{whole[-1]} is whole and is taken then" if whole else "there is no other: start from scratch"
-            raise CheckpointError(f"{path} is damaged: {broken}; remove that folder ({offer})")
+            raise self.refused(path, broken)
         return path, read_about(path)
+
+    def verify(self, path: Path) -> None:
+        """Every byte of a checkpoint, shared out over the ranks. Raises CheckpointError on one that finds others."""
+        if broken := flipped(path, self.ranks):
+            raise self.refused(path, broken)
+
+    def refused(self, path: Path, broken: str) -> CheckpointError:
+        whole = [other for other in self.whole() if other != path]
+        offer = f"{whole[-1]} is whole and is taken then" if whole else "there is no other: start from scratch"
+        return CheckpointError(f"{path} is damaged: {broken}; remove that folder ({offer})")
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """checkpoint.json: what the checkpoint is of."""
-    return json.loads((path / "checkpoint.json").read_text())
+    return json.loads((path / ABOUT).read_text())
+
+
+def signed(about: dict[str, Any]) -> str:
+    """The text of a checkpoint.json, with a checksum of its own."""
+    return json.dumps({**about, OWN: own_checksum(about)}, indent=1)
+
+
+def own_checksum(about: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in about.items() if key != OWN}, sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def listed(sums: dict[str, Sum]) -> dict[str, Any]:
+    """What a checkpoint.json says of the files beside it."""
+    ordered = sorted(sums.items())
+    return {"files": {name: size for name, (size, _) in ordered}, "crc32": {name: crc for name, (_, crc) in ordered}}
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by the sizes of its files."""
+    """What is wrong with a checkpoint, by its checkpoint.json and the sizes of its files."""
     try:
         about = read_about(path)
         if about["format"] != FORMAT:
-            return f"checkpoint.json has format {about['format']}, this code reads {FORMAT}"
+            return f"{ABOUT} has format {about['format']}, this code reads {FORMAT}"
+        if OWN in about and about[OWN] != own_checksum(about):
+            return f"{ABOUT} is not what was written"
         for name, size in about["files"].items():
             found = (path / name).stat().st_size if (path / name).exists() else None
             if found != size:
                 return f"{name} is missing" if found is None else f"{name} has {found:,} of {size:,} bytes"
-    except (OSError, ValueError, KeyError) as error:
-        return f"checkpoint.json cannot be read ({type(error).__name__}: {error})"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{ABOUT} cannot be read ({type(error).__name__}: {error})"
     return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    sync(unfinished)
-    unfinished.replace(path)
-    sync(path.parent)
+def check(path: Path) -> None:
+    """A folder by itself, every byte of it. Raises CheckpointError."""
+    if broken := damage(path) or flipped(path):
+        raise CheckpointError(f"{path} is damaged: {broken}; take another one")
 
 
-def sync(path: Path) -> None:
-    """To the disk itself, so that a rename never comes before the bytes it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write(path: Path, state: Any) -> None:
-    """torch.save, with a full disk told as the OSError that it is."""
-    with path.open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's zip writer, when the file below it refused bytes
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
-def read(path: Path) -> Any:
-    """What `write` wrote, on the CPU and mapped, not copied; no code in a file is run."""
-    with path.open("rb") as file:
-        old = file.read(2) == b"\x80\x02"  # of torch before 1.6: no zip file, and not to be mapped
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:  # EINVAL: seeking in what was cut off
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        code = asked and f"it asks for {asked[1]}, and whatever code that runs; only tensors and plain data are read"
-        raise CheckpointError(f"{path} cannot be read: {code or str(error).splitlines()[0]}") from None
+def flipped(path: Path, ranks: Ranks = ALONE) -> str | None:
+    """What is wrong with the bytes of an undamaged one, in this rank's share of the files; older ones have no sums."""
+    about = read_about(path)
+    mine = list(about.get("crc32", {}).items())[ranks.rank :: ranks.world_size]
+    total = sum(about["files"][name] for name, _ in mine)
+    quiet = None if ranks.main else True  # None: where nobody looks
+    with tqdm(total=total, desc="checking", unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+        for name, crc in mine:
+            if (found := files.checksum(path / name, bar.update)[1]) != crc:
+                return f"{name} is not what was written (its CRC-32 is {found}, was {crc})"
+    return None
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,14 @@ class Ranks:
         dist.all_gather(all_ranks, mine, group=self.control)
         return [row.tolist() for row in all_ranks]
 
+    def share(self, value: Any) -> list[Any]:
+        """Plain data of every rank, by rank."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """What fails for the user on one rank (a full disk, a missing file) fails on all, with the same message."""
@@ -71,11 +80,7 @@ class Ranks:
             yield
         except (UserError, DataError, OSError) as error:
             mine = words(error)
-        errors: list[str | None] = [mine]
-        if self.world_size > 1:
-            errors = [None] * self.world_size
-            dist.all_gather_object(errors, mine, group=self.control)
-        first = next((e for e in errors if e is not None), None)
+        first = next((error for error in self.share(mine) if error is not None), None)
         if first is not None:
             raise UserError(first)
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from training.evaluation import evaluate
 from training.metrics import Metrics
 from training.origin import Origin
 from training.pulse import Pulse
+from training.saving import Files, Saver
 from training.train_config import TrainConfig
 
 
@@ -28,7 +28,7 @@ class Trainer(Protocol):
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor | None, float]: ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, files: Files) -> None: ...
 
 
 def train(
@@ -40,6 +40,7 @@ def train(
     """
     metrics = Metrics(cfg, ranks, batches, origin, trainer.dtype)
     pulse = Pulse(cfg, ranks, checkpoints, trainer.dtype)
+    saver = Saver(checkpoints, ranks, cfg.async_save)
     about = describe(ranks, batches, trainer, origin)
     best, evaluated = origin.best_val_loss or math.inf, origin.evaluated
     end = cfg.steps if cfg.benchmark else cfg.max_iters
@@ -55,8 +56,8 @@ def train(
         wanted = improved or pulse.stop or pulse.save or (evaluated and cfg.always_save_checkpoint)
         if wanted and step > saved and not (cfg.eval_only or cfg.benchmark):
             now = {"step": step, "best_val_loss": best, "evaluated": evaluated}
-            with metrics.untimed(), pulse.saving(), checkpoints.writing({**now, **about}, improved) as folder:
-                trainer.save(folder)
+            with metrics.saving(step), pulse.saving(), saver.writing({**now, **about}, improved) as files:
+                trainer.save(files)
             saved = step
         if last or pulse.stop:
             break
@@ -66,6 +67,7 @@ def train(
         metrics.count_step()
         if cfg.benchmark or step % cfg.log_interval == 0:
             metrics.train(step, ranks.mean(loss).item(), lr, grad_norm.item() if grad_norm is not None else None)
+    saver.settle()
     metrics.close()
     if pulse.stop and not (last and evaluated):
         pulse.leave(saved)

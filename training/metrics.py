@@ -14,15 +14,16 @@ import torch
 from tqdm import tqdm
 
 from training.batches import Batches
-from training.checkpoint import write_text
 from training.devices import peak_flops, peak_memory_bytes
 from training.distributed import Ranks
 from training.figures import draw_loss
+from training.files import write_text
 from training.origin import Origin
 from training.speed import summarise
 from training.stragglers import BY_RANK, Stragglers
 from training.train_config import TrainConfig
 
+OF_STEP = ("eval", "save")  # before the update of their step, so that they stay where a run resumes
 WARM_UP_STEPS = 3  # a process' first steps compile, allocate and fill caches: they are not timed
 
 
@@ -54,7 +55,7 @@ class Metrics:
         if self.recording and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             rows = [(line, json.loads(line)) for line in lines]
-            write_text(self.path, "".join(line for line, r in rows if r.get("step", 0) < step + (r["kind"] == "eval")))
+            write_text(self.path, "".join(line for line, r in rows if r.get("step", 0) < step + (r["kind"] in OF_STEP)))
 
     def count_step(self) -> None:
         """After every step; costs nothing on the device."""
@@ -73,6 +74,14 @@ class Metrics:
         self.seconds += self.lap()
         yield
         self.lap()
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around a save: what it takes from training."""
+        since = time.perf_counter()
+        with self.untimed():
+            yield
+        self.write({"kind": "save", "step": step, "save_ms": 1e3 * (time.perf_counter() - since)})
 
     def lap(self) -> float:
         """Seconds since the last lap, the device's work included."""

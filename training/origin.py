@@ -41,6 +41,7 @@ def find_origin(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) ->
         model, weights = pretrained.start_from(cfg, dataset.vocab_size)
         return Origin(model, cfg.init_from, weights)
     folder, about = (whole[-1], read_about(whole[-1])) if whole else checkpoints.newest()
+    checkpoints.verify(folder)
     saved, here = about["tokenizer"], dataset.tokenizer.describe()
     if saved != here:
         raise CheckpointError(

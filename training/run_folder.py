@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from training import memory
-from training.checkpoint import write_text
 from training.distributed import Ranks
+from training.files import write_text
 from training.origin import Origin
 from training.train_config import TrainConfig
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from training import checkpoint
+from training import files
 from training.errors import CheckpointError
 from training.model_state import TIED, SavedState
 from training.sharding import KINDS, MOMENTS, WEIGHT
 
-Files = list[dict[str, Any]]
+States = list[dict[str, Any]]  # of each rank
 
 
 class StandIn:
@@ -45,21 +45,21 @@ def open_state(folder: Path, about: dict[str, Any]) -> SavedState:
     if about["strategy"] == "fsdp":
         return of_shards(folder)
     if not about["strategy"].startswith("zero"):
-        state = checkpoint.read(folder / "optimizer.pt")
-        return of_whole(folder, checkpoint.read(folder / "model.pt"), state["optimizer"]["state"], state["scaler"])
+        state = files.read(folder / "optimizer.pt")
+        return of_whole(folder, files.read(folder / "model.pt"), state["optimizer"]["state"], state["scaler"])
     with safe_globals(STAND_INS):
-        model = checkpoint.read(min(folder.glob("*mp_rank_00_model_states.pt")))
+        model = files.read(min(folder.glob("*mp_rank_00_model_states.pt")))
         if about["strategy"] == "zero0":
             weights = {name: weight for name, weight in model["module"].items() if name != TIED}
             return of_whole(folder, weights, model["optimizer"].get("state", {}), {})
-        files = [states_of(folder, rank) for rank in range(about["world_size"])]
+        states = [states_of(folder, rank) for rank in range(about["world_size"])]
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
-    scale = getattr(files[0].get("loss_scaler"), "cur_scale", None)
+    scale = getattr(states[0].get("loss_scaler"), "cur_scale", None)
     saved = SavedState(folder, shapes, {}, scaler={"scale": scale} if scale else {})
-    if "fp32_flat_groups" not in files[0]:
-        of_stages_1_and_2(saved, files)
+    if "fp32_flat_groups" not in states[0]:
+        of_stages_1_and_2(saved, states)
     else:
-        of_stage_3(saved, files, [flat_groups(folder, rank, file, model) for rank, file in enumerate(files)])
+        of_stage_3(saved, states, [flat_groups(folder, rank, state, model) for rank, state in enumerate(states)])
     return saved
 
 
@@ -75,17 +75,17 @@ def of_whole(folder: Path, weights: dict[str, Tensor], states: dict[int, Any], s
 
 def of_shards(folder: Path) -> SavedState:
     """FSDP2's: every rank has some rows of every parameter and moment (training/sharding.py)."""
-    files = [checkpoint.read(path) for path in sorted(folder.glob("shard_*.pt"))]
-    shapes = {name: torch.Size(shape) for name, shape in files[0]["shapes"].items()}
+    shards = [files.read(path) for path in sorted(folder.glob("shard_*.pt"))]
+    shapes = {name: torch.Size(shape) for name, shape in shards[0]["shapes"].items()}
     pieces = {
-        (name, kind): [file[kind][name].detach().flatten() for file in files] for name in shapes for kind in KINDS
+        (name, kind): [shard[kind][name].detach().flatten() for shard in shards] for name in shapes for kind in KINDS
     }
-    return SavedState(folder, shapes, pieces, files[0]["step"], files[0]["scaler"])
+    return SavedState(folder, shapes, pieces, shards[0]["step"], shards[0]["scaler"])
 
 
-def of_stages_1_and_2(saved: SavedState, files: Files) -> None:
+def of_stages_1_and_2(saved: SavedState, ranks: States) -> None:
     """A group's parameters are one flat array, cut into a part a rank; each rank notes what its part holds."""
-    for file in files:
+    for file in ranks:
         states = file["base_optimizer_state"]["state"]
         saved.step = step_of(states)
         for number, places in enumerate(file["param_slice_mappings"]):
@@ -96,9 +96,9 @@ def of_stages_1_and_2(saved: SavedState, files: Files) -> None:
                     saved.pieces.setdefault((name, kind), []).append(piece)
 
 
-def of_stage_3(saved: SavedState, files: Files, ranks: list[list[dict[str, Tensor]]]) -> None:
+def of_stage_3(saved: SavedState, states: States, ranks: list[list[dict[str, Tensor]]]) -> None:
     """Every parameter is cut into a piece a rank, the last one padded; a rank's pieces follow one another."""
-    saved.step = step_of(files[0]["optimizer_state_dict"]["state"])
+    saved.step = step_of(states[0]["optimizer_state_dict"]["state"])
     for flats in ranks:
         groups, start, flat = iter(flats), 0, {WEIGHT: torch.empty(0)}
         for name, shape in saved.shapes.items():
@@ -137,7 +137,7 @@ def states_of(folder: Path, rank: int) -> dict[str, Any]:
     found = list(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
     if not found:
         raise CheckpointError(f"{folder} lacks the optimizer states of rank {rank}; take another checkpoint")
-    return checkpoint.read(found[0])["optimizer_state_dict"]
+    return files.read(found[0])["optimizer_state_dict"]
 
 
 def step_of(states: dict[int, dict[str, Any]]) -> float:

@@ -3,16 +3,15 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from training import checkpoint
 from training.config import FSDP, Problem, key
 from training.distributed import Ranks, world_size
+from training.saving import Files
 from training.train_config import TrainConfig
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -86,7 +85,7 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def save(files: Files, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """This rank's shard of the weights and moments, one file; of several copies (HSDP), the first writes."""
     first: Any = next(model.parameters())
     place = dict(zip(first.device_mesh.mesh_dim_names or (), first.device_mesh.get_coordinate() or (), strict=True))
@@ -98,4 +97,4 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scale
     for kind in MOMENTS:
         state[kind] = {name: own(optimizer.state[parameter][kind])[0] for name, parameter in parameters.items()}
     state |= {"step": float(optimizer.state[first]["step"]), "scaler": scaler.state_dict()}
-    checkpoint.write(folder / f"shard_{place['shard']:04d}.pt", state)
+    files.write(f"shard_{place['shard']:04d}.pt", state)

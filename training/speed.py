@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from training.checkpoint import write_text
+from training.files import write_text
 
 Rows = list[dict[str, Any]]
 

@@ -24,6 +24,7 @@ class TrainConfig:
     log_interval: int = key(1, "steps between lines in the log")
     always_save_checkpoint: bool = key(True, "save after every evaluation; False: only where val loss is the best yet")
     keep_checkpoints: int = key(2, "newest checkpoints to keep, besides the best")
+    async_save: bool = key(False, "write checkpoints while training goes on, from a copy in the host's memory")
     max_minutes: float = key(0.0, "save and stop after so long, for a scheduler's time limit; 0: no limit")
     hang_minutes: float = key(10.0, "end a run that makes no progress for so long, and say where it hangs; 0: never")
     seed: int = key(1337, "weights, batches and dropout are functions of it")

@@ -26,9 +26,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from model import GPT
 from training.benchmark import breakdown, census
 from training.benchmark.ceiling import ceiling
-from training.checkpoint import Checkpoints
 from training.devices import peak_memory_bytes
 from training.memory import model_state
+from training.saving import Files, Saver
 from training.sharding import copy_ranks
 
 COUNTED, PEAK, TRACED = 1, 2, (4, 5, 6)  # steps: in which tensors are counted, after which the peak is read
@@ -153,24 +153,25 @@ def watch(script: Any, probe: Probe) -> None:
         def train_step(self, step: int) -> Any:
             return probe.step(step, super().train_step)
 
-    build, writing = GPT.__init__, Checkpoints.writing
+    build, writing = GPT.__init__, Saver.writing
 
     def before_the_model(self: GPT, *arguments: Any) -> None:
         probe.note.setdefault("interpreter_bytes", resident_bytes())
         build(self, *arguments)
 
     @contextmanager
-    def timed(self: Checkpoints, *arguments: Any) -> Iterator[Path]:
+    def timed(self: Saver, *arguments: Any) -> Iterator[Files]:
         since = time.perf_counter()
-        with writing(self, *arguments) as folder:
-            yield folder
+        with writing(self, *arguments) as files:
+            yield files
         probe.note["checkpoint_s"] = time.perf_counter() - since
-        files = self.whole()[-1].rglob("*")
-        probe.note["checkpoint_bytes"] = sum(path.stat().st_size for path in files if path.is_file())
+        self.wait()
+        written = self.checkpoints.whole()[-1].rglob("*")
+        probe.note["checkpoint_bytes"] = sum(path.stat().st_size for path in written if path.is_file())
 
     GPT.__call__ = probe.marked("forward", GPT.__call__)  # type: ignore[method-assign, assignment]
     Tensor.backward = probe.marked("backward", Tensor.backward)  # type: ignore[method-assign]
-    Checkpoints.writing = timed  # type: ignore[method-assign, assignment]
+    Saver.writing = timed  # type: ignore[method-assign, assignment]
     GPT.__init__ = before_the_model  # type: ignore[method-assign, assignment]
     script.Trainer = Watched
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import write_text
 from training.errors import UserError
+from training.files import write_text
 
 FORMAT = 2  # 1 had no number: speed and memory only
 Results = dict[str, Any]  # format, arguments, environment, dtype, steps, rounds, rows

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from data.tokenizer import TIKTOKEN, tokenizer_from
 from model import GPTConfig
-from training import checkpoint
+from training import files
 from training.errors import CheckpointError, UserError
-from training.formats import fit, lazy, tokenizer_files
+from training.formats import fit, lazy, tokenizer_files, torch_file
 from training.formats.lazy import Lazy
 from training.formats.options import Options
 from training.formats.weights_file import mapped, save
@@ -65,20 +65,25 @@ def shape(path: Path) -> GPTConfig:
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Under their names, mapped: of safetensors where there are both, as no code can be in those."""
-    readers: dict[str, Callable[[Path], Any]] = {"model.safetensors": mapped, "pytorch_model.bin": checkpoint.read}
+    readers: dict[str, Callable[[Path], Any]] = {"model.safetensors": mapped, "pytorch_model.bin": unpickled}
     for whole, reader in readers.items():
         index = folder / f"{whole}.index.json"
         if (folder / whole).is_file():
             return reader(folder / whole)
         if index.is_file():
             try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError, AttributeError) as error:
                 raise CheckpointError(f"{index} cannot be read ({type(error).__name__}: {error})") from None
-            if missing := [file for file in files if not (folder / file).is_file()]:
-                raise CheckpointError(f"{folder} lacks {missing[0]}, one of {len(files)} files; fetch it again")
-            return {name: tensor for file in files for name, tensor in reader(folder / file).items()}
+            if missing := [part for part in parts if not (folder / part).is_file()]:
+                raise CheckpointError(f"{folder} lacks {missing[0]}, one of {len(parts)} files; fetch it again")
+            return {name: tensor for part in parts for name, tensor in reader(folder / part).items()}
     raise UserError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin")
+
+
+def unpickled(path: Path) -> dict[str, Tensor]:
+    torch_file.check(path)
+    return files.read(path)
 
 
 def download(name: str) -> Path:

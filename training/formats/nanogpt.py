@@ -6,7 +6,7 @@ from typing import Any
 
 from data.dataset import HERE
 from model import GPTConfig
-from training import checkpoint
+from training import files
 from training.errors import CheckpointError
 from training.formats import lazy, torch_file
 from training.formats.adamw import SETTINGS, state_dict
@@ -22,7 +22,8 @@ PREFIXES = ("_orig_mod.", "module.")  # of compiled models, and of those in DDP
 
 def read(path: Path) -> tuple[SavedState, dict[str, Any]]:
     """path: the file. Raises CheckpointError where it is something else, or asks for code to be run."""
-    state = checkpoint.read(path)
+    torch_file.check(path)
+    state = files.read(path)
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
         held = ", ".join(map(repr, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path} holds {held}; nanoGPT's {FILE} has 'model', 'model_args' and 'optimizer'")

@@ -12,17 +12,18 @@ from training.formats.adamw import SETTINGS
 from training.formats.options import Options
 from training.model_state import SavedState
 from training.saved_state import open_state
+from training.saving import Saver
 from training.sharding import KINDS as KINDS
 
 
 def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
     """folder: of a run, whose newest checkpoint is taken, or one checkpoint; of any strategy."""
     if (folder / "checkpoint.json").is_file():
-        if broken := checkpoint.damage(folder):
-            raise CheckpointError(f"{folder} is damaged: {broken}; take another one")
+        checkpoint.check(folder)
         about = checkpoint.read_about(folder)
-    elif Checkpoints(str(folder)).finished():
-        folder, about = Checkpoints(str(folder)).newest()
+    elif (checkpoints := Checkpoints(str(folder))).finished():
+        folder, about = checkpoints.newest()
+        checkpoints.verify(folder)
     else:
         raise CheckpointError(f"{folder}: its run has saved no checkpoint yet")
     config = folder.parent.parent / "config.json"
@@ -32,8 +33,8 @@ def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
 
 def write(saved: SavedState, about: dict[str, Any], target: Path, options: Options) -> list[str]:
     about = {**about, "strategy": "single", "world_size": 1, "dtype": "float32"}
-    with Checkpoints(str(target)).writing(about, best=False) as folder:
-        torch_file.save(folder / "model.pt", {name: lazy.stored(saved, name) for name in saved.shapes})
+    with Saver(Checkpoints(str(target))).writing(about, best=False) as files:
+        torch_file.save(files.folder / "model.pt", {name: lazy.stored(saved, name) for name in saved.shapes})
         optimizer = adamw.state_dict(saved, about["settings"], fused=True)
-        torch_file.save(folder / "optimizer.pt", {"optimizer": optimizer, "scaler": saved.scaler})
+        torch_file.save(files.folder / "optimizer.pt", {"optimizer": optimizer, "scaler": saved.scaler})
     return []

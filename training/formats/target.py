@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from training.checkpoint import sync
 from training.errors import ConfigError
+from training.files import sync
 from training.formats.source import recognise
 
 

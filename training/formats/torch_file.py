@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from training.errors import CheckpointError
 from training.formats import lazy
 from training.formats.lazy import Lazy
 
@@ -76,6 +77,19 @@ class Pickler(pickle._Pickler):
             self.memoize(obj)  # type: ignore[attr-defined]
         else:
             super().save_global(obj, name)  # type: ignore[misc]
+
+
+def check(path: Path) -> None:
+    """By the checksums in a file of torch's. Raises CheckpointError where its bytes are not those that were written."""
+    if not zipfile.is_zipfile(path):
+        return  # of torch before 1.6, without any; or cut off, which whoever reads it is told
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); take another file") from None
+    if broken:
+        raise CheckpointError(f"{path} is damaged: {broken} in it is not what was written; take another file")
 
 
 def save(path: Path, state: Any) -> None:

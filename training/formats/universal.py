@@ -5,7 +5,6 @@ here partition any checkpoint while they read it.) DeepSpeed 0.19.8 gives ZeRO-3
 all, and one count of steps that every sub-group raises: set both again after loading.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from model import GPTConfig
-from training import checkpoint
+from training import checkpoint, files
 from training.errors import CheckpointError
 from training.formats import fit, lazy, torch_file
 from training.formats.adamw import groups, param_groups
@@ -27,7 +26,7 @@ from training.sharding import KINDS, WEIGHT
 LATEST = "latest_universal"
 NAMES = {kind: "fp32" if kind == WEIGHT else kind for kind in KINDS}
 OVERALL = "optimizer_state.pt"
-ABOUT = "checkpoint.json"
+ABOUT, STRATEGY = "checkpoint.json", "universal"
 
 
 def found(folder: Path) -> Path | None:
@@ -45,24 +44,38 @@ def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
         raise CheckpointError(
             f"{path} does not say what model it is of; copy there the {ABOUT} of the run it came from"
         )
+    checked(path)
     about = checkpoint.read_about(path)
     pieces: dict[tuple[str, str], list[Tensor]] = {}
     shapes: dict[str, torch.Size] = {}
     wanted = fit.shapes(GPTConfig(**about["model"]))
     with safe_globals(STAND_INS):
-        overall = checkpoint.read(path / "zero" / OVERALL)
+        overall = files.read(path / "zero" / OVERALL)
     step = overall.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
     for parameter in sorted(p.parent for p in path.glob("zero/*/fp32.pt") if p.parent.name != TIED):
         for kind, name in NAMES.items():
             if not (parameter / f"{name}.pt").is_file():
                 raise CheckpointError(f"{parameter / name}.pt is missing; take another checkpoint")
-            held = checkpoint.read(parameter / f"{name}.pt")
+            held = files.read(parameter / f"{name}.pt")
             tensor = held["param"] if isinstance(held, dict) else held
             pieces[parameter.name, kind] = [tensor.flatten()]
             shape = wanted.get(parameter.name, tensor.shape)
             shapes[parameter.name] = shape if shape.numel() == tensor.numel() else tensor.shape  # ZeRO-3's are flat
-        step = checkpoint.read(parameter / "step.pt") if step is None else step
+        step = files.read(parameter / "step.pt") if step is None else step
     return SavedState(path, shapes, pieces, float(step or 0)), about
+
+
+def checked(path: Path) -> None:
+    """Raises CheckpointError where a file is another than was written: by our sums, or by those in torch's files."""
+    try:
+        ours = checkpoint.read_about(path).get("strategy") == STRATEGY
+    except (OSError, ValueError):
+        ours = True
+    if ours:
+        checkpoint.check(path)
+        return
+    for file in path.glob("zero/**/*.pt"):
+        torch_file.check(file)
 
 
 def write(saved: SavedState, about: dict[str, Any], target: Path, options: Options) -> list[str]:
@@ -86,6 +99,8 @@ def write(saved: SavedState, about: dict[str, Any], target: Path, options: Optio
     }
     for file in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):  # stages 1 and 2 look for one, stage 3 for the other
         torch_file.save(target / tag / f"{file}_model_states.pt", model)
-    (target / tag / ABOUT).write_text(json.dumps({**about, "strategy": "universal"}, indent=1))
+    sums = {str(path.relative_to(target / tag)): files.checksum(path) for path in (target / tag).rglob("*.pt")}
+    about = {**about, "format": checkpoint.FORMAT, "strategy": STRATEGY, **checkpoint.listed(sums)}
+    (target / tag / ABOUT).write_text(checkpoint.signed(about))
     (target / LATEST).write_text(tag)
     return []

@@ -4,16 +4,19 @@ safetensors' own save_file wants all tensors in memory. The format: README of gi
 """
 
 import json
+import re
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from training import files
 from training.errors import CheckpointError
 from training.formats import lazy
 from training.formats.lazy import Lazy
@@ -22,6 +25,7 @@ from training.model_state import TIED, SavedState
 from training.sharding import WEIGHT
 
 KINDS = (WEIGHT,)
+SUM, NO_SUM = "crc32", b"00000000"  # the format has no checksum: ours is in its free metadata
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 ABOUT = ("model", "tokenizer", "vocab_size", "step", "best_val_loss", "init_from")
 
@@ -44,9 +48,26 @@ def read(path: Path) -> tuple[SavedState, dict[str, Any]]:
 def mapped(path: Path) -> dict[str, Tensor]:
     """The tensors of any safetensors file. Raises CheckpointError where it is damaged."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); fetch or write it again") from None
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        text = file.read(size)
+        if (told := re.search(SUM.encode() + rb'": "(\w{8})"', text)) and told[1] != with_sum(
+            file, text, told.start(1)
+        ):
+            raise CheckpointError(f"{path} is damaged: it is not what was written; fetch or write it again")
+    return tensors
+
+
+def with_sum(file: IO[bytes], text: bytes, place: int) -> bytes:
+    """The CRC-32 of a file whose header is text, and has its CRC-32 at that place: as if there were zeros."""
+    text = text[:place] + NO_SUM + text[place + len(NO_SUM) :]
+    crc = zlib.crc32(struct.pack("<Q", len(text)) + text)
+    while piece := file.read(files.PIECE):
+        crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}".encode()
 
 
 def header(path: Path) -> dict[str, str]:
@@ -64,7 +85,7 @@ def write(saved: SavedState, about: dict[str, Any], target: Path, options: Optio
 
 def save(path: Path, tensors: Mapping[str, Lazy], metadata: dict[str, str]) -> None:
     """A safetensors file: the size of a header, the header, and the numbers of one tensor after the other."""
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Any] = {"__metadata__": {**metadata, SUM: NO_SUM.decode()}}
     at = 0
     for name, tensor in tensors.items():
         place = [at, at := at + tensor.nbytes]
@@ -72,6 +93,9 @@ def save(path: Path, tensors: Mapping[str, Lazy], metadata: dict[str, str]) -> N
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        summed: Any = files.Summed(file)
+        summed.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
-            tensor.write(file)
+            tensor.write(summed)
+        file.seek(8 + text.index(SUM.encode()) + len(f'{SUM}": "'))
+        file.write(summed.sum[1].encode())

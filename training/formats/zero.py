@@ -19,6 +19,7 @@ from training.formats.lazy import Lazy
 from training.formats.options import Options
 from training.formats.torch_file import foreign
 from training.model_state import TIED, SavedState
+from training.saving import Saver
 from training.sharding import KINDS as KINDS
 from training.sharding import MOMENTS, WEIGHT
 
@@ -32,14 +33,14 @@ Pieces = list[tuple[str, int, int]]  # of parameters: name, first element, numbe
 def write(saved: SavedState, about: dict[str, Any], target: Path, options: Options) -> list[str]:
     layout = {"strategy": f"zero{options.stage}", "world_size": options.ranks, "dtype": options.dtype}
     prefix = "bf16_" if options.dtype == "bfloat16" else ""
-    with Checkpoints(str(target)).writing({**about, **layout}, best=False) as folder:
+    with Saver(Checkpoints(str(target))).writing({**about, **layout}, best=False) as files:
         for rank in range(options.ranks):
             of_stage = stage_3 if options.stage == 3 else stages_1_and_2
             state = {"optimizer_state_dict": of_stage(saved, about, rank, options), "ds_version": VERSION}
-            torch_file.save(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", state)
+            torch_file.save(files.folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", state)
         names = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(options.ranks)]
         for name in names if options.stage == 3 else ["mp_rank_00"]:
-            torch_file.save(folder / f"{name}_model_states.pt", model(saved, about, options))
+            torch_file.save(files.folder / f"{name}_model_states.pt", model(saved, about, options))
     return []
 
 

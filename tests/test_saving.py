@@ -1,0 +1,117 @@
+"""Checkpoints that are written in the background: the same ones, and what became of one that could not be."""
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.running import TINY, command, difference, message, rows, run, train, wait_for_step, zero_json
+from training import files
+from training.checkpoint import Checkpoints, flipped
+from training.errors import CheckpointError
+from training.saving import Saver
+
+SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_iters": 12, "eval_interval": 4, "ranks": 2}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"strategy": "fsdp"},
+    "zero2": {"deepspeed_config": zero_json("zero2")},
+    "zero3_nvme": {"deepspeed_config": zero_json("zero3_nvme")},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_they_hold_what_others_hold(tmp_path, data, strategy):
+    """The state of their step, although training went on while they were written; and the run goes on from them."""
+    own = SETTINGS | STRATEGIES[strategy] | ({"nvme_path": tmp_path} if "nvme" in strategy else {})
+    train(tmp_path / "later", data, **own, async_save=True)
+    train(tmp_path / "now", data, **own)
+    assert difference(tmp_path / "later", tmp_path / "now") == 0
+    assert [row["step"] for row in rows(tmp_path / "later", "save")] == [4, 8, 12]
+    both = [Checkpoints(str(tmp_path / name)).whole() for name in ("later", "now")]
+    assert [path.name for path in both[0]] == [path.name for path in both[1]] == ["step_000008", "step_000012"]
+    for later, now in zip(*both, strict=True):
+        assert flipped(later) is None
+        names = {str(path.relative_to(now)) for path in now.rglob("*") if path.is_file()}
+        assert names == {str(path.relative_to(later)) for path in later.rglob("*") if path.is_file()}
+        for name in names:
+            if "model" in name or "swp" in name:  # others hold times and paths
+                assert files.checksum(later / name) == files.checksum(now / name), name
+    train(tmp_path / "later", data, **{**own, "max_iters": 16}, async_save=True, init_from="resume")
+    train(tmp_path / "now", data, **{**own, "max_iters": 16}, init_from="resume")
+    assert difference(tmp_path / "later", tmp_path / "now") == 0
+
+
+def test_a_copy_is_written_not_what_became_of_it(tmp_path):
+    weights = torch.zeros(2**22)
+    saver = Saver(Checkpoints(str(tmp_path)), later=True)
+    for step in (1, 2, 3):
+        with saver.writing({"step": step}, best=False) as writing:
+            writing.write("model.pt", {"weights": weights, "tied": weights})
+        weights += 1
+    saver.settle()
+    for step, path in enumerate(Checkpoints(str(tmp_path)).whole(), 2):
+        found = files.read(path / "model.pt")
+        assert torch.equal(found["weights"], torch.full((2**22,), step - 1.0))
+        assert found["tied"].data_ptr() == found["weights"].data_ptr()  # written once
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Of the checkpoints of a run, in tmp_path."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_one_that_failed_is_told_and_the_one_before_kept(small_disk, data, ranks):
+    settings = {**TINY, **SETTINGS, "ranks": ranks, "out_dir": small_disk.parent, "dataset": data, "async_save": True}
+    done = run("train.py", **{**settings, "keep_checkpoints": 9})
+    told = [line for line in done.stderr.splitlines() if "training goes on, the next save is another try" in line]
+    whole = Checkpoints(str(small_disk.parent)).whole()
+    kept = f"({whole[-1]} is whole, --init_from=resume goes on from it)"
+    assert told and all("No space left on device" in line and kept in line for line in told)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: cannot save step_000012: ")
+    assert max(row["step"] for row in rows(small_disk.parent, "train")) == 11, "training did not go on"
+    assert {path.name for path in small_disk.iterdir()} == {path.name for path in whole}
+
+
+def test_a_failure_of_the_last_one_is_the_runs(tmp_path):
+    saver = Saver(Checkpoints(str(tmp_path / "out")), later=True)
+    with saver.writing({"step": 1}, best=False) as writing:
+        writing.write("no_such_folder/model.pt", {})
+    with pytest.raises(CheckpointError, match=r"cannot save step_000001: .*nothing was saved before"):
+        saver.settle()
+
+
+def test_a_rank_that_is_killed_while_others_write_ends_the_run(tmp_path, data):
+    """The thread of the other one waits for it: it must not keep its process."""
+    settings = {**TINY, **SETTINGS, "out_dir": tmp_path, "dataset": data, "async_save": True, "max_iters": 10**6}
+    with subprocess.Popen(command("train.py", **settings), stdout=-1, stderr=-1, text=True) as process:
+        wait_for_step(tmp_path, process, 20)
+        (victim,) = [pid for pid in ranks_of(process.pid) if "RANK=1" in environment(pid)]
+        subprocess.run(["kill", "-KILL", victim], check=True)
+        since = time.monotonic()
+        process.communicate(timeout=30)
+    assert process.returncode == 137 and time.monotonic() - since < 20
+    assert Checkpoints(str(tmp_path)).whole()
+
+
+def ranks_of(launcher: int) -> list[str]:
+    return Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+
+
+def environment(pid: str) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
+def test_a_name_that_is_none(data):
+    done = run("train.py", dataset=data, async_save="later")
+    assert "async_save = 'later' (command line): must be True or False" in message(done)
