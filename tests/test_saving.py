@@ -10,8 +10,9 @@ import torch
 
 from tests.running import TINY, command, difference, message, rows, run, train, wait_for_step, zero_json
 from training import files
-from training.checkpoint import Checkpoints, flipped
+from training.checkpoint import Checkpoints, damage, flipped, read_about
 from training.errors import CheckpointError
+from training.saved_state import open_state
 from training.saving import Saver
 
 SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_iters": 12, "eval_interval": 4, "ranks": 2}
@@ -35,11 +36,9 @@ def test_they_hold_what_others_hold(tmp_path, data, strategy):
     assert [path.name for path in both[0]] == [path.name for path in both[1]] == ["step_000008", "step_000012"]
     for later, now in zip(*both, strict=True):
         assert flipped(later) is None
-        names = {str(path.relative_to(now)) for path in now.rglob("*") if path.is_file()}
-        assert names == {str(path.relative_to(later)) for path in later.rglob("*") if path.is_file()}
-        for name in names:
-            if "model" in name or "swp" in name:  # others hold times and paths
-                assert files.checksum(later / name) == files.checksum(now / name), name
+        one, other = (open_state(path, read_about(path)) for path in (later, now))
+        for name, kind in one.pieces:
+            assert torch.equal(one.whole(name, kind), other.whole(name, kind)), f"{kind} of {name}"
     train(tmp_path / "later", data, **{**own, "max_iters": 16}, async_save=True, init_from="resume")
     train(tmp_path / "now", data, **{**own, "max_iters": 16}, init_from="resume")
     assert difference(tmp_path / "later", tmp_path / "now") == 0
@@ -115,3 +114,16 @@ def environment(pid: str) -> list[str]:
 def test_a_name_that_is_none(data):
     done = run("train.py", dataset=data, async_save="later")
     assert "async_save = 'later' (command line): must be True or False" in message(done)
+
+
+def test_what_a_killed_save_left_is_no_part_of_the_next(tmp_path):
+    """It was killed between its last file and the name that makes it count."""
+    left = tmp_path / "checkpoints" / "unfinished_step_000003"
+    left.mkdir(parents=True)
+    for name in ("checkpoint.json", "of_a_rank_that_is_no_more.pt"):
+        (left / name).write_text("{}")
+    checkpoints = Checkpoints(str(tmp_path))
+    with Saver(checkpoints).writing({"step": 3}, best=True) as files:
+        (files.folder / "model.pt").write_text("weights")
+    path, about = checkpoints.newest()
+    assert damage(path) is None and list(about["files"]) == ["model.pt"]

@@ -14,13 +14,12 @@ from tests.running import TINY, run
 from train import Trainer
 from training import run_folder
 from training.batches import Batches
-from training.checkpoint import Checkpoints, damage
 from training.config import parse
 from training.distributed import ALONE, Ranks
 from training.evaluation import evaluate
 from training.optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from training.origin import Origin
-from training.saving import Files, Saver
+from training.saving import Files
 from training.sharding import PlainTrainConfig
 
 
@@ -186,16 +185,3 @@ def test_a_run_that_is_moved_aside_is_moved_whole(tmp_path):
     (previous,) = (tmp_path / "previous").iterdir()
     assert {path.name for path in previous.iterdir()} == set(run_folder.CONTENTS)
     assert {path.name for path in tmp_path.iterdir()} == {"previous", "notes.txt"}
-
-
-def test_what_a_killed_save_left_is_no_part_of_the_next(tmp_path):
-    """It was killed between its last file and the name that makes it count."""
-    left = tmp_path / "checkpoints" / "unfinished_step_000003"
-    left.mkdir(parents=True)
-    for name in ("checkpoint.json", "of_a_rank_that_is_no_more.pt"):
-        (left / name).write_text("{}")
-    checkpoints = Checkpoints(str(tmp_path))
-    with Saver(checkpoints).writing({"step": 3}, best=True) as files:
-        (files.folder / "model.pt").write_text("weights")
-    path, about = checkpoints.newest()
-    assert damage(path) is None and list(about["files"]) == ["model.pt"]

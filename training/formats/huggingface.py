@@ -33,6 +33,7 @@ ONLY = {
 # Theirs are Conv1D layers, with weights (in, out).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 FILES = ("config.json", "model.safetensors")
+INDEXED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
@@ -71,14 +72,27 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         if (folder / whole).is_file():
             return reader(folder / whole)
         if index.is_file():
-            try:
-                parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{index} cannot be read ({type(error).__name__}: {error})") from None
-            if missing := [part for part in parts if not (folder / part).is_file()]:
-                raise CheckpointError(f"{folder} lacks {missing[0]}, one of {len(parts)} files; fetch it again")
-            return {name: tensor for part in parts for name, tensor in reader(folder / part).items()}
-    raise UserError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin")
+            return indexed(index, reader)
+    raise UserError(f"{folder} holds no weights: neither {' nor '.join(INDEXED)}")
+
+
+def indexed(index: Path, reader: Callable[[Path], Any]) -> dict[str, Tensor]:
+    """Of several files; index: says which tensor is in which."""
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+        parts = sorted(set(places.values()))
+        missing = [part for part in parts if not (index.parent / part).is_file()]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({type(error).__name__}: {error})") from None
+    if missing:
+        raise CheckpointError(f"{index.parent} lacks {missing[0]}, one of {len(parts)} files; fetch it again")
+    found = {part: reader(index.parent / part) for part in parts}
+    if lost := [name for name, part in places.items() if name not in found[part]]:
+        part = places[lost[0]]
+        raise CheckpointError(
+            f"{index.parent / part} lacks {lost[0]}, which is there by {index.name}; fetch both again"
+        )
+    return {name: tensor for tensors in found.values() for name, tensor in tensors.items()}
 
 
 def unpickled(path: Path) -> dict[str, Tensor]:
