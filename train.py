@@ -21,13 +21,13 @@ from torch.nn.utils import clip_grad_norm_
 from model import GPT
 from training import distributed, ending, loop, memory, run_folder, sharding
 from training.batches import Batches
-from training.checkpoint import Checkpoints, read_about
+from training.checkpoint import Checkpoints
 from training.compiler import leave_out
 from training.config import parse
 from training.distributed import Ranks, pick_dtype
 from training.optim import adamw, parameter_groups, set_learning_rate
 from training.origin import Origin, find_origin
-from training.saved_state import open_state
+from training.saved_state import reading
 from training.saving import Files
 from training.sharding import PlainTrainConfig, strategy_of
 
@@ -124,8 +124,8 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """A checkpoint of any strategy."""
-        saved = open_state(folder, read_about(folder))
-        saved.into(self.model, self.optimizer)
+        with reading(folder, self.ranks) as saved:
+            saved.into(self.model, self.optimizer)
         self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.scaler})
 
 

@@ -23,7 +23,7 @@ from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, Json, strategy_of
 from training.deepspeed_files import DeepSpeedFiles
 from training.deepspeed_log import DeepSpeedLog
-from training.deepspeed_state import load_native, load_partition, sub_groups
+from training.deepspeed_state import is_native, load_native, load_partition, sub_groups
 from training.distributed import Ranks, pick_dtype
 from training.nvme import own_folder
 from training.optim import adamw, parameter_groups, set_learning_rate
@@ -120,12 +120,11 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """DeepSpeed loads what the same strategy wrote on as many ranks; from any other, each rank takes its part."""
-        about = read_about(folder)
-        with self.log.about(f"loading {folder}"):
-            if about.items() >= loop.layout(self, self.ranks).items() and not self.strategy.endswith("_nvme"):
+        if read_about(folder).items() >= loop.layout(self, self.ranks).items() and is_native(self.engine, folder):
+            with self.log.about(f"loading {folder}"):
                 load_native(self.engine, folder)
-            else:
-                load_partition(self.engine, folder, about)
+        else:
+            load_partition(self.engine, folder, self.ranks)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 from model import GPT, GPTConfig
 from training import distributed
 from training.checkpoint import fill
-from training.deepspeed_state import load_native
+from training.deepspeed_state import is_native, load_native, load_partition
 from training.formats.options import Options
 from training.formats.source import open_source
 from training.model_state import SavedState
@@ -86,7 +86,9 @@ def main(folder: Path) -> None:
             engine = engine_of(deepspeed, stage, dtype, universal, config)
             if stage == 3 and not universal:  # of other sub-groups than the checkpoint's: each rank takes its part
                 other = engine_of(deepspeed, stage, dtype, universal, config, sub_group_size=10**9)
-                load_native(other, folder / f"zero3-{dtype}/checkpoints/step_000003")
+                path = folder / f"zero3-{dtype}/checkpoints/step_000003"
+                assert not is_native(other, path)
+                load_partition(other, path, ranks)
                 check(other, stage, dtype, expected, config)
                 other.destroy()
             path = folder / ("universal" if universal else f"zero{stage}-{dtype}/checkpoints/step_000003")

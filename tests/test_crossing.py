@@ -36,6 +36,7 @@ def test_a_run_goes_through_all_strategies_and_back(tmp_path, data):
     train(whole, data, **SETTINGS)
     for number, (strategy, ranks) in enumerate(CHAIN, 1):
         output = part(folder, data, strategy, ranks, until=3 * number)
+        assert number == 1 or f"read step_{3 * number - 3:06d} of {CHAIN[number - 2][0]} on" in output
         assert number == 1 or f"resuming {folder}/checkpoints/step_{3 * number - 3:06d}" in output
         about = read_about(Checkpoints(str(folder)).newest()[0])
         assert (about["strategy"], about["world_size"]) == (strategy, ranks or 1)

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from training.checkpoint import read_about
+from training.distributed import Ranks
 from training.errors import CheckpointError
 from training.model_state import SavedState, fresh_state, step_count
-from training.saved_state import STAND_INS, open_state, states_of
+from training.saved_state import STAND_INS, reading, states_of
 from training.sharding import KINDS, WEIGHT
 
 Place = tuple[str, int, int, int]  # a parameter; its element that the piece begins with; where in the flat; how many
@@ -28,9 +29,6 @@ def load_native(engine: Any, folder: Path) -> None:
     It would take the hyperparameters from the file, too, and counts of steps as the optimizer had them that wrote it:
     here they are the run's, and as the optimizer has them that goes on (torch's or DeepSpeed's, whichever compiles).
     """
-    if not same_sub_groups(engine, folder):
-        load_partition(engine, folder, read_about(folder))
-        return
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     own = [{k: v for k, v in group.items() if k not in ("params", "lr", "step")} for group in inner.param_groups]
@@ -47,8 +45,13 @@ def load_native(engine: Any, folder: Path) -> None:
         engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
 
 
-def same_sub_groups(engine: Any, folder: Path) -> bool:
-    """Of stage 3: the JSON's sub_group_size may be another one by now, which DeepSpeed does not take."""
+def is_native(engine: Any, folder: Path) -> bool:
+    """Whether DeepSpeed takes what the same strategy wrote on as many ranks.
+
+    It does not restore what its NVMe offload saves, nor, of stage 3, another sub_group_size than the JSON has by now.
+    """
+    if read_about(folder)["strategy"].endswith("_nvme"):
+        return False
     if not engine.zero_optimization_partition_weights():
         return True
     with safe_globals(STAND_INS):
@@ -56,10 +59,24 @@ def same_sub_groups(engine: Any, folder: Path) -> bool:
     return [len(flat) for flat in saved] == [len(flat) for flat in engine.optimizer.fp32_partitioned_groups_flat]
 
 
-def load_partition(engine: Any, folder: Path, about: dict[str, Any]) -> None:
-    """engine: fresh from deepspeed.initialize. about: the checkpoint.json of the folder. Every rank calls it."""
-    saved, optimizer = open_state(folder, about), engine.optimizer
-    saved.require_moments()
+def load_partition(engine: Any, folder: Path, ranks: Ranks) -> None:
+    """engine: fresh from deepspeed.initialize. Every rank calls it. CheckpointError where moments are missing."""
+    with reading(folder, ranks) as saved:
+        saved.require_moments()
+        fill(engine, folder, saved)
+    optimizer, step = engine.optimizer, read_about(folder)["step"]
+    if "scale" in saved.scaler and hasattr(getattr(optimizer, "loss_scaler", None), "cur_scale"):
+        optimizer.loss_scaler.cur_scale = saved.scaler["scale"]
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    if engine.lr_scheduler:
+        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration + int(saved.step))
+
+
+def fill(engine: Any, folder: Path, saved: SavedState) -> None:
+    """This rank's part of the model state, by stage."""
+    optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
         saved.into(engine.module, optimizer)
     elif not engine.zero_optimization():
@@ -68,13 +85,6 @@ def load_partition(engine: Any, folder: Path, about: dict[str, Any]) -> None:
         fill_sub_groups(engine.module, optimizer, saved)
     else:
         fill_groups(engine.module, optimizer, saved)
-    if "scale" in saved.scaler and hasattr(getattr(optimizer, "loss_scaler", None), "cur_scale"):
-        optimizer.loss_scaler.cur_scale = saved.scaler["scale"]
-    engine.global_steps = about["step"]
-    engine.global_samples = about["step"] * engine.train_batch_size()
-    engine.micro_steps = about["step"] * engine.gradient_accumulation_steps()
-    if engine.lr_scheduler:
-        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration + int(saved.step))
 
 
 def fill_groups(model: Any, optimizer: Any, saved: SavedState) -> None:
@@ -126,6 +136,7 @@ def copy(saved: SavedState, places: list[Place], flat: Tensor, state: dict[str, 
             for kind in KINDS:
                 target = flat if kind == WEIGHT else state[kind]
                 target[at : at + numel].copy_(saved.part(name, kind, first, numel))
+                saved.done(numel)
 
 
 def sub_groups(engine: Any) -> list[tuple[str, int]]:

@@ -39,7 +39,7 @@ def write(path: Path, state: Any) -> Sum:
     """torch.save, to the disk itself; with a full disk told as the OSError that it is."""
     with path.open("wb") as file:
         try:
-            torch.save(state, summed := Summed(file))  # type: ignore[arg-type]
+            save(state, summed := Summed(file))
         except RuntimeError as error:  # torch's zip writer, when the file below it refused bytes
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
@@ -49,8 +49,18 @@ def write(path: Path, state: Any) -> Sum:
 
 def in_memory(state: Any) -> io.BytesIO:
     """The same file, in memory: a copy of all tensors of the state, on whatever device they are."""
-    torch.save(state, buffer := io.BytesIO())
+    save(state, buffer := io.BytesIO())
     return buffer
+
+
+def save(state: Any, file: Any) -> None:
+    """torch.save without checksums of its own, which take as long as all the rest; see Sum."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, file)
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def put(path: Path, buffer: io.BytesIO) -> Sum:

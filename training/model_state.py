@@ -77,6 +77,7 @@ class SavedState:
                 if kind in KINDS:
                     mine, start = own(tensor)
                     mine.copy_(self.part(name, kind, start, mine.numel()).view_as(mine))
+                    self.done(mine.numel())
 
 
 def stretch(piece: Tensor, low: int, high: int) -> Tensor:

@@ -4,14 +4,21 @@ The files are mapped, and whoever needs a part of a parameter, or of a moment of
 checkpoint of any strategy and number of ranks goes into any other, and no rank holds more than its own.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.serialization import safe_globals
+from tqdm import tqdm
 
 from training import files
+from training.checkpoint import read_about
+from training.distributed import Ranks
 from training.errors import CheckpointError
 from training.model_state import TIED, SavedState
 from training.sharding import KINDS, MOMENTS, WEIGHT
@@ -61,6 +68,19 @@ def open_state(folder: Path, about: dict[str, Any]) -> SavedState:
     else:
         of_stage_3(saved, states, [flat_groups(folder, rank, state, model) for rank, state in enumerate(states)])
     return saved
+
+
+@contextmanager
+def reading(folder: Path, ranks: Ranks) -> Iterator[SavedState]:
+    """The same of a complete checkpoint, for a run to go on from: with a bar while it is read, and how long it took."""
+    about, since = read_about(folder), time.perf_counter()
+    quiet = None if ranks.main else True  # None: where nobody looks
+    with tqdm(desc=f"reading {folder.name}", unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+        yield replace(open_state(folder, about), done=lambda numel: bar.update(4 * numel))
+    if ranks.main:
+        n = about["world_size"]
+        of = f"{about['strategy']} on {n} rank{'s' * (n > 1)}"
+        print(f"read {folder.name} of {of} in {time.perf_counter() - since:.1f} s", flush=True)
 
 
 def of_whole(folder: Path, weights: dict[str, Tensor], states: dict[int, Any], scaler: dict[str, Any]) -> SavedState:
