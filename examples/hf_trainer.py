@@ -92,7 +92,9 @@ def build(settings: Settings, dataset: Dataset) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise UserError(f"model = {settings.model!r}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        fix = "give a folder with config.json and model.safetensors, or, where there is a network, a name of the hub"
+        raise UserError(f"model = {settings.model!r}: cannot be loaded ({reason}); {fix}") from None
     if settings.block_size > (most := model.config.max_position_embeddings):
         raise UserError(f"block_size = {settings.block_size}: {settings.model} has {most} positions; set at most that")
     if dataset.vocab_size > (known := model.config.vocab_size):

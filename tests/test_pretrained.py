@@ -73,7 +73,7 @@ def test_the_recipe_is_the_same_by_both_scripts(data, tmp_path):
     recipe |= {"device": "cpu", "compile": False}
     for name, ranks in (("single", 0), ("zero2", 2), ("zero3", 2)):
         script = "train_deepspeed.py" if ranks else "train.py"
-        settings = {"deepspeed_config": zero_json(name)} if ranks else {}
+        settings: dict[str, Any] = {"deepspeed_config": zero_json(name)} if ranks else {}
         done = run(script, "config/finetune_shakespeare.py", ranks=ranks, out_dir=tmp_path / name, **recipe, **settings)
         assert done.returncode == 0, done.stderr
         assert difference(tmp_path / "single", tmp_path / name) <= 1e-5
