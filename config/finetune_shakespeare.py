@@ -3,6 +3,7 @@
 #   python data/shakespeare/prepare.py
 #   python train.py config/finetune_shakespeare.py                        gpt2-xl: a GPU with 40 GB
 #   python train.py config/finetune_shakespeare.py --init_from=gpt2       124M, anywhere
+#   ./launch_deepspeed_zero3.sh 8 config/finetune_shakespeare.py          gpt2-xl, partitioned over smaller GPUs
 #
 # Where there is no network, --init_from takes a folder that holds the weights (config.json, model.safetensors).
 

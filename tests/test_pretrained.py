@@ -1,14 +1,16 @@
 """GPT-2's weights: real models of `transformers`, small and random, through our loader."""
 
 import json
+import math
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig
-from tests.running import TINY, run, train
+from tests.running import TINY, difference, losses, message, run, train, zero_json
 from training import checkpoint, files, pretrained
 from training.config import parse
 from training.errors import UserError
@@ -60,6 +62,44 @@ def test_fine_tuning_starts_at_the_weights_with_a_shorter_context(gpt2, data, tm
     torch.testing.assert_close(saved["transformer.wte.weight"], theirs.transformer.wte.weight, rtol=0, atol=1e-6)
     output = train(tmp_path, data, init_from="resume", block_size=32, max_iters=3)
     assert "resuming" in output, "a run of GPT-2's shape resumes without naming that shape"
+
+
+def test_the_recipe_is_the_same_by_both_scripts(data, tmp_path):
+    """From a GPT-2 of all 50257 ids, as from the hub: its own file, its losses by ZeRO those of one process."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64)).save_pretrained(tmp_path / "gpt2")
+    recipe: dict[str, Any] = {"init_from": tmp_path / "gpt2", "dataset": data, "block_size": 32, "learning_rate": 1e-3}
+    recipe |= {"gradient_accumulation_steps": 4, "max_iters": 5, "eval_iters": 2, "log_interval": 1}
+    recipe |= {"device": "cpu", "compile": False}
+    for name, ranks in (("single", 0), ("zero2", 2), ("zero3", 2)):
+        script = "train_deepspeed.py" if ranks else "train.py"
+        settings: dict[str, Any] = {"deepspeed_config": zero_json(name)} if ranks else {}
+        done = run(script, "config/finetune_shakespeare.py", ranks=ranks, out_dir=tmp_path / name, **recipe, **settings)
+        assert done.returncode == 0, done.stderr
+        assert difference(tmp_path / "single", tmp_path / name) <= 1e-5
+    found = losses(tmp_path / "single")
+    assert len(found) == 5 and abs(found[0] - math.log(50257)) < 0.5 and found[4] < found[0]
+
+
+@pytest.mark.parametrize("script", ["train.py", "train_deepspeed.py"])
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ("nothing", "must be scratch, resume, gpt2, gpt2-medium"),
+        ("llama", "is of a 'llama' model"),
+        ("gpt2", "name their folder instead of gpt2"),
+    ],
+)
+def test_either_script_says_what_to_do_once(gpt2, data, tmp_path, script, wrong, told):
+    """A folder without weights, another model, the hub without a network; told by one of two ranks."""
+    (tmp_path / "llama").mkdir()
+    about = json.loads((gpt2[0] / "config.json").read_text())
+    (tmp_path / "llama" / "config.json").write_text(json.dumps({**about, "model_type": "llama"}))
+    init_from = wrong if wrong == "gpt2" else tmp_path / wrong
+    settings = {**TINY, "dataset": data, "out_dir": tmp_path / "out", "init_from": init_from, "batch_size": 1}
+    settings |= {"gradient_accumulation_steps": 2}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    assert told in message(run(script, ranks=2, env=offline, **settings))
 
 
 @pytest.mark.parametrize(

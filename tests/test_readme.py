@@ -21,6 +21,7 @@ COMMANDS = sorted(
         for line in block.splitlines()
     }
 )
+EXAMPLE = "examples/hf_trainer.py"
 SHORT: dict[str, Any] = {key: TINY[key] for key in ("device", "compile", "block_size", "batch_size", "eval_iters")}
 SHORT |= {"n_layer": 1, "n_head": 2, "n_embd": 16, "max_iters": 2, "gradient_accumulation_steps": 8}
 
@@ -68,6 +69,13 @@ def of_script(script: str, words: list[str], data: Path, folder: Path, trained: 
     return [*words, str(trained)] if script == "plot.py" else []
 
 
+def by_trainer(words: list[str], data: Path, out_dir: Path) -> list[str]:
+    """The command of the Hugging Face Trainer's example, on 2 ranks."""
+    words = [re.sub("^8$", "2", word) for word in words if not word.startswith(("--model=", "--dataset="))]
+    tiny = {"dataset": data, "output_dir": out_dir, "max_steps": 2, "logging_steps": 1, "n_layer": 1}
+    return [*words, *(f"--{k}={v}" for k, v in {**tiny, "n_head": 2, "n_embd": 16, "block_size": 32}.items())]
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command(line, data, tmp_path, trained):
     first, *words = shlex.split(line)
@@ -83,6 +91,9 @@ def test_command(line, data, tmp_path, trained):
         arguments = [python, script, "--help"]
     elif first == "torchrun":
         arguments = [python, "-m", "torch.distributed.run", *shrunk(words, data, tmp_path / "out", trained)]
+    elif EXAMPLE in words:
+        start = [python, "-m", "deepspeed.launcher.runner"] if first == "deepspeed" else [python]
+        arguments = [*start, *by_trainer(words, data, tmp_path / "out")]
     elif first == "deepspeed":
         arguments = [python, "-m", "deepspeed.launcher.runner", *shrunk(words, data, tmp_path / "out", trained)]
     elif first.startswith(("./launch_traditional_ddp", "./launch_fsdp", "./launch_deepspeed_")):

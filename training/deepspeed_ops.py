@@ -52,7 +52,7 @@ def needed(config: dict[str, Any], device: str) -> dict[str, str]:
     if "optimizer" in config and not dotted(config, "optimizer.params.torch_adam"):
         if offload["optimizer"] in ("cpu", "nvme"):
             ops["cpu_adam"] = "CPUAdamBuilder"
-        elif device == "cuda":
+        elif device in ("cuda", "cpu"):
             ops["fused_adam"] = "FusedAdamBuilder"
     return ops
 
