@@ -28,7 +28,7 @@ from training.saved_state import open_state
 from training.sharding import KINDS
 from training.train_config import TrainConfig
 
-NANOGPT = Path(os.environ.get("NANOGPT", "nowhere"))
+NANOGPT = Path(os.environ.get("NANOGPT") or "nowhere")
 pytestmark = pytest.mark.skipif(not (NANOGPT / "model.py").is_file(), reason="NANOGPT names no checkout of nanoGPT")
 SETTINGS: dict[str, Any] = {
     **{"device": "cpu", "compile": False, "dtype": "float32", "eval_iters": 1, "eval_interval": 3, "log_interval": 1},
