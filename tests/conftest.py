@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tokenizer import ByteTokenizer
-from data.writer import Writer
 from tests import cluster
 from tests.clone import Clone
 from tests.running import ROOT
+from tests.words import words
 
 SHARED = ROOT.parent / "shared" / "data"
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
@@ -19,15 +18,7 @@ os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """A data set that a tiny model learns something from: sentences of few words, byte by byte."""
-    folder = tmp_path_factory.mktemp("data") / "words"
-    words = np.array(["a", "big", "cat", "and", "the", "dog", "see", "one", "red", "fox", "run", "home"])
-    random, tokenizer = np.random.default_rng(0), ByteTokenizer()
-    with Writer(folder, tokenizer, "words") as writer:
-        for split, sentences in (("train", 2000), ("val", 400)):
-            for _ in range(sentences):
-                writer.write(split, tokenizer.encode(" ".join(random.choice(words, 8)) + ".\n"))
-    return folder
+    return words(tmp_path_factory.mktemp("data") / "words")
 
 
 @pytest.fixture

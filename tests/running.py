@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 # The learning rate is one that trains stably: at 1e-2 the loss spikes, and a spike multiplies a difference of one bit
@@ -61,6 +62,19 @@ def refused(out_dir: Path, dataset: Path, ranks: int = 0, env: dict[str, str] | 
 
 def zero_json(strategy: str) -> str:
     return f"deepspeed_configs/{strategy}_config.json"
+
+
+def strategy_settings(strategy: str, scratch: Path) -> dict[str, Any]:
+    """Of a strategy on CPU ranks. scratch takes the JSON of ZeRO-3: several sub-groups, as a large model has."""
+    if not strategy.startswith("zero"):
+        return {"strategy": strategy if strategy == "fsdp" else "auto"}
+    if not strategy.startswith("zero3"):
+        return {"deepspeed_config": zero_json(strategy)}
+    config = json.loads((ROOT / zero_json(strategy)).read_text())
+    config["zero_optimization"]["sub_group_size"] = 8000
+    path = scratch / f"{strategy}.json"
+    path.write_text(json.dumps(config))
+    return {"deepspeed_config": path, **({"nvme_path": scratch} if "nvme" in strategy else {})}
 
 
 def prepare(name: str, *arguments) -> str:

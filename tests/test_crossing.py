@@ -5,10 +5,8 @@ from typing import Any
 
 import torch
 
-from tests.running import difference, losses, train, zero_json
-from tests.test_zero_runs import variant
+from tests.running import difference, losses, strategy_settings, train
 from training.checkpoint import Checkpoints, read_about
-from training.deepspeed_config import read
 from training.saved_state import open_state
 
 SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 4, "lr_decay_iters": 30, "log_interval": 1}
@@ -20,15 +18,8 @@ CHAIN = [
 
 
 def part(folder: Path, data: Path, strategy: str, ranks: int, until: int, **settings) -> str:
-    given = {**SETTINGS, "max_iters": until, "resume": "auto", **settings}
-    if strategy.startswith("zero"):
-        path = Path(zero_json(strategy))
-        if strategy.startswith("zero3"):  # several sub-groups, as a large model has
-            zero = {**read(zero_json(strategy))["zero_optimization"], "sub_group_size": 8000}
-            path = variant(folder.parent, strategy, zero_optimization=zero)
-        given["deepspeed_config"] = path
-        given |= {"nvme_path": folder.parent} if "nvme" in strategy else {}
-    return train(folder, data, ranks=ranks, **given)
+    given = {**SETTINGS, "max_iters": until, "resume": "auto", **strategy_settings(strategy, folder.parent)}
+    return train(folder, data, ranks=ranks, **{**given, **settings})
 
 
 def test_a_run_goes_through_all_strategies_and_back(tmp_path, data):

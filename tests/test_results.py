@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections.abc import Iterable
 
 import pytest
 
+from tests.resume_matrix import SOURCES, TARGETS, title
 from tests.running import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -76,3 +78,36 @@ def test_predicted_times():
         cells = [f"{predicted:,.1f}", f"{measured:,.1f}", f"{predicted / measured:.2f}"]
         found.append([row["model"].replace("Gbit", " Gbit/s"), row["strategy"], *cells])
     assert table("How near that comes") == found
+
+
+def ends(cell: dict) -> tuple[tuple[str, int], tuple[str, int]]:
+    return (cell["source"], cell["source_ranks"]), (cell["target"], cell["target_ranks"])
+
+
+def largest(cells: Iterable[dict], key: str) -> float:
+    return max(cell[key] for cell in cells)
+
+
+def test_a_run_goes_on_anywhere():
+    found = json.loads((ROOT / "results" / "resume_matrix" / "matrix.json").read_text())
+    cells, expected, norm = found["float32"], [], "grad_norm_to_single"
+    assert [*map(ends, cells)] == [(source, target) for source in SOURCES for target in TARGETS]
+    assert all(cell["loss_to_single"] <= 1e-5 and cell[norm] <= 1e-5 for cell in cells)
+    for source in SOURCES:
+        row = {target: cell for cell in cells for of, target in [ends(cell)] if of == source}
+        any_of = [largest((row[to] for to in row if to[1] == ranks), norm) for ranks in (1, 2, 4)]
+        numbers = [*(row[target][norm] for target in SOURCES), *any_of]
+        expected.append([title(source), *(f"{1e7 * number:.1f}" for number in numbers)])
+    assert table("### Go on anywhere") == expected
+    halves = found["bfloat16"]
+    assert [*map(ends, halves)] == [(source, target) for source in SOURCES for target in SOURCES]
+    assert largest(halves, "loss_to_single") <= 0.02, "bf16's bound of small models"
+    assert largest(halves, "loss_to_target") <= 0.002, "a tenth of what moments that were lost would do"
+    forgotten = found["forgotten"]["loss_to_single"]
+    assert forgotten > 0.02, "the model is one that goes on as well without its moments"
+    autocast = [cell for cell in halves if cell["target"] in ("single", "ddp")]
+    others = [cell for cell in halves if cell not in autocast]
+    quoted = [largest(cells, "loss_to_single"), forgotten]
+    quoted += [largest(part, "loss_to_single") for part in (autocast, others)] + [largest(halves, "loss_to_target")]
+    section = README[README.index("### Go on anywhere") : README.index("### FSDP2")]
+    assert re.findall(r"\d\.\de-\d\d", section) == [f"{number:.1e}" for number in quoted]

@@ -1,0 +1,19 @@
+"""A data set that a tiny model learns something from in 30 steps."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data.tokenizer import ByteTokenizer
+from data.writer import Writer
+
+
+def words(folder: Path) -> Path:
+    """Sentences of few words, byte by byte; always the same."""
+    vocabulary = np.array(["a", "big", "cat", "and", "the", "dog", "see", "one", "red", "fox", "run", "home"])
+    random, tokenizer = np.random.default_rng(0), ByteTokenizer()
+    with Writer(folder, tokenizer, "words") as writer:
+        for split, sentences in (("train", 2000), ("val", 400)):
+            for _ in range(sentences):
+                writer.write(split, tokenizer.encode(" ".join(random.choice(vocabulary, 8)) + ".\n"))
+    return folder
