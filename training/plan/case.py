@@ -10,9 +10,9 @@ from training.plan.shapes import Shape
 from training.plan.strategies import Buffers, Strategy, buffers
 from training.plan.system import System
 
-# Of ZeRO-3's weights, when forward ends: as each of a block's 9 modules begins (the block, two norms, attention, MLP, four
-# matrices), the next of its 4 matrices is fetched. So all are there when 4/9 of the blocks have run; backward's
-# come next, and of these those that forward is done with.
+# Share of ZeRO-3's weights that is there when forward ends. As each of a block's 9 modules begins (itself, two norms,
+# attention, MLP, four matrices) one more matrix is fetched ahead. So forward's are all fetched when 4/9 of the blocks
+# have run; next are backward's, of which those 4/9 are away and come back, while the others still wait to be used.
 AHEAD = 4 / 9
 
 
@@ -54,9 +54,9 @@ class Case:
     def kept(self) -> float:
         """Elements of weights that backward finds where forward has left them, of those that have to be gathered.
 
-        Of ZeRO-3 none, whatever stage3_max_reuse_distance says: which weights a module releases DeepSpeed 0.19 works
-        out once, in the first pass whose order it knows, and that is of an evaluation, which has no backward. (A run
-        that begins without one, as a benchmark, keeps what is used again within that distance.)
+        Of ZeRO-3 none, whatever stage3_max_reuse_distance says: what a module releases DeepSpeed 0.19 works out once,
+        in the first pass whose order it knows, which is one of an evaluation and has no backward. A run that begins
+        without one, as a benchmark does, keeps all that is used again within that distance.
         """
         if self.strategy.fsdp:
             return self.count if self.strategy.keeps else self.shape.head()

@@ -4,11 +4,12 @@
 
 It writes check.json and check.md: the model state (all tensors that live), and the memory of the main rank at its
 fullest. DDP on one rank is a single process. What a process holds beyond the formulas is measured once for each
-strategy and number of ranks, with a model that is neither of those predicted.
+strategy and number of ranks, with a model that is neither of those predicted. Rows of numbers of ranks that are not
+asked for stay as they are there.
 
-All of it with a malloc that gives freed memory back at once (MALLOC), which GPUs' formulas are about as well: else glibc
-keeps some, in another amount in each run. Whatever is freed and taken again is slower so, hence no time is taken here;
-times are compared over links that are known: tests/cluster/plan_links.py.
+All of it with a malloc that gives back at once what is freed (MALLOC). Else glibc keeps some, another amount in each
+run, which no formula has. A step is slower so, hence no times are taken here; those are compared over links that are
+known: tests/cluster/plan_links.py.
 """
 
 import argparse
@@ -50,36 +51,43 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","), help=", ".join(MODELS))
     args = parser.parse_args()
     names = [strategy.name for strategy in strategies.named(args.strategies)]
-    found, machines = [], []
+    found, machines = others(args.write / "check.json", args.ranks)
     with tempfile.TemporaryDirectory() as folder:
         calibrate.noise(Path(folder) / "data")
         for ranks in args.ranks:
             here = [STRATEGIES["single" if ranks == 1 and name == "ddp" else name] for name in names]
             held = {one.name: beyond(ranks, one, Path(folder)) for one in here}
-            machines.append({"device": run_folder.processor(), "ranks": ranks, "environment": MALLOC, "baselines": held})
+            about = {"device": run_folder.processor(), "ranks": ranks}
+            machines.append({**about, "environment": MALLOC, "baselines": held})
             print(json.dumps(machines[-1]), flush=True)
             for model in args.models:
                 for one in here:
                     found.append(compared(*MODELS[model], ranks, one, held, Path(folder)))
                     print(line(found[-1]), flush=True)
-    order = list(MODELS)
-    found.sort(key=lambda row: (order.index(row["model"]), row["ranks"]))  # stable: strategies stay in their order
-    write(args.write, "check", found, machines)
+            order = list(MODELS)
+            found.sort(key=lambda row: (order.index(row["model"]), row["ranks"]))  # strategies stay in their order
+            write(args.write, "check", found, sorted(machines, key=lambda machine: machine["ranks"]))
+
+
+def others(path: Path, ranks: list[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and machines of other numbers of ranks that are there already: they stay."""
+    there = json.loads(path.read_text()) if path.exists() else {"rows": [], "machines": []}
+    rows, machines = ([one for one in there[name] if one["ranks"] not in ranks] for name in ("rows", "machines"))
+    return rows, machines
 
 
 def system(ranks: int, baselines: dict[str, float]) -> System:
     """Of CPU ranks in fp32; how fast they are is in no formula of memory."""
-    assumed = {attribute(name): value for name, value in values({}).items()} | ON_CPU
-    rates = dict.fromkeys(("memory", "flops", "memory_rate", "node_link", "link"), 1.0)
+    assumed: dict[str, Any] = {attribute(name): value for name, value in values({}).items()} | ON_CPU
+    rates: dict[str, Any] = dict.fromkeys(("memory", "flops", "memory_rate", "node_link", "link"), 1.0)
     return System("CPU", "cpu", gpus=ranks, nodes=1, dtype=torch.float32, baselines=baselines, **rates, **assumed)
 
 
 def beyond(ranks: int, strategy: strategies.Strategy, folder: Path) -> float:
     """Bytes that a rank's process holds besides those by the formulas."""
     shape, batch = SAMPLE
-    return peak(shape, batch, ranks, strategy, folder) - calibrate.tensors(
-        Case(shape, strategy, system(ranks, {})), batch
-    )
+    case = Case(shape, strategy, system(ranks, {}))
+    return peak(shape, batch, ranks, strategy, folder) - calibrate.tensors(case, batch)
 
 
 def compared(
@@ -104,9 +112,9 @@ def peak(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, fo
 
 
 def state(shape: Shape, ranks: int, strategy: strategies.Strategy, folder: Path) -> float:
-    """Bytes of the tensors that live when backward is done, of the rank that has most; a micro-step is enough for it."""
+    """Bytes of the tensors that live when backward is done, of the rank that has most."""
     with tempfile.TemporaryDirectory(dir=folder) as notes:
-        settings = calibrate.settings(shape, 1, ranks, COUNTED, "cpu", "float32")
+        settings = calibrate.settings(shape, 1, MICRO_STEPS * ranks, COUNTED, "cpu", "float32")
         settings += [f"--dataset={folder / 'data'}", f"--out_dir={notes}/run"]
         inside = ["benchmark.py", "--inside", "--memory", notes, *of(strategy.name, ranks).script]
         calibrate.launch(ranks, *inside, *settings)

@@ -39,7 +39,7 @@ def footprint(case: Case, batch: int, checkpointing: bool, micro_steps: int = 1)
     on = [sum(size for size, place in held if place == wanted) for wanted in ("host", "nvme")]
     gathered = case.gathered() * case.precision.computed
     active = activations.peak(case.shape, batch, case.precision, checkpointing)
-    passing = max(in_backward(case, active), in_update(case) - active - gathered) + apart(case, micro_steps)
+    passing = max(in_backward(case, active), in_update(case) - active - gathered)
     weights, gradients, states = (size if place == "device" else 0.0 for size, place in held)
     fragments = case.system.fragmentation * (gathered + active + passing)
     return Footprint(
@@ -48,7 +48,7 @@ def footprint(case: Case, batch: int, checkpointing: bool, micro_steps: int = 1)
         states,
         gathered,
         active,
-        passing,
+        passing + apart(case, micro_steps),
         fragments,
         case.system.of("baselines", case.strategy.name),
         host=case.system.gpus * (on[0] + staging(case)),
@@ -106,7 +106,7 @@ def in_update(case: Case) -> float:
     if strategy.stage == 3:
         return mine + 4 * computed * case.shape.head()  # what reads out, last: whole, its gradient, flat, and padded
     arriving = min(case.count, case.sizes.allgather_bucket) if case.gloo else 0  # NCCL gathers in place
-    reducing = 2 * reduced(case) if strategy.stage == 1 and not case.sizes.overlap else 0
+    reducing = reduced(case) if strategy.stage == 1 and not case.sizes.overlap else 0  # their bucket takes their place
     return max(mine, computed * arriving, computed * reducing)
 
 
