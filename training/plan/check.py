@@ -2,10 +2,10 @@
 
     python -m training.plan.check results/plan_check --ranks=1,2,4 --strategies=ddp,zero1,zero2,zero3,fsdp
 
-It writes check.json and check.md: the model state (all tensors that live), and the memory of the main rank at its
-fullest. DDP on one rank is a single process. What a process holds beyond the formulas is measured once for each
-strategy and number of ranks, with a model that is neither of those predicted. Rows of numbers of ranks that are not
-asked for stay as they are there.
+It writes check.json and check.md: the model state (all tensors that live), and the memory of a rank's process at its
+fullest, each of the rank that has most. DDP on one rank is a single process. What a process holds beyond the formulas
+is measured once for each strategy and number of ranks, with a model that is neither of those predicted. Rows of numbers
+of ranks that are not asked for stay as they are there.
 
 All of it with a malloc that gives back at once what is freed (MALLOC). Else glibc keeps some, another amount in each
 run, which no formula has. A step is slower so, hence no times are taken here; those are compared over links that are
@@ -37,8 +37,6 @@ MODELS = {
 }
 SAMPLE = Shape("sample", 2, 8, 512, vocab_size=257, block_size=128, bias=False), 1
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # bytes from which on glibc maps memory, and unmaps it when it is freed
-STEPS = 3  # the optimizer's states are there from the second on, DDP's second buckets too
-COUNTED = 5  # steps of a run in which tensors are counted: benchmark.py's least
 MICRO_STEPS = calibrate.MICRO_STEPS
 PREDICTED = ("model_state", "peak_memory")
 
@@ -87,39 +85,28 @@ def beyond(ranks: int, strategy: strategies.Strategy, folder: Path) -> float:
     """Bytes that a rank's process holds besides those by the formulas."""
     shape, batch = SAMPLE
     case = Case(shape, strategy, system(ranks, {}))
-    return peak(shape, batch, ranks, strategy, folder) - calibrate.tensors(case, batch)
+    return measured(shape, batch, ranks, strategy, folder)[1] - calibrate.tensors(case, batch)
 
 
 def compared(
     shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, baselines: dict[str, float], folder: Path
 ) -> dict[str, Any]:
     memory = footprint(Case(shape, strategy, system(ranks, baselines)), batch, False, MICRO_STEPS)
-    predicted = (memory.model_state(), memory.total())
-    measured = (state(shape, ranks, strategy, folder), peak(shape, batch, ranks, strategy, folder))
+    sides = {"predicted": (memory.model_state(), memory.total())}
+    sides["measured"] = measured(shape, batch, ranks, strategy, folder)
     row: dict[str, Any] = {"model": shape.name, "strategy": strategy.name, "ranks": ranks}
-    sides = {"predicted": predicted, "measured": measured}
     return row | {side: dict(zip(PREDICTED, sizes, strict=True)) for side, sizes in sides.items()}
 
 
-def peak(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, folder: Path) -> float:
-    """Bytes of the main rank's process at its fullest, of a training run that begins with an evaluation, as all do."""
-    with tempfile.TemporaryDirectory(dir=folder) as out_dir:
-        settings = calibrate.settings(shape, batch, MICRO_STEPS * ranks, STEPS, "cpu", "float32")
-        settings += [f"--dataset={folder / 'data'}", f"--out_dir={out_dir}/run"]
-        calibrate.launch(ranks, *of(strategy.name, ranks).script, *settings, environment=MALLOC)
-        logged = [json.loads(text) for text in (Path(out_dir) / "run/metrics.jsonl").read_text().splitlines()]
-    return max(row["peak_memory_bytes"] for row in logged if row["kind"] == "train")
-
-
-def state(shape: Shape, ranks: int, strategy: strategies.Strategy, folder: Path) -> float:
-    """Bytes of the tensors that live when backward is done, of the rank that has most."""
+def measured(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, folder: Path) -> tuple[float, float]:
+    """Bytes of the tensors that live when backward is done, and of a process at its fullest; of the rank with most."""
     with tempfile.TemporaryDirectory(dir=folder) as notes:
-        settings = calibrate.settings(shape, 1, MICRO_STEPS * ranks, COUNTED, "cpu", "float32")
+        inside = ["benchmark.py", "--inside", "--training", notes, *of(strategy.name, ranks).script]
+        settings = calibrate.settings(shape, batch, MICRO_STEPS * ranks, 1, "cpu", "float32")
         settings += [f"--dataset={folder / 'data'}", f"--out_dir={notes}/run"]
-        inside = ["benchmark.py", "--inside", "--memory", notes, *of(strategy.name, ranks).script]
-        calibrate.launch(ranks, *inside, *settings)
+        calibrate.launch(ranks, *inside, *settings, environment=MALLOC)
         found = [json.loads((Path(notes) / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
-    return max(sum(rows.held(note)) for note in found)
+    return max(sum(rows.held(note)) for note in found), max(note["peak_host_bytes"] for note in found)
 
 
 def ratio(row: dict[str, Any], what: str) -> float:
