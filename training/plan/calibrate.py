@@ -6,7 +6,6 @@ and the time of its Python, is what short runs of a small model take beyond the 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -146,10 +145,10 @@ def settings(shape: Shape, batch: int, accumulation: int, steps: int, kind: str,
 
 def launch(ranks: int, *command: str, environment: Mapping[str, str] | None = None) -> None:
     """environment: variables besides this process' own. UserError with what the ranks said where they failed."""
+    more = ["env", *(f"{name}={value}" for name, value in environment.items())] if environment else []
     done = subprocess.run(
-        [sys.executable, "launch.py", str(ranks), *command],
+        [*more, sys.executable, "launch.py", str(ranks), *command],
         cwd=ROOT,
-        env={**os.environ, **(environment or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
