@@ -8,7 +8,7 @@ import pytest
 
 from tests.running import ROOT, message, run
 from training.errors import UserError
-from training.plan import calibrate, machine_file, probe, request
+from training.plan import calibrate, check, machine_file, probe, request
 from training.plan.case import Case
 from training.plan.choice import best_of_each, options, recommended
 from training.plan.footprint import footprint
@@ -174,8 +174,18 @@ def test_calibration_takes_apart_what_short_runs_took():
     for name in ("ddp", "zero2", "zero3"):
         case = Case(sample, STRATEGIES[name], system)
         time = timing(case, batch, False, calibrate.MICRO_STEPS)
-        runs[name] = footprint(case, batch, False).total(), time.step()
+        runs[name] = footprint(case, batch, False, calibrate.MICRO_STEPS).total(), time.step()
         alone = time.computing / calibrate.MICRO_STEPS - 5 * system.overheads[name]
     found = calibrate.fitted(replace(MACHINE, baselines={}, overheads={}), sample, batch, runs, alone, 0.0)
     for what in ("baselines", "overheads"):
         assert getattr(found, what) == pytest.approx(getattr(MACHINE, what), rel=1e-6, abs=1e-9), what
+
+
+def test_a_check_keeps_what_it_does_not_measure(tmp_path):
+    sizes = {"model_state": 2e6, "peak_memory": 3e6}
+    rows = [{"model": "25M", "strategy": "ddp", "ranks": n, "predicted": sizes, "measured": sizes} for n in (1, 2)]
+    check.write(tmp_path, "check", rows, [{"ranks": 1}, {"ranks": 2}])
+    assert check.others(tmp_path / "check.json", [2, 4]) == (rows[:1], [{"ranks": 1}])
+    assert (tmp_path / "check.md").read_text().splitlines()[
+        -1
+    ] == "| 25M | ddp | 2 | 2.0 | 2.0 | 1.00 | 3.0 | 3.0 | 1.00 |"

@@ -3,7 +3,8 @@
     python launch.py 2 benchmark.py --inside notes train_deepspeed.py config/train_debug.py --deepspeed_config=...
 
 benchmark.py launches it. Every rank writes notes/rank_0.json and so on. The script is the real one; its Trainer's steps
-and saves are watched. With --memory before the folder, memory only.
+and saves are watched. With --memory before the folder, memory only; with --training, too, but of a run that evaluates
+before its first step, as training does.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ from training.sharding import copy_ranks
 
 COUNTED, PEAK, TRACED = 1, 2, (4, 5, 6)  # steps: in which tensors are counted, after which the peak is read
 LEAST = 5  # steps of a run with --benchmark
+RUNS = {"--memory": ("--benchmark", f"--steps={LEAST}"), "--training": (f"--max_iters={PEAK + 1}",)}  # memory only
 PROFILER_ON = TRACED[0] - 1  # a step ahead: it starts earlier on one rank than on another
 
 
@@ -177,13 +179,13 @@ def watch(script: Any, probe: Probe) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """arguments: [--memory] FOLDER SCRIPT and the script's."""
-    memory_only = arguments[0] == "--memory"
-    folder, name, *rest = arguments[memory_only:]
+    """arguments: [--memory or --training] FOLDER SCRIPT and the script's."""
+    only = arguments[0] if arguments[0] in RUNS else ""
+    folder, name, *rest = arguments[bool(only) :]
     script: Any = importlib.import_module(name.removesuffix(".py"))
-    probe = Probe(memory_only)
+    probe = Probe(bool(only))
     watch(script, probe)
-    steps = ["--benchmark", f"--steps={probe.steps}"] if memory_only else [f"--max_iters={probe.steps}"]
+    steps = RUNS.get(only, (f"--max_iters={probe.steps}",))
     sys.argv = [name, *rest, *steps, "--eval_interval=1000000", "--eval_iters=1", "--always_save_checkpoint=True"]
     script.main()
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -77,8 +78,8 @@ def fitted(
 
     alone: seconds of its computing in a micro-step; outside: bytes that a process holds of a GPU besides torch's.
 
-    What a CPU rank holds beyond the formulas (Python, libraries, holes that the C library's allocator keeps) grows with
-    the first few blocks, and then hardly any more: a larger model has as much of it. torch's peak has none of it.
+    What a CPU rank holds beyond the formulas is Python with its libraries, which is the same for every model, and what
+    glibc's malloc keeps of freed memory, which is not: of a larger model it may be more. torch's peak has none of it.
     """
     baselines, overheads = {}, {}
     system = found.system({"gpus": found.ranks, "nodes": 1, "link": 1e12}, "")
@@ -92,8 +93,8 @@ def fitted(
 
 
 def tensors(case: Case, batch: int) -> float:
-    """Bytes by the formulas alone."""
-    found = footprint(case, batch, False)
+    """Bytes by the formulas alone, of a short run."""
+    found = footprint(case, batch, False, MICRO_STEPS)
     return found.total() - found.baseline - found.fragmentation
 
 
@@ -142,9 +143,11 @@ def settings(shape: Shape, batch: int, accumulation: int, steps: int, kind: str,
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def launch(ranks: int, *command: str) -> None:
+def launch(ranks: int, *command: str, environment: Mapping[str, str] | None = None) -> None:
+    """environment: variables besides this process' own. UserError with what the ranks said where they failed."""
+    more = ["env", *(f"{name}={value}" for name, value in environment.items())] if environment else []
     done = subprocess.run(
-        [sys.executable, "launch.py", str(ranks), *command],
+        [*more, sys.executable, "launch.py", str(ranks), *command],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -10,6 +10,11 @@ from training.plan.shapes import Shape
 from training.plan.strategies import Buffers, Strategy, buffers
 from training.plan.system import System
 
+# Share of ZeRO-3's weights that is there when forward ends. As each of a block's 9 modules begins (itself, two norms,
+# attention, MLP, four matrices) one more matrix is fetched ahead. So forward's are all fetched when 4/9 of the blocks
+# have run; next are backward's, of which those 4/9 are away and come back, while the others still wait to be used.
+AHEAD = 4 / 9
+
 
 @dataclass(frozen=True)
 class Case:
@@ -49,16 +54,18 @@ class Case:
     def kept(self) -> float:
         """Elements of weights that backward finds where forward has left them, of those that have to be gathered.
 
-        ZeRO-3 releases none that is used again within so many elements, which forward and backward count alike.
+        Of ZeRO-3 none, whatever stage3_max_reuse_distance says: what a module releases DeepSpeed 0.19 works out once,
+        in the first pass whose order it knows, which is one of an evaluation and has no backward. A run that begins
+        without one, as a benchmark does, keeps all that is used again within that distance.
         """
         if self.strategy.fsdp:
             return self.count if self.strategy.keeps else self.shape.head()
-        return min(self.count, self.sizes.reuse / 2) if self.strategy.stage == 3 else 0
+        return 0
 
     def gathered(self) -> float:
         """Elements of weights that are whole at a time, besides a rank's own; of autocast, the copies."""
         if self.strategy.fsdp:  # this block, the next, and the buffer in which it arrives
             return min(self.count, self.kept() + 3 * self.shape.block())
-        if self.strategy.stage == 3:
-            return min(self.count, self.kept() + self.sizes.prefetch + self.shape.block(), self.sizes.max_live)
+        if self.strategy.stage == 3:  # of one rank, the whole is its own
+            return min(AHEAD * self.count, self.sizes.max_live) if self.shard > 1 else 0
         return self.count if self.precision.autocast else 0

@@ -1,9 +1,15 @@
-"""Predicted beside measured: real runs on the CPU ranks of this machine, after a calibration for each.
+"""Predicted beside measured: the memory of real runs on the CPU ranks of this machine.
 
-    python -m training.plan.check results/plan_check --ranks=1,2,4 --strategies=ddp,zero1,zero2,zero3
+    python -m training.plan.check results/plan_check --ranks=1,2,4 --strategies=ddp,zero1,zero2,zero3,fsdp
 
-It writes check.json and check.md: the model state (all tensors that live), and the memory of a rank at its fullest. DDP
-on one rank is a single process. Times are compared over links that are known: tests/cluster/plan_links.py.
+It writes check.json and check.md: the model state (all tensors that live), and the memory of a rank's process at its
+fullest, each of the rank that has most. DDP on one rank is a single process. What a process holds beyond the formulas
+is measured once for each strategy and number of ranks, with a model that is neither of those predicted. Rows of numbers
+of ranks that are not asked for stay as they are there.
+
+All of it with a malloc that gives back at once what is freed (MALLOC). Else glibc keeps some, another amount in each
+run, which no formula has. A step is slower so, hence no times are taken here; those are compared over links that are
+known: tests/cluster/plan_links.py.
 """
 
 import argparse
@@ -12,20 +18,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from training import ending
+import torch
+
+from training import ending, run_folder
 from training.benchmark import rows
 from training.benchmark.strategies import of
 from training.plan import calibrate, strategies
+from training.plan.assumptions import ON_CPU, attribute, values
 from training.plan.case import Case
 from training.plan.footprint import footprint
-from training.plan.machine_file import Measured
 from training.plan.shapes import Shape
+from training.plan.strategies import STRATEGIES
+from training.plan.system import System
 
 MODELS = {
-    "11M": (Shape("11M", 6, 6, 384, vocab_size=257, block_size=128, bias=False), 4),  # and sequences a micro-step
-    "25M": (Shape("25M", 8, 8, 512, vocab_size=257, block_size=256, bias=False), 2),
+    "25M": (Shape("25M", 8, 8, 512, vocab_size=257, block_size=256, bias=False), 2),  # and sequences a micro-step
+    "57M": (Shape("57M", 8, 12, 768, vocab_size=257, block_size=128, bias=False), 1),
 }
-STEPS, MICRO_STEPS = 12, 2
+SAMPLE = Shape("sample", 2, 8, 512, vocab_size=257, block_size=128, bias=False), 1
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # bytes from which on glibc maps memory, and unmaps it when it is freed
+MICRO_STEPS = calibrate.MICRO_STEPS
 PREDICTED = ("model_state", "peak_memory")
 
 
@@ -33,39 +45,68 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("write", type=Path, help="folder for check.json and check.md")
     parser.add_argument("--ranks", default="1,2,4", type=lambda text: [int(n) for n in text.split(",")])
-    parser.add_argument("--strategies", default="ddp,zero0,zero1,zero2,zero3")
-    parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","), help="11M, 25M")
+    parser.add_argument("--strategies", default="ddp,zero1,zero2,zero3,fsdp")
+    parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","), help=", ".join(MODELS))
     args = parser.parse_args()
-    found, machines = [], []
-    for name in args.models:
-        shape, batch = MODELS[name]
+    names = [strategy.name for strategy in strategies.named(args.strategies)]
+    found, machines = others(args.write / "check.json", args.ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        calibrate.noise(Path(folder) / "data")
         for ranks in args.ranks:
-            machine = calibrate.measure(ranks, shape, batch, "float32")
-            machines.append({"model": name, **vars(machine)})
-            for strategy in strategies.named(args.strategies):
-                found.append(compared(shape, batch, ranks, strategy, machine))
-                print(line(found[-1]), flush=True)
-    write(args.write, "check", found, machines)
+            here = [STRATEGIES["single" if ranks == 1 and name == "ddp" else name] for name in names]
+            held = {one.name: beyond(ranks, one, Path(folder)) for one in here}
+            about = {"device": run_folder.processor(), "ranks": ranks}
+            machines.append({**about, "environment": MALLOC, "baselines": held})
+            print(json.dumps(machines[-1]), flush=True)
+            for model in args.models:
+                for one in here:
+                    found.append(compared(*MODELS[model], ranks, one, held, Path(folder)))
+                    print(line(found[-1]), flush=True)
+            order = list(MODELS)
+            found.sort(key=lambda row: (order.index(row["model"]), row["ranks"]))  # strategies stay in their order
+            write(args.write, "check", found, sorted(machines, key=lambda machine: machine["ranks"]))
 
 
-def compared(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, machine: Measured) -> dict[str, Any]:
-    if ranks == 1 and strategy.name == "ddp":
-        strategy = strategies.STRATEGIES["single"]
-    case = Case(shape, strategy, machine.system({"gpus": ranks, "nodes": 1, "link": 1e12}, ""))
-    memory = footprint(case, batch, False)
+def others(path: Path, ranks: list[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and machines of other numbers of ranks that are there already: they stay."""
+    there = json.loads(path.read_text()) if path.exists() else {"rows": [], "machines": []}
+    rows, machines = ([one for one in there[name] if one["ranks"] not in ranks] for name in ("rows", "machines"))
+    return rows, machines
+
+
+def system(ranks: int, baselines: dict[str, float]) -> System:
+    """Of CPU ranks in fp32; how fast they are is in no formula of memory."""
+    assumed: dict[str, Any] = {attribute(name): value for name, value in values({}).items()} | ON_CPU
+    rates: dict[str, Any] = dict.fromkeys(("memory", "flops", "memory_rate", "node_link", "link"), 1.0)
+    return System("CPU", "cpu", gpus=ranks, nodes=1, dtype=torch.float32, baselines=baselines, **rates, **assumed)
+
+
+def beyond(ranks: int, strategy: strategies.Strategy, folder: Path) -> float:
+    """Bytes that a rank's process holds besides those by the formulas."""
+    shape, batch = SAMPLE
+    case = Case(shape, strategy, system(ranks, {}))
+    return measured(shape, batch, ranks, strategy, folder)[1] - calibrate.tensors(case, batch)
+
+
+def compared(
+    shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, baselines: dict[str, float], folder: Path
+) -> dict[str, Any]:
+    memory = footprint(Case(shape, strategy, system(ranks, baselines)), batch, False, MICRO_STEPS)
+    sides = {"predicted": (memory.model_state(), memory.total())}
+    sides["measured"] = measured(shape, batch, ranks, strategy, folder)
     row: dict[str, Any] = {"model": shape.name, "strategy": strategy.name, "ranks": ranks}
-    row |= {"predicted": dict(zip(PREDICTED, (memory.model_state(), memory.total()), strict=True))}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        calibrate.noise(folder / "data")
-        own = calibrate.settings(shape, batch, MICRO_STEPS * ranks, STEPS, machine.kind, machine.dtype)
-        own = [*of(strategy.name, ranks).script, *own, f"--dataset={folder / 'data'}"]
-        calibrate.launch(ranks, *own, f"--out_dir={folder / 'run'}")
-        peak, _ = calibrate.seen(folder / "run")
-        inside = ["benchmark.py", "--inside", "--memory", str(folder)]
-        calibrate.launch(ranks, *inside, *own, f"--out_dir={folder / 'counted'}")
-        held = [sum(rows.held(json.loads((folder / f"rank_{rank}.json").read_text()))) for rank in range(ranks)]
-    return row | {"measured": dict(zip(PREDICTED, (max(held), peak), strict=True))}
+    return row | {side: dict(zip(PREDICTED, sizes, strict=True)) for side, sizes in sides.items()}
+
+
+def measured(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, folder: Path) -> tuple[float, float]:
+    """Bytes of the tensors that live when backward is done, and of a process at its fullest; of the rank with most."""
+    with tempfile.TemporaryDirectory(dir=folder) as notes:
+        inside = ["benchmark.py", "--inside", "--training", notes, *of(strategy.name, ranks).script]
+        settings = calibrate.settings(shape, batch, MICRO_STEPS * ranks, 1, "cpu", "float32")
+        settings += [f"--dataset={folder / 'data'}", f"--out_dir={notes}/run"]
+        calibrate.launch(ranks, *inside, *settings, environment=MALLOC)
+        found = [json.loads((Path(notes) / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
+    return max(sum(rows.held(note)) for note in found), max(note["peak_host_bytes"] for note in found)
 
 
 def ratio(row: dict[str, Any], what: str) -> float:

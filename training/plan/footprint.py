@@ -32,14 +32,14 @@ class Footprint:
         return held + self.fragmentation + self.baseline
 
 
-def footprint(case: Case, batch: int, checkpointing: bool) -> Footprint:
+def footprint(case: Case, batch: int, checkpointing: bool, micro_steps: int = 1) -> Footprint:
     """batch: sequences of a rank and micro-step."""
     places = where(case)
     held = list(zip(vars(case.state()).values(), places, strict=True))
     on = [sum(size for size, place in held if place == wanted) for wanted in ("host", "nvme")]
     gathered = case.gathered() * case.precision.computed
     active = activations.peak(case.shape, batch, case.precision, checkpointing)
-    passing = max(in_backward(case), in_update(case) - active - gathered)
+    passing = max(in_backward(case, active), in_update(case) - active - gathered)
     weights, gradients, states = (size if place == "device" else 0.0 for size, place in held)
     fragments = case.system.fragmentation * (gathered + active + passing)
     return Footprint(
@@ -48,7 +48,7 @@ def footprint(case: Case, batch: int, checkpointing: bool) -> Footprint:
         states,
         gathered,
         active,
-        passing,
+        passing + apart(case, micro_steps),
         fragments,
         case.system.of("baselines", case.strategy.name),
         host=case.system.gpus * (on[0] + staging(case)),
@@ -63,18 +63,29 @@ def where(case: Case) -> list[str]:
     return [place if case.system.on_gpu or place == "nvme" else "device" for place in found]  # CPU ranks: one memory
 
 
-def in_backward(case: Case) -> float:
+def apart(case: Case, micro_steps: int) -> float:
+    """Bytes of DDP's buckets, while gradients of several micro-steps add up outside of them.
+
+    Of the last one the gradients come into the buckets, which they otherwise are (gradient_as_bucket_view).
+    """
+    return FP32 * case.count if case.strategy.name == "ddp" and micro_steps > 1 else 0
+
+
+def in_backward(case: Case, active: float) -> float:
     """Bytes of gradients on their way, beside activations."""
     computed, strategy = case.precision.computed, case.strategy
     if strategy.fsdp:  # a block's gradients, and as fp32 in the buffer that is reduced
         return case.shape.block() * (computed + FP32)
     if not strategy.stage:
         return 0
-    bucket = case.sizes.reduce_bucket * (1 + case.sizes.overlap)
-    bucket = bucket if case.system.on_gpu else min(bucket, case.count)  # a page is taken when it is written to
+    bucket, gone = case.sizes.reduce_bucket * (1 + case.sizes.overlap), 0.0
+    if not case.system.on_gpu:  # a page is taken when it is written to: while the bucket fills, activations go
+        bucket = min(bucket, case.count)
+        gone = active * bucket / case.count
     if strategy.stage == 3:
-        return computed * (bucket + case.shape.block())
-    return computed * (bucket + reduced(case)) if strategy.stage == 2 or case.sizes.overlap else 0
+        return max(0, computed * (bucket + case.shape.block()) - gone)
+    full = strategy.stage == 2 or case.sizes.overlap
+    return max(0, computed * (bucket + reduced(case)) - gone) if full else 0
 
 
 def reduced(case: Case) -> float:
@@ -95,7 +106,7 @@ def in_update(case: Case) -> float:
     if strategy.stage == 3:
         return mine + 4 * computed * case.shape.head()  # what reads out, last: whole, its gradient, flat, and padded
     arriving = min(case.count, case.sizes.allgather_bucket) if case.gloo else 0  # NCCL gathers in place
-    reducing = 2 * reduced(case) if strategy.stage == 1 and not case.sizes.overlap else 0
+    reducing = reduced(case) if strategy.stage == 1 and not case.sizes.overlap else 0  # their bucket takes their place
     return max(mine, computed * arriving, computed * reducing)
 
 

@@ -86,9 +86,7 @@ class Buffers:
     reduce_bucket: float
     allgather_bucket: float
     overlap: bool
-    prefetch: float
     max_live: float
-    reuse: float
     sub_group: float
     parameter_buffers: float  # offload_param: buffer_count x buffer_size
     optimizer_buffers: int  # offload_optimizer: buffer_count
@@ -109,9 +107,7 @@ def buffers(strategy: str, shape: Shape, on_gpu: bool) -> Buffers:
         zero.get("reduce_bucket_size", 5e8),
         zero.get("allgather_bucket_size", 5e8),
         bool(zero.get("overlap_comm")),
-        zero.get("stage3_prefetch_bucket_size", 5e7),
         zero.get("stage3_max_live_parameters", 1e9),
-        zero.get("stage3_max_reuse_distance", 1e9),
         zero.get("sub_group_size", 1e9),
         param.get("buffer_count", 5) * param.get("buffer_size", 1e8) if param.get("device") == "nvme" else 0,
         optimizer.get("buffer_count", 4) if optimizer.get("device") == "nvme" else 0,

@@ -65,11 +65,11 @@ def transfers(case: Case, micro_steps: int) -> list[Transfer]:
             Transfer("all-gather", weights, ranks, 1, arriving),
         ]
     beside = "computing" if case.sizes.overlap or not on_gpu else ""
-    again = 1 - case.kept() / case.count
-    matrices = 4 * case.shape.n_layer  # gathered one by one
+    matrices = 4 * case.shape.n_layer  # gathered one by one, for forward and for backward
+    gather = Transfer("all-gather", weights, ranks, times, matrices, beside, weights)
     return [
-        Transfer("all-gather", weights, ranks, times, matrices, beside, weights),
-        *([Transfer("all-gather", again * weights, ranks, times, matrices, beside, weights)] if again else []),
+        gather,
+        gather,
         Transfer("reduce-scatter", weights, ranks, times, messages, beside, COPIES * weights),
     ]
 
