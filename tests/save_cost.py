@@ -89,7 +89,7 @@ def main() -> None:
     args, extra = parser.parse_known_args()  # the rest goes to the train scripts: a smaller model, say
     found: dict[str, dict[str, list[dict[str, Any]]]] = {s: {way: [] for way in WAYS} for s in args.strategies}
     turns = [(s, way) for _ in range(args.rounds) for s in args.strategies for way in WAYS]
-    with tempfile.TemporaryDirectory(dir=args.write.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=args.write.parent.resolve()) as scratch:
         with Writer(Path(scratch) / "data", tokenizer_from({"name": "gpt2"}), "noise") as writer:
             for split in ("train", "val"):
                 writer.write(split, np.random.default_rng(0).integers(50257, size=2**16))

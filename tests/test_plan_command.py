@@ -174,7 +174,7 @@ def test_calibration_takes_apart_what_short_runs_took():
     for name in ("ddp", "zero2", "zero3"):
         case = Case(sample, STRATEGIES[name], system)
         time = timing(case, batch, False, calibrate.MICRO_STEPS)
-        runs[name] = footprint(case, batch, False, calibrate.MICRO_STEPS).total(), time.step()
+        runs[name] = footprint(case, batch, False).total(), time.step()
         alone = time.computing / calibrate.MICRO_STEPS - 5 * system.overheads[name]
     found = calibrate.fitted(replace(MACHINE, baselines={}, overheads={}), sample, batch, runs, alone, 0.0)
     for what in ("baselines", "overheads"):
@@ -183,9 +183,14 @@ def test_calibration_takes_apart_what_short_runs_took():
 
 def test_a_check_keeps_what_it_does_not_measure(tmp_path):
     sizes = {"model_state": 2e6, "peak_memory": 3e6}
-    rows = [{"model": "25M", "strategy": "ddp", "ranks": n, "predicted": sizes, "measured": sizes} for n in (1, 2)]
-    check.write(tmp_path, "check", rows, [{"ranks": 1}, {"ranks": 2}])
-    assert check.others(tmp_path / "check.json", [2, 4]) == (rows[:1], [{"ranks": 1}])
-    assert (tmp_path / "check.md").read_text().splitlines()[
-        -1
-    ] == "| 25M | ddp | 2 | 2.0 | 2.0 | 1.00 | 3.0 | 3.0 | 1.00 |"
+    about = {"predicted": sizes, "measured": sizes}
+    rows = [{"model": "25M", "strategy": name, "ranks": 2, **about} for name in ("zero1", "fsdp")]
+    rows = [{"model": "25M", "strategy": "single", "ranks": 1, **about}, *rows]
+    assert sorted(reversed(rows), key=check.place) == rows
+    machines = {ranks: {"ranks": ranks, "baselines": {"fsdp": 1.0}} for ranks in (1, 2)}
+    check.write(tmp_path, "check", rows, list(machines.values()))
+    asked = {2: ["fsdp"], 4: ["fsdp"]}
+    assert check.others(tmp_path / "check.json", asked, ["25M"]) == (rows[:2], machines)
+    assert check.others(tmp_path / "check.json", asked, ["57M"]) == (rows, machines)
+    *_, last = (tmp_path / "check.md").read_text().splitlines()
+    assert last == "| 25M | fsdp | 2 | 2.0 | 2.0 | 1.00 | 3.0 | 3.0 | 1.00 |"

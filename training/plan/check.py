@@ -4,8 +4,8 @@
 
 It writes check.json and check.md: the model state (all tensors that live), and the memory of a rank's process at its
 fullest, each of the rank that has most. DDP on one rank is a single process. What a process holds beyond the formulas
-is measured once for each strategy and number of ranks, with a model that is neither of those predicted. Rows of numbers
-of ranks that are not asked for stay as they are there.
+is measured once for each strategy and number of ranks, with a model that is neither of those predicted. Rows that are
+not asked for stay as they are there.
 
 All of it with a malloc that gives back at once what is freed (MALLOC). Else glibc keeps some, another amount in each
 run, which no formula has. A step is slower so, hence no times are taken here; those are compared over links that are
@@ -39,45 +39,56 @@ SAMPLE = Shape("sample", 2, 8, 512, vocab_size=257, block_size=128, bias=False),
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # bytes from which on glibc maps memory, and unmaps it when it is freed
 MICRO_STEPS = calibrate.MICRO_STEPS
 PREDICTED = ("model_state", "peak_memory")
+CHECKED = "ddp,zero1,zero2,zero3,fsdp"
+Row = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("write", type=Path, help="folder for check.json and check.md")
     parser.add_argument("--ranks", default="1,2,4", type=lambda text: [int(n) for n in text.split(",")])
-    parser.add_argument("--strategies", default="ddp,zero1,zero2,zero3,fsdp")
+    parser.add_argument("--strategies", default=CHECKED)
     parser.add_argument("--models", default=",".join(MODELS), type=lambda text: text.split(","), help=", ".join(MODELS))
     args = parser.parse_args()
     names = [strategy.name for strategy in strategies.named(args.strategies)]
-    found, machines = others(args.write / "check.json", args.ranks)
+    asked = {ranks: ["single" if ranks == 1 and name == "ddp" else name for name in names] for ranks in args.ranks}
+    found, machines = others(args.write / "check.json", asked, args.models)
     with tempfile.TemporaryDirectory() as folder:
         calibrate.noise(Path(folder) / "data")
-        for ranks in args.ranks:
-            here = [STRATEGIES["single" if ranks == 1 and name == "ddp" else name] for name in names]
-            held = {one.name: beyond(ranks, one, Path(folder)) for one in here}
-            about = {"device": run_folder.processor(), "ranks": ranks}
-            machines.append({**about, "environment": MALLOC, "baselines": held})
-            print(json.dumps(machines[-1]), flush=True)
+        for ranks, here in asked.items():
+            held = {name: beyond(ranks, STRATEGIES[name], Path(folder)) for name in here}
+            machine: Row = machines.setdefault(ranks, {"ranks": ranks, "baselines": {}})
+            machine |= {"device": run_folder.processor(), "environment": MALLOC}
+            machine["baselines"] |= held
+            print(json.dumps(machine), flush=True)
             for model in args.models:
-                for one in here:
-                    found.append(compared(*MODELS[model], ranks, one, held, Path(folder)))
+                for name in here:
+                    found.append(compared(*MODELS[model], ranks, STRATEGIES[name], held, Path(folder)))
                     print(line(found[-1]), flush=True)
-            order = list(MODELS)
-            found.sort(key=lambda row: (order.index(row["model"]), row["ranks"]))  # strategies stay in their order
-            write(args.write, "check", found, sorted(machines, key=lambda machine: machine["ranks"]))
+            found.sort(key=place)
+            write(args.write, "check", found, [machines[ranks] for ranks in sorted(machines)])
 
 
-def others(path: Path, ranks: list[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and machines of other numbers of ranks that are there already: they stay."""
+def others(path: Path, asked: dict[int, list[str]], models: list[str]) -> tuple[list[Row], dict[int, Row]]:
+    """What is there already: rows of another number of ranks, strategy, or model; machines by their number of ranks."""
     there = json.loads(path.read_text()) if path.exists() else {"rows": [], "machines": []}
-    rows, machines = ([one for one in there[name] if one["ranks"] not in ranks] for name in ("rows", "machines"))
-    return rows, machines
+    rows = [
+        row for row in there["rows"] if row["model"] not in models or row["strategy"] not in asked.get(row["ranks"], ())
+    ]
+    return rows, {machine["ranks"]: machine for machine in there["machines"]}
+
+
+def place(row: Row) -> tuple[int, int, int]:
+    """Of a row in the table."""
+    names = ["single", *CHECKED.split(",")]
+    strategy = names.index(row["strategy"]) if row["strategy"] in names else len(names)
+    return list(MODELS).index(row["model"]), row["ranks"], strategy
 
 
 def system(ranks: int, baselines: dict[str, float]) -> System:
     """Of CPU ranks in fp32; how fast they are is in no formula of memory."""
-    assumed: dict[str, Any] = {attribute(name): value for name, value in values({}).items()} | ON_CPU
-    rates: dict[str, Any] = dict.fromkeys(("memory", "flops", "memory_rate", "node_link", "link"), 1.0)
+    assumed: Row = {attribute(name): value for name, value in values({}).items()} | ON_CPU
+    rates: Row = dict.fromkeys(("memory", "flops", "memory_rate", "node_link", "link"), 1.0)
     return System("CPU", "cpu", gpus=ranks, nodes=1, dtype=torch.float32, baselines=baselines, **rates, **assumed)
 
 
@@ -90,11 +101,11 @@ def beyond(ranks: int, strategy: strategies.Strategy, folder: Path) -> float:
 
 def compared(
     shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, baselines: dict[str, float], folder: Path
-) -> dict[str, Any]:
-    memory = footprint(Case(shape, strategy, system(ranks, baselines)), batch, False, MICRO_STEPS)
+) -> Row:
+    memory = footprint(Case(shape, strategy, system(ranks, baselines)), batch, False)
     sides = {"predicted": (memory.model_state(), memory.total())}
     sides["measured"] = measured(shape, batch, ranks, strategy, folder)
-    row: dict[str, Any] = {"model": shape.name, "strategy": strategy.name, "ranks": ranks}
+    row: Row = {"model": shape.name, "strategy": strategy.name, "ranks": ranks}
     return row | {side: dict(zip(PREDICTED, sizes, strict=True)) for side, sizes in sides.items()}
 
 
@@ -109,11 +120,11 @@ def measured(shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy
     return max(sum(rows.held(note)) for note in found), max(note["peak_host_bytes"] for note in found)
 
 
-def ratio(row: dict[str, Any], what: str) -> float:
+def ratio(row: Row, what: str) -> float:
     return row["predicted"][what] / row["measured"][what]
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """Of a Markdown table: MB, MB, ms; of each predicted, measured, the ratio."""
     cells = [row["model"], row["strategy"], str(row["ranks"])]
     for what in row["measured"]:
@@ -122,7 +133,7 @@ def line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(folder: Path, name: str, found: list[dict[str, Any]], machines: list[dict[str, Any]]) -> None:
+def write(folder: Path, name: str, found: list[Row], machines: list[Row]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     titles = {"model_state": "model state, MB", "peak_memory": "memory at its fullest, MB", "step": "step, ms"}
     head = ["model", "strategy", "ranks"]
