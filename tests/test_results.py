@@ -84,6 +84,16 @@ def ends(cell: dict) -> tuple[tuple[str, int], tuple[str, int]]:
     return (cell["source"], cell["source_ranks"]), (cell["target"], cell["target_ranks"])
 
 
+def test_what_a_save_takes():
+    found = json.loads((ROOT / "results" / "save_cost" / "save_cost.json").read_text())["rows"]
+    seconds = ("step_s", "at_once_s", "later_s", "longer_steps_s")
+    assert table("**What a save takes from training.**") == [
+        [row["strategy"], f"{MB * row['bytes']:,.0f}", *(f"{row[key]:.2f}" for key in seconds)] for row in found
+    ]
+    shorter = sorted(row["at_once_s"] / row["later_s"] for row in found)
+    assert f"The pause is {shorter[0]:.1f} to {shorter[-1]:.1f} times shorter" in README
+
+
 def largest(cells: Iterable[dict], key: str) -> float:
     return max(cell[key] for cell in cells)
 
