@@ -108,7 +108,7 @@ class Trainer:
             grad_norm = sharding.whole(grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=not self.ddp)  # DDP's are views of its buckets: to be added up there
+        self.optimizer.zero_grad()
         return mean_loss, grad_norm, lr
 
     def save(self, files: Files) -> None:

@@ -177,6 +177,11 @@ def test_zero3_gathers_what_others_have():
     assert found.gathered() == pytest.approx(4 / 9 * found.count) and case("zero3", gpus=1).gathered() == 0
 
 
+def test_ddps_buckets_are_beside_gradients_of_several_micro_steps():
+    once, several = (footprint(case("ddp"), 1, False, micro_steps).buffers for micro_steps in (1, 2))
+    assert once == 0 and several == 4 * SHAPES["gpt2-xl"].parameter_count()
+
+
 def test_on_a_cpu_a_bucket_fills_while_activations_go():
     """ZeRO-2: its bucket and the copy that is reduced, 2 x 4 bytes an element, are there when activations are not."""
     few, many = (footprint(case("zero2", SMALL, kind="cpu", dtype=torch.float32), n, False) for n in (1, 64))

@@ -174,7 +174,7 @@ def test_calibration_takes_apart_what_short_runs_took():
     for name in ("ddp", "zero2", "zero3"):
         case = Case(sample, STRATEGIES[name], system)
         time = timing(case, batch, False, calibrate.MICRO_STEPS)
-        runs[name] = footprint(case, batch, False).total(), time.step()
+        runs[name] = footprint(case, batch, False, calibrate.MICRO_STEPS).total(), time.step()
         alone = time.computing / calibrate.MICRO_STEPS - 5 * system.overheads[name]
     found = calibrate.fitted(replace(MACHINE, baselines={}, overheads={}), sample, batch, runs, alone, 0.0)
     for what in ("baselines", "overheads"):

@@ -94,7 +94,7 @@ def fitted(
 
 def tensors(case: Case, batch: int) -> float:
     """Bytes by the formulas alone, of a short run."""
-    found = footprint(case, batch, False)
+    found = footprint(case, batch, False, MICRO_STEPS)
     return found.total() - found.baseline - found.fragmentation
 
 

@@ -102,7 +102,7 @@ def beyond(ranks: int, strategy: strategies.Strategy, folder: Path) -> float:
 def compared(
     shape: Shape, batch: int, ranks: int, strategy: strategies.Strategy, baselines: dict[str, float], folder: Path
 ) -> Row:
-    memory = footprint(Case(shape, strategy, system(ranks, baselines)), batch, False)
+    memory = footprint(Case(shape, strategy, system(ranks, baselines)), batch, False, MICRO_STEPS)
     sides = {"predicted": (memory.model_state(), memory.total())}
     sides["measured"] = measured(shape, batch, ranks, strategy, folder)
     row: Row = {"model": shape.name, "strategy": strategy.name, "ranks": ranks}

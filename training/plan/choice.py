@@ -125,7 +125,7 @@ def options(wish: Wish) -> Iterator[Option]:
         for batch in batches:
             for checkpointing in wish.checkpointing:
                 micro_steps = wish.global_batch // (batch * wish.system.ranks)
-                memory = footprint(case, batch, checkpointing)
+                memory = footprint(case, batch, checkpointing, micro_steps)
                 time = timing(case, batch, checkpointing, micro_steps)
                 yield Option(wish, case, batch, checkpointing, memory, time)
 

@@ -20,8 +20,8 @@ activations     a block 16 c s b h; by autocast 36 s b h; recomputed: its input 
                 (arXiv:2205.14135). LLaMA's (10 h + 4 f) c s b, f the MLP's width. Then the logits, c s b V once, as
                 their gradient takes their place (model.py: CrossEntropy), and their gradient's V h c
 buffers         reduce_bucket_size (two with overlap_comm) and its flat copy; gradients of a partition as the optimizer
-                wants them; allgather_bucket_size where gloo gathers; of FSDP2 a block's gradients. Not counted: the
-                first step of DDP has its buckets, 4 P, beside the gradients of several micro-steps
+                wants them; allgather_bucket_size where gloo gathers; of FSDP2 a block's gradients; of DDP 4 P, its
+                buckets, where gradients of several micro-steps add up beside them
 malloc          of CPU ranks, what glibc keeps of freed memory is not counted. MALLOC_MMAP_THRESHOLD_=262144 in a run's
                 environment has it given back, for slower steps: so results/plan_check was measured. --calibrate
                 measures without it: its numbers hold what was kept in its short runs

@@ -32,7 +32,7 @@ class Footprint:
         return held + self.fragmentation + self.baseline
 
 
-def footprint(case: Case, batch: int, checkpointing: bool) -> Footprint:
+def footprint(case: Case, batch: int, checkpointing: bool, micro_steps: int = 1) -> Footprint:
     """batch: sequences of a rank and micro-step."""
     places = where(case)
     held = list(zip(vars(case.state()).values(), places, strict=True))
@@ -48,7 +48,7 @@ def footprint(case: Case, batch: int, checkpointing: bool) -> Footprint:
         states,
         gathered,
         active,
-        passing,
+        passing + apart(case, micro_steps),
         fragments,
         case.system.of("baselines", case.strategy.name),
         host=case.system.gpus * (on[0] + staging(case)),
@@ -61,6 +61,14 @@ def where(case: Case) -> list[str]:
     strategy = case.strategy
     found = [strategy.weights, "host" if strategy.offloads else "device", strategy.optimizer]
     return [place if case.system.on_gpu or place == "nvme" else "device" for place in found]  # CPU ranks: one memory
+
+
+def apart(case: Case, micro_steps: int) -> float:
+    """Bytes of DDP's buckets, while gradients of several micro-steps add up outside of them.
+
+    Of the last one the gradients come into the buckets, which they otherwise are (gradient_as_bucket_view).
+    """
+    return FP32 * case.count if case.strategy.name == "ddp" and micro_steps > 1 else 0
 
 
 def in_backward(case: Case, active: float) -> float:
