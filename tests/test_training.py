@@ -169,7 +169,7 @@ def test_the_scaler_of_fp16_is_in_the_checkpoint(data, tmp_path):
     for step in range(3):
         first.train_step(step)
     first.save(Files(tmp_path, later=False))
-    (tmp_path / "checkpoint.json").write_text('{"strategy": "single"}')
+    (tmp_path / "checkpoint.json").write_text('{"strategy": "single", "world_size": 1}')
     second = Trainer(cfg, ALONE, first.batches, Origin(cfg.model_config(257), checkpoint=tmp_path), torch.float16)
     assert second.scaler.state_dict() == first.scaler.state_dict()
     assert second.scaler.get_scale() == 1024.0 and second.scaler.state_dict()["_growth_tracker"] == 3
