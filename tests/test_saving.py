@@ -32,7 +32,8 @@ def test_they_hold_what_others_hold(tmp_path, data, strategy):
     train(later, data, **own, async_save=True)
     train(later, data, **{**own, "max_iters": 16}, async_save=True, init_from="resume")
     train(now, data, **{**own, "max_iters": 16})
-    exact = "nvme" not in strategy  # a rank that reads its partition anew may reduce gradients in another order
+    # DeepSpeedCPUAdam multiplies beta ** step on, step by step; where it begins at another step, it takes a power.
+    exact = "nvme" not in strategy
     assert difference(later, now) <= (0 if exact else 1e-6)
     assert [row["step"] for row in rows(later, "save")] == [row["step"] for row in rows(now, "save")] == [4, 8, 12, 16]
     both = list(zip(Checkpoints(str(later)).whole(), Checkpoints(str(now)).whole(), strict=True))
