@@ -84,6 +84,18 @@ def ends(cell: dict) -> tuple[tuple[str, int], tuple[str, int]]:
     return (cell["source"], cell["source_ranks"]), (cell["target"], cell["target_ranks"])
 
 
+def test_what_converting_costs():
+    source, *found = json.loads((ROOT / "results" / "convert" / "convert.json").read_text())["rows"]
+    assert table("**What it costs.**") == [
+        [row["what"], f"{row['seconds']:.1f}", *(f"{MB * row[key]:,.0f}" for key in ("peak_bytes", "target_bytes"))]
+        for row in found
+    ]
+    for key in ("bytes", "largest_tensor", "largest_shard"):
+        assert f"{MB * source[key]:,.0f} MB" in README
+    ours = [row["peak_bytes"] for row in found[1:-1]]
+    assert max(ours) - found[0]["peak_bytes"] < 1.2 * source["largest_tensor"], "more than a matrix beside the code"
+
+
 def test_what_a_save_takes():
     found = json.loads((ROOT / "results" / "save_cost" / "save_cost.json").read_text())["rows"]
     seconds = ("step_s", "at_once_s", "later_s", "longer_steps_s")
