@@ -35,7 +35,8 @@ def options() -> tuple[argparse.Namespace, list[str]]:
     names = f"of {', '.join(strategies.known())}"
     parser.add_argument("--strategies", required=True, type=lambda text: text.split(","), help=names)
     count = "of each strategy but single; default: all GPUs, or 2 ranks on the CPU"
-    parser.add_argument("--ranks", "--gpus", type=int, help=count)
+    parser.add_argument("--ranks", type=int, help=count)
+    parser.add_argument("--gpus", type=int, help="the same, of which each is to have a GPU, unless --device=cpu")
     parser.add_argument("--hostfile", help="instead of --ranks: on these hosts, which share this folder")
     parser.add_argument("--ssh", default="ssh", help="with its options, for --hostfile")
     parser.add_argument("--steps", type=int, default=30, help="of each run; the first three are not timed")
@@ -62,7 +63,7 @@ def check(args: argparse.Namespace, cfg: TrainConfig) -> None:
             f"gradient_accumulation_steps = {micro_steps}: must be divisible by the {ranks} ranks that share it, or no "
             f"strategy can take the same batch; set {fits}"
         )
-    wanted = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
+    wanted = cfg.device.startswith("cuda") or (cfg.device == "auto" and bool(args.gpus or torch.cuda.is_available()))
     if wanted and not args.hostfile and ranks > (there := torch.cuda.device_count()):
         raise UserError(f"--gpus={ranks}: this machine has {there} GPUs; use fewer, or --device=cpu")
     if args.peer:
@@ -102,7 +103,7 @@ def main() -> None:
     if args.hostfile:
         args.ranks = sum(len(host.slots) for host in hostfile.read(args.hostfile))
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
-    args.ranks = args.ranks if args.ranks is not None else gpus or 2
+    args.ranks = next(n for n in (args.gpus, args.ranks, gpus or 2) if n is not None)
     check(args, cfg)
     wanted = strategies.find(args.strategies, args.ranks)
     common = plan(args, cfg, arguments)

@@ -22,8 +22,11 @@ def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         config = json.loads((folder / "config.json").read_text())
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run can leave half a line
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise UserError(f"{folder} is no run folder: it has no {missing}; name the out_dir of a run") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no run folder: {error}") from None
+        raise UserError(f"{folder} is no run folder that can be read: {error}") from None
     drawn = [row for row in rows if row["kind"] in ("train", "eval")]
     if not drawn:
         raise UserError(f"{folder}: metrics.jsonl is empty; nothing to plot yet")
