@@ -120,7 +120,7 @@ def test_nanogpt_beside_ours(tmp_path, data):
         ("ddp,ddp", {}, "--strategies: ddp stands there twice; keep one"),
         ("ddp", {"gpus": 3}, "gradient_accumulation_steps = 4: must be divisible by the 3 ranks that share it"),
         ("ddp", {"gpus": 4, "device": "auto"}, "--gpus=4: this machine has 0 GPUs; use fewer, or --device=cpu"),
-        ("ddp", {"ranks": 4, "device": "cuda"}, "--gpus=4: this machine has 0 GPUs; use fewer, or --device=cpu"),
+        ("ddp", {"gpus": 4, "device": "cuda"}, "--gpus=4: this machine has 0 GPUs; use fewer, or --device=cpu"),
         ("ddp", {"steps": 4}, "--steps=4: must be 5 or more, as the first three are not timed"),
         ("ddp", {"batchsize": 4}, "batchsize = '4' (command line): unknown key; did you mean batch_size?"),
         ("single", {"peer": "tests"}, "--peer=tests: is no checkout of nanoGPT: it has no train.py; name the folder"),
