@@ -16,6 +16,7 @@ import torch
 from training import memory
 from training.distributed import Ranks
 from training.files import write_text
+from training.machine import ROOT
 from training.origin import Origin
 from training.train_config import TrainConfig
 
@@ -76,7 +77,7 @@ def environment(ranks: Ranks) -> dict:
     cuda = ranks.device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": [sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]],  # python -m makes it a whole path
         "git_commit": git("rev-parse", "HEAD") or None,
         "git_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
