@@ -100,10 +100,11 @@ def main() -> None:
         return probe.main(sys.argv[2:])
     args, arguments = options()
     cfg = parse(DeepSpeedTrainConfig, deepspeed_config.arguments(arguments), __doc__ or "")
+    args.ranks = args.ranks if args.gpus is None else args.gpus
     if args.hostfile:
         args.ranks = sum(len(host.slots) for host in hostfile.read(args.hostfile))
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
-    args.ranks = next(n for n in (args.gpus, args.ranks, gpus or 2) if n is not None)
+    args.ranks = args.ranks if args.ranks is not None else gpus or 2
     check(args, cfg)
     wanted = strategies.find(args.strategies, args.ranks)
     common = plan(args, cfg, arguments)

@@ -78,10 +78,11 @@ class Metrics:
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:
         """Around a save: what it takes from training."""
-        since = time.perf_counter()
         with self.untimed():
+            since = time.perf_counter()  # when the device has done what came before
             yield
-        self.write({"kind": "save", "step": step, "save_ms": 1e3 * (time.perf_counter() - since)})
+            seconds = time.perf_counter() - since
+        self.write({"kind": "save", "step": step, "save_ms": 1e3 * seconds})
 
     def lap(self) -> float:
         """Seconds since the last lap, the device's work included."""
