@@ -80,12 +80,17 @@ def on_disk(written: Summed) -> Sum:
 
 def checksum(path: Path, done: Callable[[int], object] = lambda size: None) -> Sum:
     """done: told of every piece that was read, in bytes."""
-    size, crc = 0, 0
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
-            done(len(piece))
-    return size, f"{crc:08x}"
+        crc = rest(file, 0, done)
+        return file.tell(), f"{crc:08x}"
+
+
+def rest(file: IO[bytes], crc: int, done: Callable[[int], object] = lambda size: None) -> int:
+    """crc, with all that follows in an open file added."""
+    while piece := file.read(PIECE):
+        crc = zlib.crc32(piece, crc)
+        done(len(piece))
+    return crc
 
 
 def read(path: Path) -> Any:

@@ -122,17 +122,18 @@ class Saver:
 
     def wait(self) -> None:
         """Until what is written in the background is there, or failed for what no other try can help."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-            failed, self.failed = self.failed, None
-            if failed and not isinstance(failed, CheckpointError):
-                raise failed
+        self.join()
+        failed, self.failed = self.failed, None
+        if failed and not isinstance(failed, CheckpointError):
+            raise failed
 
     def settle(self) -> None:
         """At the end of a run, which has no other try: raises CheckpointError where the last one failed."""
+        self.join()
+        if self.failed:
+            raise self.failed
+
+    def join(self) -> None:
         if self.thread:
             self.thread.join()
             self.thread = None
-        if self.failed:
-            raise self.failed

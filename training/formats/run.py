@@ -18,7 +18,7 @@ from training.sharding import KINDS as KINDS
 
 def read(folder: Path) -> tuple[SavedState, dict[str, Any]]:
     """folder: of a run, whose newest checkpoint is taken, or one checkpoint; of any strategy."""
-    if (folder / "checkpoint.json").is_file():
+    if (folder / checkpoint.ABOUT).is_file():
         checkpoint.check(folder)
         about = checkpoint.read_about(folder)
     elif (checkpoints := Checkpoints(str(folder))).finished():

@@ -14,6 +14,7 @@ from torch.serialization import safe_globals
 
 from model import GPTConfig
 from training import checkpoint, files
+from training.checkpoint import ABOUT
 from training.errors import CheckpointError
 from training.formats import fit, lazy, torch_file
 from training.formats.adamw import groups, param_groups
@@ -26,7 +27,7 @@ from training.sharding import KINDS, WEIGHT
 LATEST = "latest_universal"
 NAMES = {kind: "fp32" if kind == WEIGHT else kind for kind in KINDS}
 OVERALL = "optimizer_state.pt"
-ABOUT, STRATEGY = "checkpoint.json", "universal"
+STRATEGY = "universal"
 
 
 def found(folder: Path) -> Path | None:
