@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
-# ./launch_deepspeed_zero0.sh [N] [config/x.py ...] [--key=value ...]
-#
-# Trains with DeepSpeed's ZeRO-0: nothing partitioned; what DDP does, by DeepSpeed. N ranks on this machine;
-# without N one for every GPU, or 2 CPU ranks. Without a config file: config/train_gpt2_deepspeed_zero0.py.
-# Keys: python train_deepspeed.py --help
+# Train with DeepSpeed ZeRO-0: nothing is partitioned, as in DDP.
 
-# shellcheck source=launch_common.sh
-source "$(dirname "$0")/launch_common.sh"
+source "$(dirname "$0")/launch/common.sh"
 launch_deepspeed zero0 "$@"

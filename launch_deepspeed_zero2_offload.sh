@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
-# ./launch_deepspeed_zero2_offload.sh [N] [config/x.py ...] [--key=value ...]
-#
-# Trains with DeepSpeed's ZeRO-2: optimizer states and gradients partitioned, the optimizer on the CPU. N ranks
-# on this machine; without N one for every GPU, or 2 CPU ranks. Without a config file:
-# config/train_gpt2_deepspeed_zero2_offload.py. Keys: python train_deepspeed.py --help
+# Train with DeepSpeed ZeRO-2: optimizer states and gradients are partitioned, the optimizer runs on the CPU.
 
-# shellcheck source=launch_common.sh
-source "$(dirname "$0")/launch_common.sh"
+source "$(dirname "$0")/launch/common.sh"
 launch_deepspeed zero2_offload "$@"

@@ -1,32 +1,19 @@
 #!/usr/bin/env bash
-# ./launch_quickstart.sh [N] [--key=value ...]
-#
-# From a fresh clone to a trained model and a page of what it writes: the packages, a small data set of Python
-# source that needs no download, training with ZeRO-2 on every GPU (or N, or 2 CPU ranks), a sample.
+# From a fresh clone to a trained model and a page of text that it writes: install the packages, prepare a small data
+# set from Python's documentation without a download, train with ZeRO-2 on every GPU (or N, or 2 CPU ranks), sample.
 
-# shellcheck source=launch_common.sh
-source "$(dirname "$0")/launch_common.sh"
-usage "$@"
+source "$(dirname "$0")/launch/common.sh"
+usage "${1:-}" "[N] [--key=value ...]"
 
-out_dir=out-quickstart
-for argument; do
-    if [[ $argument == --out_dir=* ]]; then out_dir=${argument#*=}; fi
-done
-
+out_dir=$(printf '%s\n' --out_dir=out-quickstart "$@" | sed -n 's/^--out_dir=//p' | tail -1)
 environment requirements.txt
-[[ -e data/python_stdlib/meta.json ]] || "$python" data/python_stdlib/prepare.py
+[[ -e data/python_docs/meta.json ]] || "$python" data/python_docs/prepare.py
 
-# In the background, as a SIGTERM to this shell alone would otherwise leave the training behind. A Ctrl-C reaches
-# both. After a stop there is nothing to show yet.
+# In the background: a SIGTERM to this shell alone would otherwise leave the training running. Ctrl-C reaches both.
 launch train_deepspeed.py config/train_quickstart.py "$@" &
-trap 'stopped=143; kill -TERM $!' TERM
-trap 'stopped=130' INT
-status=0
-wait $! || status=$?
-while kill -0 $! 2>/dev/null; do wait $! || true; done
-((${stopped:=$status} == 0)) || exit "$stopped"
+trap 'kill -TERM $!; wait $! || true; exit 143' TERM
+trap 'wait $! || true; exit 130' INT
+wait $!
 
 echo
-"$python" sample.py --out_dir="$out_dir" --num_samples=1 --max_new_tokens=400 --start="def "
-echo
-echo "The run is in $out_dir, its loss curve in $out_dir/loss.png."
+"$python" sample.py --out_dir="$out_dir" --num_samples=1 --max_new_tokens=600 --temperature=0.6 --start="The " | fold -s

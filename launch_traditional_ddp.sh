@@ -1,12 +1,5 @@
 #!/usr/bin/env bash
-# ./launch_traditional_ddp.sh [N] [config/x.py ...] [--key=value ...]
-#
-# Trains with DDP: N ranks on this machine, each with the whole model on a GPU of its own. Without N: one rank for
-# every GPU, or 2 CPU ranks. Without a config file: config/train_gpt2.py. Keys: python train.py --help
+# Train with DDP: every rank has a full copy of the model.
 
-# shellcheck source=launch_common.sh
-source "$(dirname "$0")/launch_common.sh"
-usage "$@"
-
-environment requirements.txt
-launch train.py config/train_gpt2.py "$@"
+source "$(dirname "$0")/launch/common.sh"
+setting=--strategy=ddp launch_training train.py config/train_gpt2.py "$@"

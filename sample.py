@@ -1,4 +1,4 @@
-"""Text from a trained model.
+"""Generate text with a trained model.
 
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
@@ -6,52 +6,45 @@ python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.errors import DataError
 from data.tokenizer import Tokenizer, tokenizer_from
 from model import GPT, GPTConfig
-from training import checkpoint, distributed, ending, pretrained
+from training import distributed
 from training.checkpoint import Checkpoints
-from training.config import Problem, key, parse
-from training.errors import ConfigError
-from training.saved_state import open_state
+from training.config import Problem, Settings, key, parse
+from training.errors import ConfigError, UserError
+from training.model_state import open_state
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """nanoGPT's options for sampling."""
+class SampleConfig(Settings):
+    """The settings of sample.py, under nanoGPT's names where nanoGPT has them."""
 
-    out_dir: str = key("out", "run folder to take the newest checkpoint of", "Model")
-    init_from: str = key(
-        "resume", "resume (out_dir); gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder of such weights"
-    )
-    start: str = key("\n", "text to go on from, or FILE:prompt.txt", "Text")
-    num_samples: int = key(10, "samples, drawn together as one batch")
-    max_new_tokens: int = key(500, "tokens in each")
-    temperature: float = key(0.8, "below 1 bolder, above 1 wilder; 0: always the likeliest token")
-    top_k: int = key(200, "draw from this many likeliest tokens; 0: from all")
-    top_p: float = key(1.0, "draw from the likeliest tokens that make up this much probability")
-    seed: int = key(1337, "same seed, same text")
+    out_dir: str = key("out", "run folder whose newest checkpoint is used", "Model")
+    init_from: str = key("resume", "resume (use out_dir), or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a weights folder")
+    start: str = key("\n", "text to continue, or FILE:prompt.txt", "Text")
+    num_samples: int = key(10, "number of samples, generated as one batch")
+    max_new_tokens: int = key(500, "tokens generated per sample")
+    temperature: float = key(0.8, "below 1 sharper, above 1 more random, 0 greedy")
+    top_k: int = key(200, "sample from the k most likely tokens; 0: from all")
+    top_p: float = key(1.0, "sample from the most likely tokens with this total probability (nucleus sampling)")
+    seed: int = key(1337, "random seed")
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", "System")
     dtype: str = key("auto", "auto, float32, bfloat16, float16")
     compile: bool = key(False, "torch.compile the model")
 
     def problems(self) -> Iterator[Problem]:
-        if not self.out_dir:
-            yield "out_dir", "must not be empty; name a run folder"
-        if self.seed >= 2**64:
-            yield "seed", "must be below 2**64"
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(self, name) <= 0:
-                yield name, "must be above 0"
-        for name in ("temperature", "top_k", "seed"):
-            if getattr(self, name) < 0:
-                yield name, "must not be negative"
+        if not 0 <= self.seed < 2**64:
+            yield "seed", "must be at least 0 and below 2**64"
+        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+            if getattr(self, name) < least:
+                yield name, f"must be at least {least}"
         if not 0 < self.top_p <= 1:
             yield "top_p", "must be above 0 and at most 1"
         if self.dtype not in distributed.DTYPES:
@@ -59,29 +52,40 @@ class SampleConfig:
 
 
 def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """The model, on device and in evaluation mode, and the tokenizer that it was trained with."""
+    """The model, on device and in evaluation mode, and its tokenizer."""
     if cfg.init_from == "resume":
-        folder, about = (checkpoints := Checkpoints(cfg.out_dir)).newest()
+        checkpoints = Checkpoints(cfg.out_dir)
+        if not checkpoints.finished():
+            runs = {path.parents[1] for path in Path(cfg.out_dir).parent.glob("*/checkpoints/step_*")}
+            choices = " or ".join(f"--out_dir={run}" for run in sorted(runs))
+            fix = f"sample from {choices}" if runs else "train a model with ./launch_quickstart.sh, or set --out_dir"
+            raise UserError(f"out_dir = {cfg.out_dir!r}: no checkpoint in {checkpoints.folder}; {fix}")
+        folder, metadata = checkpoints.newest()
         checkpoints.verify(folder)
-        config, tokenizer = GPTConfig(**{**about["model"], "dropout": 0.0}), tokenizer_from(about["tokenizer"])
-        saved = open_state(folder, about)
+        config, saved = GPTConfig(**metadata["model"]), open_state(folder, metadata)
+        tokenizer = tokenizer_from(metadata["tokenizer"])
     else:
-        config, saved = pretrained.open_weights(cfg.init_from)
-        tokenizer = tokenizer_from({"name": "gpt2"})
+        from training import pretrained
+
+        (config, saved), tokenizer = pretrained.open_weights(cfg.init_from), tokenizer_from({"name": "gpt2"})
     with device:
-        model = GPT(config)
-    checkpoint.fill(model, saved.weights())
-    return model.eval(), tokenizer
+        model = GPT(config).eval()
+    saved.into(model)
+    return model, tokenizer
 
 
-def prompt(start: str) -> str:
-    if not start.startswith("FILE:"):
-        return start
-    path = Path(start.removeprefix("FILE:"))
+def read_prompt(start: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids of the text to continue. Raises ConfigError if it cannot be read or encoded, or is empty."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = Path(start.removeprefix("FILE:")).read_text("utf-8") if start.startswith("FILE:") else start
+        ids = tokenizer.encode(text, allow_special=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"start = {start!r}: cannot read {path} ({error}); name a UTF-8 text file") from None
+        raise ConfigError(f"start = {start!r}: cannot be read ({error}); name a UTF-8 text file") from None
+    except DataError as error:
+        raise ConfigError(f"start = {start!r}: {error}") from None
+    if not len(ids):
+        raise ConfigError(f"start = {start!r}: is empty; give at least one character")
+    return ids
 
 
 def main() -> None:
@@ -89,24 +93,17 @@ def main() -> None:
     device = distributed.pick_device(cfg.device, 0, 1)
     dtype = distributed.pick_dtype(cfg.dtype, device)
     model, tokenizer = load(cfg, device)
-    try:
-        ids = tokenizer.encode(prompt(cfg.start), allow_special=True)
-    except DataError as error:
-        raise ConfigError(f"start = {cfg.start!r}: {error}") from None
-    if not len(ids):
-        raise ConfigError(f"start = {cfg.start!r}: is empty; give at least one character")
+    ids = read_prompt(cfg.start, tokenizer)
     if cfg.compile:
         model.compile()
     torch.manual_seed(cfg.seed)
     tokens = torch.tensor(ids, dtype=torch.long, device=device).repeat(cfg.num_samples, 1)
-    with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-        texts = model.generate(
-            tokens, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, cfg.top_p, tokenizer.vocab_size
-        )
-    for text in texts.tolist():
-        print(tokenizer.decode(text))
-        print("---------------")
+    sampling = cfg.temperature, cfg.top_k or None, cfg.top_p, tokenizer.vocab_size
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        samples = model.generate(tokens, cfg.max_new_tokens, *sampling)
+    for sample in samples.tolist():
+        print(tokenizer.decode(sample), "---------------", sep="\n")
 
 
 if __name__ == "__main__":
-    ending.run(main)
+    distributed.run(main)

@@ -1,98 +1,105 @@
-"""Train a GPT with DeepSpeed: ZeRO-0, 1, 2 or 3, with offload to CPU or NVMe, as a JSON file says.
+"""Train a GPT with DeepSpeed: ZeRO-0, 1, 2 or 3, with offload to the CPU or NVMe, as a JSON file says.
 
     ./launch_deepspeed_zero2.sh 8 config/train_gpt2_deepspeed_zero2.py --batch_size=16
     deepspeed --num_gpus=8 train_deepspeed.py config/train_gpt2_deepspeed_zero3.py
     torchrun --standalone --nproc_per_node=8 train_deepspeed.py config/train_gpt2_deepspeed_zero1.py
 
-Arguments are config files and --key=value, in any order; the later one wins.
+Arguments are config files and --key=value, in any order; later values win.
+
+The outer loop (evaluation, checkpoints, logging, stopping) is in training/loop.py, shared with train.py. This file has
+what differs: how the engine is built, how a step is taken, and what is saved and loaded.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from model import GPT
-from training import deepspeed_config, deepspeed_ops, deepspeed_rules, distributed, ending, loop, memory, run_folder
+from training import deepspeed_config, deepspeed_ops, deepspeed_state, distributed, loop, run_folder
 from training.batches import Batches
-from training.checkpoint import Checkpoints, read_about
-from training.compiler import leave_out
+from training.checkpoint import Checkpoints, CheckpointWriter, read_metadata
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, Json, strategy_of
-from training.deepspeed_files import DeepSpeedFiles
-from training.deepspeed_log import DeepSpeedLog
-from training.deepspeed_state import is_native, load_native, load_partition, sub_groups
-from training.distributed import Ranks, pick_dtype
-from training.nvme import own_folder
-from training.optim import adamw, parameter_groups, set_learning_rate
-from training.origin import Origin, find_origin
-from training.saving import Files
+from training.distributed import Ranks
+from training.init import InitState, find_init_state
+from training.optim import make_optimizer, parameter_groups, set_learning_rate
 
 
 class Trainer:
-    """Every rank holds a partition of the model state: of as much of it as the ZeRO stage says."""
+    """Each rank holds a partition of what the ZeRO stage divides (1: optimizer states, 2: gradients, 3: parameters)."""
 
     def __init__(
-        self, cfg: DeepSpeedTrainConfig, ranks: Ranks, batches: Batches, origin: Origin, dtype: torch.dtype, ds: Json
+        self, cfg: DeepSpeedTrainConfig, ranks: Ranks, batches: Batches, init: InitState, dtype: torch.dtype, ds: Json
     ):
-        import deepspeed  # here: as it is imported it looks for its device, and must find the one of --device
+        import deepspeed  # not at the top: it picks its device when it is imported, and must pick that of --device
 
         self.deepspeed, self.strategy = deepspeed, strategy_of(ds)
         self.cfg, self.ranks, self.batches, self.dtype = cfg, ranks, batches, dtype
-        self.log = DeepSpeedLog(cfg, ranks)
-        # For inference only; it would be compiled at every run's start, and leave 66 MB in /dev/shm at its end.
+        self.log = deepspeed_ops.DeepSpeedLog(cfg, ranks)
+        # An op for inference on CPUs: compiling it takes 27 s, and every run would leave 66 MB in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(verbose=cfg.verbose)  # finds the process group that there is
-        deepspeed_rules.nested(ds, deepspeed.DeepSpeedConfig, cfg.deepspeed_config)
+        deepspeed.init_distributed(verbose=cfg.verbose)  # uses the existing process group
+        deepspeed_config.check_values(ds, deepspeed.DeepSpeedConfig, cfg.deepspeed_config)
         deepspeed_ops.load(deepspeed, ds, ranks)
-        with self.log.about("building the model"):
-            self.build(origin, ds)
-        self.log.describe(self.strategy, self.engine)
-        if origin.checkpoint:
-            self.load(origin.checkpoint)
+        with self.log.section("building the model"):
+            self.build(init, ds)
+            self.wrap(ds)
+        if ranks.main:
+            optimizer, scheduler = type(self.engine.basic_optimizer), type(self.scheduler).__name__
+            suffix = f", {scheduler}" if self.scheduler else ""
+            print(f"{self.strategy}: {optimizer.__name__} of {optimizer.__module__.split('.')[0]}{suffix}", flush=True)
+        if init.checkpoint:
+            self.load(init.checkpoint)
 
-    def build(self, origin: Origin, config: Json) -> None:
+    def build(self, init: InitState, config: Json) -> None:
+        """Create the model and its initial values; under ZeRO-3, no rank ever holds all of it."""
         if self.strategy.startswith("zero3"):
-            with self.deepspeed.zero.Init(config_dict_or_path=config):  # partitions a parameter as soon as it is made
-                self.model = GPT(origin.model)
+            with self.deepspeed.zero.Init(config_dict_or_path=config):  # partitions each parameter once it is created
+                self.model = GPT(init.model)
         else:
             with self.ranks.device:
-                self.model = GPT(origin.model)
-        if not origin.checkpoint:
-            self.fill(origin)
+                self.model = GPT(init.model)
+        if not init.checkpoint:
+            self.fill(init)
         if "activation_checkpointing" in config:
             self.deepspeed.checkpointing.configure(None, deepspeed_config=config)
             self.model.transformer.recompute = self.deepspeed.checkpointing.checkpoint
-        groups = parameter_groups(self.model, self.cfg.weight_decay)
-        own = None if "optimizer" in config else adamw(groups, self.cfg)
+
+    @torch.no_grad()
+    def fill(self, init: InitState) -> None:
+        """One parameter at a time; of a partitioned one, rank 0 has the full value and DeepSpeed distributes it."""
+        for name, parameter in self.model.named_parameters():
+            with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):  # no effect below ZeRO-3
+                if self.ranks.main or not hasattr(parameter, "ds_id"):  # ds_id: it is partitioned
+                    parameter.copy_(init.value(name, parameter.shape, self.cfg.seed))
+
+    def wrap(self, config: Json) -> None:
+        """Give the model to DeepSpeed, which partitions and runs it."""
         self.engine, self.optimizer, _, self.scheduler = self.deepspeed.initialize(
-            model=self.model, model_parameters=groups, optimizer=own, config=config
+            model=self.model,
+            model_parameters=parameter_groups(self.model, self.cfg.weight_decay),
+            optimizer=None if "optimizer" in config else make_optimizer(self.model, self.cfg),
+            config=config,
         )
-        self.plain = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0: not wrapped
-        self.files = DeepSpeedFiles(self.engine)
+        self.unwrapped = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0 keeps the optimizer as it is
+        self.files = deepspeed_state.CheckpointFiles(self.engine)
         if self.cfg.compile:
             self.engine.compile()
 
-    @torch.no_grad()
-    def fill(self, origin: Origin) -> None:
-        """One parameter after the other, so that no rank ever holds the whole of a partitioned model."""
-        for name, parameter in self.model.named_parameters():
-            with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):  # nothing, if it is whole
-                if self.ranks.main or not hasattr(parameter, "ds_id"):  # whole
-                    parameter.copy_(origin.value(name, parameter.shape, self.cfg.seed))
-
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """For evaluation: no dropout. Under ZeRO-3 a collective, as every forward pass."""
+        """For evaluation: without dropout. A collective under ZeRO-3, like every forward pass."""
         self.engine.eval()
-        with self.log.about("evaluation"):
+        with self.log.section("evaluation"):
             loss = self.engine(tokens, targets)
         self.engine.train()
         return loss
 
-    def train_step(self, step: int) -> tuple[Tensor, Tensor | None, float]:
-        """One update. Returns this rank's mean loss, the norm of the global gradient (both still on the device), lr."""
+    def train_step(self, step: int) -> dict[str, Any]:
+        """One update. Returns what the loop logs; loss (this rank's mean) and grad_norm stay on the device."""
         lr = self.engine.get_lr()[0] if self.scheduler else set_learning_rate(self.optimizer, self.cfg, step)
         micro_steps = self.batches.micro_steps
         mean_loss, grad_norm = torch.zeros((), device=self.ranks.device), None
@@ -100,50 +107,58 @@ class Trainer:
             if self.cfg.dropout:
                 torch.manual_seed(self.batches.dropout_seed(step, micro_step))
             tokens, targets = self.batches.train(step, micro_step)
-            with self.log.about(f"step {step}"):
+            with self.log.section(f"step {step}"):
                 loss = self.engine(tokens, targets)
-                self.engine.backward(loss)  # divides it by micro_steps; averages the gradients over the ranks
-                if self.plain and micro_step == micro_steps - 1:
+                self.engine.backward(loss)  # divides it by micro_steps, and averages gradients over the ranks
+                if self.unwrapped and micro_step == micro_steps - 1:
                     grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-                self.engine.step()  # clips and updates after the last micro-step, does nothing before
+                self.engine.step()  # clips and updates in the last micro-step only
             mean_loss += loss.detach() / micro_steps
-        return mean_loss, grad_norm if self.plain else torch.as_tensor(self.engine.get_global_grad_norm()), lr
+        if not self.unwrapped:
+            grad_norm = torch.as_tensor(self.engine.get_global_grad_norm())
+        return {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
 
-    def save(self, files: Files) -> None:
-        """Every rank writes its partition, in DeepSpeed's format."""
-        step, folder = self.engine.global_steps, files.folder
-        with self.log.about(f"saving step {step}"), self.files.into(files):
-            state = {"step": step, "sub_groups": sub_groups(self.engine)}
+    def save(self, writer: CheckpointWriter) -> None:
+        """Every rank writes its partition in DeepSpeed's format."""
+        step, folder = self.engine.global_steps, writer.folder
+        with self.log.section(f"saving step {step}"), self.files.writing(writer):
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            groups = self.optimizer.param_groups if self.unwrapped else []
+            order = [names[parameter] for group in groups for parameter in group["params"]]
+            state = {"step": step, "optimizer_order": order, "sub_groups": deepspeed_state.nvme_sub_groups(self.engine)}
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
             if self.engine._config.comms_config.comms_logger_enabled:
                 self.deepspeed.comm.log_summary()
 
     def load(self, folder: Path) -> None:
-        """DeepSpeed loads what the same strategy wrote on as many ranks; from any other, each rank takes its part."""
-        if read_about(folder).items() >= loop.layout(self, self.ranks).items() and is_native(self.engine, folder):
-            with self.log.about(f"loading {folder}"):
-                load_native(self.engine, folder)
+        """DeepSpeed loads what the same strategy wrote on as many ranks; from any other, each rank reads its part."""
+        from training import deepspeed_layout  # most of it is for resuming
+
+        same_layout = read_metadata(folder).items() >= loop.describe_layout(self, self.ranks).items()
+        if same_layout and deepspeed_layout.is_native(self.engine, folder):
+            with self.log.section(f"loading {folder}"):
+                deepspeed_layout.load_native(self.engine, folder)
         else:
-            load_partition(self.engine, folder, self.ranks)
+            deepspeed_layout.load_partition(self.engine, folder, self.ranks)
 
 
 def main() -> None:
-    cfg = parse(DeepSpeedTrainConfig, deepspeed_config.arguments(sys.argv[1:]), __doc__ or "")
+    cfg = parse(DeepSpeedTrainConfig, sys.argv[1:], __doc__ or "")
     config = deepspeed_config.read(cfg.deepspeed_config)
-    leave_out(unless=cfg.compile)
-    start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, alone=True)
-    with start as ranks, own_folder(config, cfg.nvme_path, cfg.out_dir, ranks):
+    if not cfg.compile:
+        distributed.leave_out_compiler()
+    start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, process_group=True, tf32=cfg.tf32)
+    with start as ranks, deepspeed_state.own_swap_folders(config, cfg, ranks):
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():
-            dtype = pick_dtype(deepspeed_config.wanted_dtype(cfg, config), ranks.device)
             batches = Batches(cfg, ranks)
-            origin = find_origin(cfg, checkpoints, batches.dataset)
-            config = deepspeed_config.resolve(cfg, ranks, origin.model, config, dtype)
-        run_folder.prepare(cfg, ranks, origin, config)
-        with memory.explained(cfg, ranks, origin.model, strategy_of(config), dtype):
-            trainer = Trainer(cfg, ranks, batches, origin, dtype, config)
-            loop.train(cfg, ranks, batches, trainer, checkpoints, origin)
+            init = find_init_state(cfg, checkpoints, batches.dataset)
+            config, dtype = deepspeed_config.resolve(cfg, ranks, init.model, config)
+        run_folder.prepare(cfg, ranks, init, config)
+        with run_folder.explain_out_of_memory(cfg, ranks, init.model, strategy_of(config), dtype):
+            trainer = Trainer(cfg, ranks, batches, init, dtype, config)
+            loop.train(cfg, ranks, batches, trainer, checkpoints, init)
 
 
 if __name__ == "__main__":
-    ending.run(main)
+    distributed.run(main)

@@ -1,31 +1,24 @@
-# Everything once, in under a minute on a CPU: evaluation, checkpoints, resume. For trying out a change.
-#
-#   python data/python_stdlib/prepare.py
+# A tiny model for trying out a change: training, evaluation and checkpoints in under a minute on a CPU.
+#   python data/python_docs/prepare.py
 #   python train.py config/train_debug.py
-#
-# Expect val loss 5.6 -> about 2.6.
+# Val loss falls from 5.6 to about 2.6.
 
 out_dir = 'out-debug'
-dataset = 'python_stdlib'
-
+dataset = 'python_docs'
 gradient_accumulation_steps = 4  # divisible by 1, 2 and 4 ranks
 batch_size = 4
 block_size = 64
-
 n_layer = 2
 n_head = 2
 n_embd = 64
-
-learning_rate = 1e-2
-min_lr = 1e-3
+learning_rate = 1e-3  # stable: at 2e-3, rounding differences between strategies grow a hundredfold
+min_lr = 1e-4
 max_iters = 200
 lr_decay_iters = 200
 warmup_iters = 20
 beta2 = 0.99
-
 eval_interval = 50
 eval_iters = 10
 log_interval = 10
-
 device = 'cpu'
 compile = False

@@ -1,31 +1,13 @@
-# GPT-2 large, 774M parameters, on OpenWebText; the learning rate is the GPT-3 paper's for this size (table 2.1).
-#
-#   python data/openwebtext/prepare.py
+# GPT-2 large, 774M parameters, on OpenWebText. OpenAI's weights of this size reach val loss 2.67 (nanoGPT's README).
 #   ./launch_traditional_ddp.sh 8 config/train_gpt2_large.py
-#
-# OpenAI's weights of this size reach val loss 2.67 there (nanoGPT's README). Where memory is short, lower batch_size
-# and raise gradient_accumulation_steps as much, so that a step keeps its 491,520 tokens.
-
+from config.train_gpt2 import *
 out_dir = 'out-gpt2-large'
 wandb_run_name = 'gpt2-large'
-
-dataset = 'openwebtext'
 gradient_accumulation_steps = 160
-batch_size = 3
-block_size = 1024  # 160 * 3 * 1024 = 491,520 tokens per step
-
+batch_size = 3  # 160 * 3 * 1024 = 491,520 tokens per step, as for 124M
 n_layer = 36
 n_head = 20
 n_embd = 1280
 activation_checkpointing = True
-
-learning_rate = 2.5e-4
+learning_rate = 2.5e-4  # GPT-3 paper, table 2.1
 min_lr = 2.5e-5
-max_iters = 600000
-lr_decay_iters = 600000
-warmup_iters = 2000
-weight_decay = 1e-1
-
-eval_interval = 1000
-eval_iters = 200
-log_interval = 10

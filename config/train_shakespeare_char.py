@@ -1,35 +1,28 @@
 # A character-level GPT on Tiny Shakespeare.
-#
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py
-#
-# Expect val loss about 1.47 at its best, after some 2,000 steps; then it overfits. Without a GPU, take the smaller
-# model of nanoGPT's CPU recipe (val loss about 1.88), as the README does:
-#
+# Val loss reaches about 1.47 after 2,000 steps; after that it overfits. On a CPU, train the smaller model of nanoGPT's
+# CPU recipe (val loss about 1.88):
 #   python train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=50 \
 #       --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 \
 #       --dropout=0.0
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
-
 gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 256
-
 n_layer = 6
 n_head = 6
 n_embd = 384
 dropout = 0.2
-
 learning_rate = 1e-3
 min_lr = 1e-4
 max_iters = 5000
 lr_decay_iters = 5000
 warmup_iters = 100
-beta2 = 0.99  # a step has few tokens
-
+beta2 = 0.99  # because a step has few tokens
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # it overfits: keep the best
+always_save_checkpoint = False  # keep only the best

@@ -1,14 +1,13 @@
-"""Batches: every one a pure function of (seed, step, micro_step, rank), whatever the number of ranks.
+"""Batches: each one a pure function of (seed, step, micro_step, rank), whatever the number of ranks.
 
-The sequence starts of a step's whole global batch come from one generator keyed by (seed, step), and each rank takes
-its part. So any strategy on any number of ranks sees the same global batches, and a resumed run the same as one that
-never stopped. Evaluation has its own fixed batches and disturbs nothing.
+One generator keyed by (seed, step) draws the sequence starts of a step's whole global batch, and each rank takes its
+part. So every strategy on any number of ranks sees the same global batches, and a resumed run the same as one that
+never stopped. Evaluation has its own fixed batches.
 """
 
 import os
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,89 +15,76 @@ from torch import Tensor
 
 from data.dataset import open_dataset
 from data.errors import DataError
+from training.config import ROOT, TrainConfig
 from training.distributed import Ranks
-from training.train_config import TrainConfig
 
-DATA = Path(__file__).resolve().parent.parent / "data"
 STREAMS = {"training": 0, "train": 1, "val": 2}  # the last two: evaluation of that split
 
 
 class Batches:
-    """Raises DataError where the data set is missing, damaged, or too short for block_size."""
+    """Raises DataError if the data set is missing, damaged, or too short for block_size."""
 
     def __init__(self, cfg: TrainConfig, ranks: Ranks):
         self.cfg, self.ranks = cfg, ranks
-        self.dataset = open_dataset(DATA / cfg.dataset)
+        self.dataset = open_dataset(ROOT / "data" / cfg.dataset)
         self.micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
         self.tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
         self.files = {split: os.open(self.dataset.path(split), os.O_RDONLY) for split in ("train", "val")}
         for split in self.files:
-            if self.dataset.tokens(split) <= cfg.block_size:
+            if self.dataset.tokens[split] <= cfg.block_size:
                 raise DataError(
-                    f"{self.dataset.path(split)} has {self.dataset.tokens(split):,} tokens: too few for block_size = "
+                    f"{self.dataset.path(split)} has {self.dataset.tokens[split]:,} tokens: too few for block_size = "
                     f"{cfg.block_size}, which needs one more than that; lower block_size or prepare more text"
                 )
-            self.check(split)
-        self.step, self.starts = -1, np.empty(0)
+            # A first look at 16 places, before anything is built, finds most files of another tokenizer.
+            self.read(split, np.linspace(0, self.dataset.tokens[split] - cfg.block_size, 16, endpoint=False, dtype=int))
         self.seconds, self.reads = 0.0, 0
 
     def train(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        """This rank's tokens and targets, each (batch_size, block_size) int64 on its device."""
+        """This rank's tokens and targets, each (batch_size, block_size) int64, on its device."""
         since = time.perf_counter()
-        if step != self.step:
-            self.step = step
-            self.starts = self.draw("training", step, self.cfg.gradient_accumulation_steps)
-        batch = self.read("train", self.starts[self.micro_batch(micro_step)])
+        starts = self.draw("training", step, self.cfg.gradient_accumulation_steps)
+        batch = self.read("train", starts[self.micro_batch(micro_step)])
         self.seconds, self.reads = self.seconds + time.perf_counter() - since, self.reads + 1
         return batch
 
     def mean_ms(self) -> float:
-        """Of the batches that `train` has read since the last call."""
+        """Milliseconds per batch that `train` has read since the last call."""
         seconds, reads, self.seconds, self.reads = self.seconds, self.reads, 0.0, 0
         return seconds / max(reads, 1) * 1e3
 
     def evaluation(self, split: str, index: int) -> tuple[Tensor, Tensor]:
-        """Batch number index of a split: the same at every evaluation, under every strategy."""
+        """Batch number `index` of a split: the same at every evaluation, under every strategy."""
         return self.read(split, self.draw(split, index, 1)[0])
 
     def micro_batch(self, micro_step: int) -> int:
-        """Which of the step's gradient_accumulation_steps micro-batches this rank has at micro_step."""
+        """Which of the step's gradient_accumulation_steps micro-batches this rank takes at micro_step."""
         return micro_step * self.ranks.world_size + self.ranks.rank
 
     def dropout_seed(self, step: int, micro_step: int) -> int:
-        """Dropout belongs to the micro-batch, so no random state has to be saved or depends on the ranks."""
+        """Dropout depends on the micro-batch alone: not on the number of ranks, and no RNG state has to be saved."""
         return zlib.crc32(f"{self.cfg.seed}/{step}/{self.micro_batch(micro_step)}".encode())
 
     def draw(self, stream: str, number: int, micro_batches: int) -> np.ndarray:
+        """Sequence starts, (micro_batches, batch_size)."""
         split = "val" if stream == "val" else "train"
-        random = np.random.default_rng([self.cfg.seed, STREAMS[stream], number])
-        return random.integers(
-            self.dataset.tokens(split) - self.cfg.block_size, size=(micro_batches, self.cfg.batch_size)
-        )
-
-    def check(self, split: str) -> None:
-        """A look at 16 places before anything is built: most bins of another tokenizer show there."""
-        itemsize = self.dataset.dtype.itemsize
-        for place in np.linspace(0, self.dataset.tokens(split), 16, endpoint=False, dtype=int):
-            self.known(split, np.frombuffer(os.pread(self.files[split], 2**16, place * itemsize), self.dataset.dtype))
-
-    def known(self, split: str, ids: np.ndarray) -> np.ndarray:
-        """ids, all of which the vocabulary has, or DataError."""
-        if (largest := int(ids.max())) >= self.dataset.vocab_size:
-            raise DataError(
-                f"{self.dataset.path(split)} holds id {largest}, beyond its vocabulary of {self.dataset.vocab_size}: "
-                "its tokenizer in meta.json is another one, or the file is damaged; prepare it again"
-            )
-        return ids
+        generator = np.random.default_rng([self.cfg.seed, STREAMS[stream], number])
+        starts = self.dataset.tokens[split] - self.cfg.block_size
+        return generator.integers(starts, size=(micro_batches, self.cfg.batch_size))
 
     def read(self, split: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Plain reads, served from the page cache: a memory map would count all pages ever touched as this process'."""
+        """Plain reads, served by the page cache; a memory map would count every page ever touched as this process's."""
         dtype, length = self.dataset.dtype, self.cfg.block_size + 1
         size = length * dtype.itemsize
         rows = b"".join(os.pread(self.files[split], size, int(start) * dtype.itemsize) for start in starts)
         if len(rows) != size * len(starts):
-            raise DataError(f"{self.dataset.path(split)} became shorter while it was read; prepare it again")
-        ids = self.known(split, np.frombuffer(rows, dtype).reshape(len(starts), length))
+            raise DataError(f"{self.dataset.path(split)} became shorter while it was being read; prepare it again")
+        ids = np.frombuffer(rows, dtype).reshape(len(starts), length)
+        if (largest := int(ids.max())) >= self.dataset.vocab_size:
+            raise DataError(
+                f"{self.dataset.path(split)} contains id {largest}, outside its vocabulary of "
+                f"{self.dataset.vocab_size}: it is damaged, or meta.json names another tokenizer; prepare it again"
+            )
         tokens = torch.from_numpy(ids.astype(np.int64))
         if self.ranks.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)

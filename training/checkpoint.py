@@ -1,158 +1,330 @@
-"""Checkpoints: complete or not there. What is in the files is the train script's; which of them count is decided here.
+"""Checkpoints: complete or absent. The train scripts decide what is in the files; this module decides what counts.
 
-out_dir/checkpoints/step_000500/    the script's files, and checkpoint.json with their sizes and checksums
+out_dir/checkpoints/step_000500/    the train script's files, and checkpoint.json with their sizes and checksums
 out_dir/latest, out_dir/best        text: step_000500
 """
 
+import io
 import json
+import os
+import pickle
+import re
 import shutil
+import sys
+import threading
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
 from tqdm import tqdm
 
-from training import files
-from training.distributed import ALONE, Ranks
-from training.errors import CheckpointError
-from training.files import Sum
+from training.distributed import SINGLE_PROCESS, Ranks
+from training.errors import CheckpointError, UserError
 
 FORMAT = 1
-ABOUT, OWN = "checkpoint.json", "own_crc32"
+METADATA, OWN_CHECKSUM = "checkpoint.json", "own_crc32"
 UNFINISHED = "unfinished_"
+CHUNK_BYTES = 2**24
+Checksum = tuple[int, str]  # a file's size in bytes, and its CRC-32 in hexadecimal
 
 
 class Checkpoints:
-    def __init__(self, out_dir: str, ranks: Ranks = ALONE, keep: int = 2):
+    """The checkpoints of a run folder."""
+
+    def __init__(self, out_dir: str, ranks: Ranks = SINGLE_PROCESS, keep: int = 2):
         self.out_dir, self.keep, self.ranks = Path(out_dir), keep, ranks
         self.folder = self.out_dir / "checkpoints"
 
-    def complete(self, unfinished: Path, about: dict[str, Any], sums: dict[str, Sum], best: bool) -> None:
-        """Make a checkpoint of the files in a folder; sums: of those that are on the disk already. By the main rank.
+    def finish(self, unfinished: Path, metadata: dict[str, Any], checksums: dict[str, Checksum], best: bool) -> None:
+        """Turn the files of a folder, which are synced to disk, into a checkpoint; called by rank 0.
 
-        The order is what makes a kill harmless: files on disk, then the name, then `latest`.
+        The order makes a kill harmless at any moment: first the folder gets its name, then `latest` names it.
         """
-        for path in sorted(p for p in unfinished.rglob("*") if p.is_file()):
-            if (name := str(path.relative_to(unfinished))) not in sums:
-                files.sync(path)
-                sums[name] = files.checksum(path)
         name = unfinished.name.removeprefix(UNFINISHED)
-        files.write_text(unfinished / ABOUT, signed({"format": FORMAT, **about, **listed(sums)}))
+        ordered = sorted(checksums.items())
+        files = {"files": {n: size for n, (size, _) in ordered}, "crc32": {n: crc for n, (_, crc) in ordered}}
+        metadata = {"format": FORMAT, **metadata, **files}
+        metadata[OWN_CHECKSUM] = metadata_checksum(metadata)
+        write_text(unfinished / METADATA, json.dumps(metadata, indent=1))
         final = self.folder / name
-        if damage(final):  # a whole one of the same step stays: replacing it would leave a moment without any
+        if find_damage(final):  # an intact checkpoint of this step stays: replacing it would leave a moment without one
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
-        files.sync(self.folder)
-        files.write_text(self.out_dir / "latest", name + "\n")
+        sync(self.folder)
+        write_text(self.out_dir / "latest", name + "\n")
         if best:
-            files.write_text(self.out_dir / "best", name + "\n")
+            write_text(self.out_dir / "best", name + "\n")
         self.prune()
 
     def prune(self) -> None:
-        """Keep the newest few and the best; also clear away what a killed run left unfinished."""
+        """Keep the newest few and the best; remove what a killed run left unfinished."""
         best = self.out_dir / "best"
         keep = {best.read_text().strip()} if best.exists() else set()
-        keep |= {path.name for path in self.whole()[-self.keep :]}
+        keep |= {path.name for path in self.intact()[-self.keep :]}
         finished = self.finished()
         for path in self.folder.iterdir():
             if path.name not in keep:
-                if path in finished:  # at once, or a kill would leave one that looks damaged
+                if path in finished:  # rename first: a kill during the removal must not leave a damaged checkpoint
                     path = path.rename(path.with_name(f"removed_{path.name}"))
                 shutil.rmtree(path, ignore_errors=True)
 
-    def whole(self) -> list[Path]:
-        """The undamaged checkpoints, oldest first."""
-        return [p for p in self.finished() if not damage(p)]
+    def intact(self) -> list[Path]:
+        """Checkpoints whose files have the right sizes, oldest first."""
+        return [path for path in self.finished() if not find_damage(path)]
 
     def finished(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
+        return sorted(self.folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
 
     def newest(self) -> tuple[Path, dict[str, Any]]:
-        """The newest checkpoint and its checkpoint.json; CheckpointError where there is none or it is damaged."""
+        """The newest checkpoint and its metadata. Raises CheckpointError if there is none or it is damaged."""
         if not (finished := self.finished()):
             raise CheckpointError(
-                f"init_from = 'resume': {self.out_dir} holds no checkpoint; "
-                "start with --init_from=scratch, or name the run's --out_dir"
+                f"init_from = 'resume': {self.out_dir} has no checkpoint; "
+                "start with --init_from=scratch, or set --out_dir to the run's folder"
             )
         path = finished[-1]
-        if broken := damage(path):
-            raise self.refused(path, broken)
-        return path, read_about(path)
+        if damage := find_damage(path):
+            raise self.damaged(path, damage)
+        return path, read_metadata(path)
 
     def verify(self, path: Path) -> None:
-        """Every byte of a checkpoint, shared out over the ranks. Raises CheckpointError on one that finds others."""
-        if broken := flipped(path, self.ranks):
-            raise self.refused(path, broken)
+        """Check every byte, with the files divided over the ranks. Raises CheckpointError on ranks that find damage."""
+        if damage := find_corruption(path, self.ranks):
+            raise self.damaged(path, damage)
 
-    def refused(self, path: Path, broken: str) -> CheckpointError:
-        whole = [other for other in self.whole() if other != path]
-        offer = f"{whole[-1]} is whole and is taken then" if whole else "there is no other: start from scratch"
-        return CheckpointError(f"{path} is damaged: {broken}; remove that folder ({offer})")
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """checkpoint.json: what the checkpoint is of."""
-    return json.loads((path / ABOUT).read_text())
+    def damaged(self, path: Path, damage: str) -> CheckpointError:
+        others = [other.name for other in self.intact() if other != path]
+        fallback = f"the run then resumes from {others[-1]}" if others else "no other checkpoint is left"
+        return CheckpointError(f"{path} is damaged: {damage}; remove that folder ({fallback})")
 
 
-def signed(about: dict[str, Any]) -> str:
-    """The text of a checkpoint.json, with a checksum of its own."""
-    return json.dumps({**about, OWN: own_checksum(about)}, indent=1)
+def read_metadata(path: Path) -> dict[str, Any]:
+    """A checkpoint's checkpoint.json: step, model, tokenizer, strategy, files."""
+    return json.loads((path / METADATA).read_text())
 
 
-def own_checksum(about: dict[str, Any]) -> str:
-    text = json.dumps({key: value for key, value in about.items() if key != OWN}, sort_keys=True)
+def metadata_checksum(metadata: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in metadata.items() if key != OWN_CHECKSUM}, sort_keys=True)
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def listed(sums: dict[str, Sum]) -> dict[str, Any]:
-    """What a checkpoint.json says of the files beside it."""
-    ordered = sorted(sums.items())
-    return {"files": {name: size for name, (size, _) in ordered}, "crc32": {name: crc for name, (_, crc) in ordered}}
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by its checkpoint.json and the sizes of its files."""
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint by its checkpoint.json and the sizes of its files; None if nothing is."""
     try:
-        about = read_about(path)
-        if about["format"] != FORMAT:
-            return f"{ABOUT} has format {about['format']}, this code reads {FORMAT}"
-        if OWN in about and about[OWN] != own_checksum(about):
-            return f"{ABOUT} is not what was written"
-        for name, size in about["files"].items():
-            found = (path / name).stat().st_size if (path / name).exists() else None
-            if found != size:
-                return f"{name} is missing" if found is None else f"{name} has {found:,} of {size:,} bytes"
+        metadata = read_metadata(path)
+        if metadata["format"] != FORMAT:
+            return f"{METADATA} has format {metadata['format']}, this code reads {FORMAT}"
+        if OWN_CHECKSUM in metadata and metadata[OWN_CHECKSUM] != metadata_checksum(metadata):
+            return f"{METADATA} does not match its own checksum"
+        for name, size in metadata["files"].items():
+            if not (path / name).exists():
+                return f"{name} is missing"
+            if (actual := (path / name).stat().st_size) != size:
+                return f"{name} has {actual:,} of {size:,} bytes"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"{ABOUT} cannot be read ({type(error).__name__}: {error})"
+        return f"{METADATA} cannot be read ({type(error).__name__}: {error})"
     return None
 
 
-def check(path: Path) -> None:
-    """A folder by itself, every byte of it. Raises CheckpointError."""
-    if broken := damage(path) or flipped(path):
-        raise CheckpointError(f"{path} is damaged: {broken}; take another one")
-
-
-def flipped(path: Path, ranks: Ranks = ALONE) -> str | None:
-    """What is wrong with the bytes of an undamaged one, in this rank's share of the files; older ones have no sums."""
-    about = read_about(path)
-    mine = list(about.get("crc32", {}).items())[ranks.rank :: ranks.world_size]
-    total = sum(about["files"][name] for name, _ in mine)
-    quiet = None if ranks.main else True  # None: where nobody looks
-    with tqdm(total=total, desc="checking", unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+def find_corruption(path: Path, ranks: Ranks = SINGLE_PROCESS) -> str | None:
+    """What is wrong with the bytes of this rank's share of the files. Early versions wrote no checksums."""
+    metadata = read_metadata(path)
+    mine = list(metadata.get("crc32", {}).items())[ranks.rank :: ranks.world_size]
+    total = sum(metadata["files"][name] for name, _ in mine)
+    quiet = None if ranks.main else True  # None: tqdm hides the bar unless stderr is a terminal
+    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
         for name, crc in mine:
-            if (found := files.checksum(path / name, bar.update)[1]) != crc:
-                return f"{name} is not what was written (its CRC-32 is {found}, was {crc})"
+            actual = checksum(path / name)[1]
+            bar.update(metadata["files"][name])
+            if actual != crc:
+                return f"{name} does not match its checksum (CRC-32 {actual}, written as {crc})"
     return None
 
 
-@torch.no_grad()
-def fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy weights into the parameters of the same names; they must be exactly those."""
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == weights.keys(), f"other parameters: {sorted(parameters.keys() ^ weights.keys())}"
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+class CheckpointWriter:
+    """Writes this rank's files of one checkpoint; in the background: copies them to memory, and writes in `finish`."""
+
+    def __init__(self, folder: Path, background: bool):
+        self.folder, self.background = folder, background
+        self.checksums: dict[str, Checksum] = {}
+        self.pending: dict[str, io.BytesIO] = {}
+
+    def write(self, name: str, state: Any) -> None:
+        """Write with torch.save. Raises OSError where the disk refuses, such as when it is full."""
+        if self.background:
+            save_without_crc(state, buffer := io.BytesIO())
+            self.pending[name] = buffer
+        else:
+            with HashedFile(self.folder / name) as file, disk_errors():
+                save_without_crc(state, file)
+                self.checksums[name] = file.sync()
+
+    def finish(self) -> None:
+        while self.pending:
+            name, buffer = self.pending.popitem()
+            with HashedFile(self.folder / name) as file, buffer.getbuffer() as content:
+                file.write(content)
+                self.checksums[name] = file.sync()
+
+    def add(self, paths: Iterable[Path]) -> None:
+        """Include files that were written into the folder by other code."""
+        for path in paths:
+            sync(path)
+            self.checksums[str(path.relative_to(self.folder))] = checksum(path)
+
+
+class Saver:
+    """Saves checkpoints, in the foreground or in the background.
+
+    In the background, a save stops training only while this rank's model state is copied to host memory. A thread per
+    rank then writes the copy; the threads agree through a process group of their own, so that a checkpoint is complete
+    when all ranks have written their files, or absent.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, ranks: Ranks = SINGLE_PROCESS, background: bool = False):
+        self.checkpoints, self.ranks, self.background = checkpoints, ranks, background
+        own_group = background and ranks.world_size > 1
+        self.writing_ranks = replace(ranks, control=dist.new_group(backend="gloo")) if own_group else ranks
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    @contextmanager
+    def writing(self, metadata: dict[str, Any], best: bool) -> Iterator[CheckpointWriter]:
+        """Every rank writes its files; once all have, they are the checkpoint of metadata["step"].
+
+        Raises CheckpointError on every rank where any rank could not write; earlier checkpoints stay untouched. In the
+        background, that error is only reported, and training continues until the next save.
+        """
+        self.wait()
+        unfinished = self.checkpoints.folder / f"{UNFINISHED}step_{metadata['step']:06d}"
+        with self.failure_explained(unfinished):
+            with self.ranks.together():
+                if self.ranks.local_rank == 0:  # files of a killed run must not become part of this checkpoint
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    unfinished.mkdir(parents=True, exist_ok=True)
+            writer = CheckpointWriter(unfinished, self.background)
+            with self.ranks.together():
+                yield writer
+            if not self.background:
+                self.finish(self.ranks, writer, metadata, best)
+        if self.background:
+            self.thread = threading.Thread(target=self.write_in_background, args=(writer, metadata, best), daemon=True)
+            self.thread.start()
+
+    def finish(self, ranks: Ranks, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
+        with ranks.together():
+            writer.finish()
+        all_checksums = ranks.share(writer.checksums)
+        with ranks.together():
+            if ranks.main:
+                merged = {name: value for checksums in all_checksums for name, value in checksums.items()}
+                self.checkpoints.finish(writer.folder, metadata, merged, best)
+
+    def write_in_background(self, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
+        try:
+            with self.failure_explained(writer.folder):
+                self.finish(self.writing_ranks, writer, metadata, best)
+        except CheckpointError as error:
+            self.error = error
+            if self.ranks.main:
+                tqdm.write(f"{error}; training continues, the next save tries again", file=sys.stderr)
+        except Exception as error:  # such as a lost rank: raised in the main thread by `wait`
+            self.error = error
+
+    @contextmanager
+    def failure_explained(self, unfinished: Path) -> Iterator[None]:
+        """Remove what could not be finished; the message says which checkpoint is left."""
+        try:
+            yield
+        except UserError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            intact = self.checkpoints.intact()
+            left = f"--init_from=resume continues from {intact[-1]}" if intact else "no earlier checkpoint exists"
+            raise CheckpointError(f"cannot save {unfinished.name.removeprefix(UNFINISHED)}: {error} ({left})") from None
+
+    def wait(self, last: bool = False) -> None:
+        """Wait for the background write. Raises its error if this was the last save, or if another one cannot help."""
+        if self.thread:
+            self.thread.join()
+        error, self.error, self.thread = self.error, None, None
+        if error and (last or not isinstance(error, CheckpointError)):
+            raise error
+
+
+class HashedFile(io.BufferedWriter):
+    """A file that computes the CRC-32 of what is written to it."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "wb"))
+        self.crc = 0
+
+    def write(self, data: Any) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return super().write(data)
+
+    def sync(self) -> Checksum:
+        self.flush()
+        os.fsync(self.fileno())
+        return self.tell(), f"{self.crc:08x}"
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Wrap torch.save to a file: its zip writer hides the file's OSError, such as a full disk, in a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def save_without_crc(state: Any, file: Any) -> None:
+    """torch.save without zip checksums, which take as long as everything else; checkpoint.json has its own."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, file)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def checksum(path: Path) -> Checksum:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+        return file.tell(), f"{crc:08x}"
+
+
+def read_torch_file(path: Path, mmap: bool = True) -> Any:
+    """Read a torch.save file to the CPU; runs no code in it. Raises CheckpointError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:  # OSError: seeking in a truncated file
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it contains {unsafe[1]}; only tensors and plain data are loaded" if unsafe else ""
+        raise CheckpointError(f"{path} cannot be read: {reason or str(error).splitlines()[0]}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file atomically."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    sync(unfinished)
+    unfinished.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync, so that a rename never reaches the disk before the content it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

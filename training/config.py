@@ -1,124 +1,299 @@
-"""Settings: a frozen, typed dataclass filled from config files and --key=value, the later one winning.
+"""Settings: a frozen, typed dataclass, filled from config files and --key=value; later values win.
 
-A config file is plain assignments under nanoGPT's names; nanoGPT's own files run unchanged. All that is wrong is
-found before anything starts and told at once.
+A config file is plain assignments under nanoGPT's key names; nanoGPT's own files run unchanged. All problems are
+reported at once, before anything starts.
 """
 
 import ast
 import dataclasses
-import difflib
+import json
 import math
 import runpy
+import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from training.errors import ConfigError, listed
+from data.errors import did_you_mean
+from model import GPTConfig
+from training.distributed import DTYPES, rank, world_size
+from training.errors import ConfigError, list_problems
 
-Problem = tuple[str, str]  # key, the rule it breaks and the fix
-T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent  # the repository
+T = TypeVar("T", bound="Settings")
+Problem = tuple[str, str]  # key; the rule it breaks and the fix
+Setting = tuple[str, Any, str]  # key, value, and the place where it is set
+COMMAND_LINE = "command line"  # a place; its values are text, still to be converted to the key's type
 
-FSDP = ("strategy", "reshard_after_forward", "shard_ranks", "cpu_offload")  # the first turns the others on
-# Keys of one script that are easily given to the other.
-ELSEWHERE = {
+FSDP_KEYS = ("strategy", "reshard_after_forward", "shard_ranks", "cpu_offload")  # the first one enables the others
+KEYS_OF_THE_OTHER_SCRIPT = {
     "deepspeed_config": "train_deepspeed.py and ./launch_deepspeed_*.sh",
-    **dict.fromkeys(FSDP, "train.py and ./launch_fsdp.sh"),
+    **dict.fromkeys(FSDP_KEYS, "train.py and ./launch_fsdp.sh"),
 }
+# Settings of one start of a run, which a resumed run does not take over.
+OF_ONE_START = ("out_dir", "init_from", "resume", "eval_only", "max_minutes", "benchmark", "steps")
+POSITIVE = (
+    *("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "gradient_accumulation_steps"),
+    *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "max_iters", "steps"),
+)
+TIME_LIMITS = ("max_minutes", "hang_minutes")
+NOT_NEGATIVE = ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed", *TIME_LIMITS)
+CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo")}
 
 
 def key(default: Any, meaning: str, section: str = "") -> Any:
-    """A field: its only default, one line of meaning, and the section of --help that it opens."""
+    """A setting: its default, one line of meaning, and the section of --help that it opens."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, "section": section})
 
 
-def parse(cls: type[T], argv: list[str], usage: str) -> T:
-    """argv (config files and --key=value, in order) -> cls; prints --help and exits 0 where asked.
+class Settings:
+    """What `parse` asks of a dataclass of settings."""
 
-    Raises ConfigError with every problem: unknown keys, wrong types, and what cls.problems() finds.
+    @classmethod
+    def inherited(cls, values: dict[str, Any], places: dict[str, str]) -> Iterator[Setting]:
+        """Settings that replace defaults, depending on the values that are set; places: key -> where it is set."""
+        yield from ()
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules within and between keys, each with its fix."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """The settings of both train scripts, under nanoGPT's names where nanoGPT has them."""
+
+    out_dir: str = key("out", "run folder: metrics, checkpoints, loss.png", "Run")
+    init_from: str = key(
+        "scratch", "scratch; resume (the run in out_dir, with its settings); gpt2, ..., gpt2-xl; a folder of weights"
+    )
+    resume: str = key("", "auto: resume if out_dir holds a checkpoint, otherwise start as init_from says")
+    eval_only: bool = key(False, "evaluate once and exit")
+    eval_interval: int = key(2000, "steps between evaluations; each is followed by a checkpoint")
+    eval_iters: int = key(200, "batches per split and evaluation, summed over all ranks")
+    log_interval: int = key(1, "steps between log lines")
+    always_save_checkpoint: bool = key(True, "save after every evaluation; False: only when val loss improves")
+    keep_checkpoints: int = key(2, "newest checkpoints to keep, besides the best")
+    async_save: bool = key(False, "write checkpoints in the background, from a copy in host memory")
+    max_minutes: float = key(0.0, "save and stop after this many minutes, for a scheduler's time limit; 0: no limit")
+    hang_minutes: float = key(10.0, "end a run that makes no progress for this long, with stack traces; 0: never")
+    seed: int = key(1337, "seed of weights, batches and dropout")
+    benchmark: bool = key(False, "time `steps` steps without evaluation or checkpoints; writes speed.json")
+    steps: int = key(100, "steps of a --benchmark run; the first three are not timed")
+
+    wandb_log: bool = key(False, "also log to Weights & Biases", "Weights & Biases")
+    wandb_project: str = key("nanozero", "project name")
+    wandb_run_name: str = key("gpt2", "run name")
+
+    dataset: str = key("openwebtext", "folder under data/, or a path, with train.bin and val.bin", "Data")
+    gradient_accumulation_steps: int = key(40, "micro-steps per step over all ranks; a multiple of the rank count")
+    batch_size: int = key(12, "sequences per rank and micro-step")
+    block_size: int = key(1024, "tokens per sequence")
+
+    n_layer: int = key(12, "blocks", "Model")
+    n_head: int = key(12, "attention heads per block")
+    n_embd: int = key(768, "embedding width")
+    dropout: float = key(0.0, "0 for pre-training, 0.1 or more for fine-tuning")
+    bias: bool = key(False, "biases in linear layers and layer norms, as in GPT-2")
+    activation_checkpointing: bool = key(False, "recompute each block in backward: less memory, a third more compute")
+
+    learning_rate: float = key(6e-4, "peak learning rate", "Optimizer (AdamW)")
+    max_iters: int = key(600000, "steps of the whole run")
+    weight_decay: float = key(1e-1, "weight decay of matrices; biases and layer norms have none")
+    beta1: float = key(0.9, "decay rate of the first moment")
+    beta2: float = key(0.95, "decay rate of the second moment")
+    grad_clip: float = key(1.0, "maximum gradient norm; 0: no clipping")
+
+    decay_lr: bool = key(True, "linear warm-up, then cosine decay; False: constant", "Learning rate")
+    warmup_iters: int = key(2000, "warm-up steps")
+    lr_decay_iters: int = key(600000, "step at which min_lr is reached")
+    min_lr: float = key(6e-5, "learning rate after the decay")
+
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, mps", "System")
+    dtype: str = key("auto", "auto (bfloat16 or float16 on GPUs, else float32), float32, bfloat16, float16")
+    tf32: bool = key(True, "run float32 matmuls on GPUs as TF32, like nanoGPT; False: full precision")
+    compile: bool = key(True, "torch.compile the model")
+    backend: str = key("auto", "process group backend: auto, nccl, gloo")
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """vocab_size: the tokenizer's. Large vocabularies are padded to a multiple of 64 for faster matmuls."""
+        padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
+        shared = {field.name for field in dataclasses.fields(GPTConfig)} & vars(self).keys()
+        return GPTConfig(vocab_size=padded, **{name: getattr(self, name) for name in shared})
+
+    @classmethod
+    def inherited(cls, values: dict[str, Any], places: dict[str, str]) -> Iterator[Setting]:
+        """With --init_from=resume, the settings of the run in out_dir. Raises ConfigError if they cannot be read."""
+        path = Path(values["out_dir"]) / "config.json"
+        if values["init_from"] == "resume" and path.is_file():
+            try:
+                yield from ((k, v, str(path)) for k, v in json.loads(path.read_text()).items() if k not in OF_ONE_START)
+            except (ValueError, AttributeError):
+                raise ConfigError(f"{path}: is damaged; remove it, and give the run's settings yourself") from None
+
+    def problems(self) -> Iterator[Problem]:
+        for name in POSITIVE:
+            if getattr(self, name) <= 0:
+                yield name, "must be above 0"
+        for name in NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                yield name, "must not be negative"
+        if not self.out_dir:
+            yield "out_dir", "must not be empty; name a folder"
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                yield name, f"must be one of {', '.join(choices)}"
+        for name in ("dropout", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield name, "must be at least 0 and below 1"
+        if self.benchmark and self.steps < 5:
+            yield "steps", "must be 5 or more with --benchmark, because the first three are not timed"
+        if self.benchmark and (self.init_from == "resume" or self.resume):
+            yield "benchmark", "cannot resume a run; remove --init_from=resume and --resume"
+        if self.n_head > 0 and self.n_embd > 0 and self.n_embd % self.n_head:
+            near = self.n_head * round(self.n_embd / self.n_head) or self.n_head
+            yield "n_embd", f"must be divisible by n_head = {self.n_head}; set {near}"
+        ranks, micro_steps = world_size(), self.gradient_accumulation_steps
+        if micro_steps > 0 and micro_steps % ranks:
+            multiples = " or ".join(str(n * ranks) for n in (micro_steps // ranks, micro_steps // ranks + 1) if n)
+            yield "gradient_accumulation_steps", f"must be divisible by the number of ranks, {ranks}; set {multiples}"
+
+
+@dataclass(frozen=True)
+class PlainTrainConfig(TrainConfig):
+    """The settings of train.py: those of both scripts, and FSDP2's."""
+
+    strategy: str = key("auto", "auto (one process, or DDP on several ranks), ddp, fsdp", "Strategy")
+    reshard_after_forward: bool = key(True, "fsdp: free a block's parameters after forward; False: SHARD_GRAD_OP")
+    shard_ranks: int = key(0, "fsdp: ranks that share one copy of the model state (HSDP), such as a node's; 0: all")
+    cpu_offload: bool = key(False, "fsdp: keep model state in host memory and run the optimizer on the CPU")
+
+    def strategy_name(self, ranks: int) -> str:
+        """The strategy of a run: single, ddp or fsdp."""
+        return "fsdp" if self.strategy == "fsdp" else "ddp" if ranks > 1 else "single"
+
+    @classmethod
+    def inherited(cls, values: dict[str, Any], places: dict[str, str]) -> Iterator[Setting]:
+        """A strategy that is named here replaces the run's, with all that belongs to it."""
+        settings = super().inherited(values, places)
+        yield from (setting for setting in settings if "strategy" not in places or setting[0] not in FSDP_KEYS)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.strategy not in ("auto", "ddp", "fsdp"):
+            yield "strategy", "must be one of auto, ddp, fsdp; for ZeRO use train_deepspeed.py"
+        elif self.strategy != "fsdp":
+            for name in FSDP_KEYS[1:]:
+                if getattr(self, name) != PlainTrainConfig.__dataclass_fields__[name].default:
+                    yield name, f"applies to FSDP only, and strategy is {self.strategy!r}; set --strategy=fsdp"
+        ranks = world_size()
+        if self.shard_ranks < 0 or (self.shard_ranks and ranks % self.shard_ranks):
+            divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+            yield "shard_ranks", f"must divide the number of ranks, {ranks}: 0, or one of {divisors}"
+
+
+def parse(cls: type[T], argv: list[str], usage: str) -> T:
+    """argv (config files and --key=value, in order) -> cls; --help prints the keys and exits with 0.
+
+    Raises ConfigError with every problem: unknown keys, wrong types, and what cls.problems() yields.
     """
     if "-h" in argv or "--help" in argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
         print(help_text(cls, usage))
         sys.exit(0)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {name: f.default for name, f in fields.items()}
-    origin: dict[str, str] = {}
+    places: dict[str, str] = {}
     problems: list[str] = []
-    bad: set[str] = set()
-    for name, value, where in read_all(argv, values, problems):
+    mistyped: set[str] = set()
+
+    def set_value(name: str, value: Any, place: str) -> None:
+        if places.get(name) == COMMAND_LINE != place and rank() == 0:
+            print(f"note: {place} sets {name} = {value!r} after the command line did; the later one wins")
         try:
-            values[name] = convert(name, value, fields)
-            origin[name] = where
+            values[name] = convert(name, value, fields, is_text=place == COMMAND_LINE)
+            places[name] = place
         except ConfigError as error:
-            bad.add(name)
-            problems.append(f"{name} = {value!r} ({where}): {error}")
+            mistyped.add(name)
+            problems.append(f"{name} = {value!r} ({place}): {error}")
+
+    for setting in read_arguments(argv, values, problems):
+        set_value(*setting)
+    given = set(places)
+    for name, value, place in cls.inherited(values, places):
+        if name in fields and name not in given:
+            set_value(name, value, place)
     settings = cls(**values)
-    for name, rule in settings.problems():  # type: ignore[attr-defined]
-        if name not in bad:
-            problems.append(f"{name} = {values[name]!r} ({origin.get(name, 'default')}): {rule}")
+    for name, rule in settings.problems():
+        if name not in mistyped:
+            problems.append(f"{name} = {values[name]!r} ({places.get(name, 'default')}): {rule}")
     if problems:
-        raise ConfigError(listed(problems, "in the settings"))
+        raise ConfigError(list_problems(problems, "in the settings"))
     return settings
 
 
-def read_all(argv: list[str], values: dict, problems: list[str]) -> Iterator[tuple[str, Any, str]]:
-    """Yield (key, value, where) of every argument in order; what cannot be read goes to problems."""
-    for argument in argv:
-        if argument.startswith("-"):
-            name, equals, value = argument.lstrip("-").partition("=")
-            if equals or isinstance(values.get(name), bool):  # --benchmark is short for --benchmark=True
-                yield name, Text(value if equals else "True"), "command line"
-            else:
-                problems.append(f"{argument} (command line): has no value; write --{name}=VALUE")
-        else:
+def read_arguments(argv: list[str], values: dict, problems: list[str]) -> Iterator[Setting]:
+    """Yield the settings of each argument in order; arguments that cannot be read go to problems.
+
+    --deepspeed and --local_rank=N, which DeepSpeed's launcher and its users add, are left out.
+    """
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if argument == "--deepspeed" or name == "local_rank":
+            continue
+        if argument == "--deepspeed_config":
+            yield name, next(arguments, ""), COMMAND_LINE
+        elif not argument.startswith("-"):
             try:
                 yield from read_file(Path(argument), values)
             except ConfigError as error:
                 problems.append(str(error))
+        elif equals or isinstance(values.get(name), bool):  # --benchmark is short for --benchmark=True
+            yield name, value if equals else "True", COMMAND_LINE
+        else:
+            problems.append(f"{argument} ({COMMAND_LINE}): has no value; write {argument}=VALUE")
 
 
-class Text(str):
-    """A value from the command line: text, to be read as the key's type."""
-
-
-def read_file(path: Path, values: dict) -> Iterator[tuple[str, Any, str]]:
-    """Run a config file, which sees the values set before it, and yield what it assigns."""
+def read_file(path: Path, values: dict) -> Iterator[Setting]:
+    """Run a config file, which sees the values set before it, and yield its assignments."""
     if not path.is_file():
-        known = sorted(str(p) for p in path.parent.glob("*.py"))
-        near = [f"--{path}"] if "=" in path.name else difflib.get_close_matches(str(path), known, n=1)
-        raise ConfigError(f"{path}: no such config file" + (f"; did you mean {near[0]}?" if near else ""))
+        files = map(str, sorted(path.parent.glob("*.py")))
+        hint = f"; did you mean --{path}?" if "=" in path.name else did_you_mean(str(path), files)
+        raise ConfigError(f"{path}: no such config file{hint}")
+    if path.suffix == ".json":
+        raise ConfigError(f"{path}: is not a config file; write train_deepspeed.py --deepspeed_config={path}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         result = runpy.run_path(str(path), init_globals=dict(values))
     except SyntaxError as error:  # in this file, or in one that it imports
-        raise ConfigError(f"{place(error.filename or path, error.lineno)}: {error.msg}") from None
-    except (Exception, SystemExit) as error:  # whatever a config file can raise is the user's to mend
-        own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        raise ConfigError(f"{place(path, own[-1] if own else None)}: {type(error).__name__}: {error}") from None
-    lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        raise ConfigError(f"{error.filename or path}:{error.lineno}: {error.msg}") from None
+    except (Exception, SystemExit) as error:  # a config file is user code: any exception in it is the user's to fix
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f":{frame.lineno}" for frame in frames if frame.filename == str(path)]
+        raise ConfigError(f"{path}{lines[-1] if lines else ''}: {type(error).__name__}: {error}") from None
+    line_of = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for name, value in result.items():
-        assigned = name in lines or (name in values and value is not values[name])
+        assigned = name in line_of or (name in values and value is not values[name])
         if assigned and not name.startswith("_") and (name in values or not callable(value)):
-            yield name, value, f"{path}:{lines.get(name, 1)}"
+            yield name, value, f"{path}:{line_of.get(name, 1)}"
 
 
-def place(path: Path | str, line: int | None) -> str:
-    return f"{path}:{line}" if line else f"{path}"
-
-
-def convert(name: str, value: Any, fields: dict[str, dataclasses.Field]) -> Any:
-    """value as the type of the key; ConfigError (without key and value) where it is not."""
+def convert(name: str, value: Any, fields: dict[str, dataclasses.Field], is_text: bool) -> Any:
+    """Convert value to the key's type. Raises ConfigError, whose text leaves out key and value."""
+    if name in KEYS_OF_THE_OTHER_SCRIPT and name not in fields:
+        raise ConfigError(f"unknown key; it belongs to {KEYS_OF_THE_OTHER_SCRIPT[name]}; run one of them")
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all; a helper variable starts with _"
-        if name in ELSEWHERE:
-            hint = f"it belongs to {ELSEWHERE[name]}"
-        raise ConfigError(f"unknown key; {hint}")
+        hint = did_you_mean(name, fields) or "; see --help for all keys, and begin helper variables with _"
+        raise ConfigError(f"unknown key{hint}")
     kind = type(fields[name].default)
-    if isinstance(value, Text):
-        value = read_text(value, kind)
+    if is_text:
+        value = parse_text(value, kind)
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:
@@ -129,7 +304,8 @@ def convert(name: str, value: Any, fields: dict[str, dataclasses.Field]) -> Any:
     return value
 
 
-def read_text(text: str, kind: type) -> Any:
+def parse_text(text: str, kind: type) -> Any:
+    """text as kind, or unchanged where it is not one."""
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
@@ -143,8 +319,7 @@ def help_text(cls: type, usage: str) -> str:
     for f in dataclasses.fields(cls):
         if f.metadata["section"]:
             lines += ["", f"{f.metadata['section']}:"]
-        default = f"{f.default!r}".replace("'", "")
         kind = type(f.default).__name__
-        head = f"  --{f.name}".ljust(32) + kind.ljust(7) + default.ljust(18)
+        head = f"  --{f.name:<28}{kind:<7}{f.default!s:<18}"
         lines += textwrap.wrap(head + f.metadata["meaning"], 118, subsequent_indent=" " * 57)
     return "\n".join(lines)

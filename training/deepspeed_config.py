@@ -1,176 +1,265 @@
-"""DeepSpeed's JSON: read, "auto" filled in from the settings, and whatever contradicts them refused.
+"""DeepSpeed's JSON: literals become settings, "auto" comes from them; what contradicts them or cannot work is rejected.
 
-"auto" has the meaning that the Hugging Face Trainer gives it, so that the same files work there.
+"auto" has the meaning that the Hugging Face Trainer gives it, so the same files work there.
 """
 
-import difflib
 import json
+import re
+import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
+from data.errors import did_you_mean
 from model import GPTConfig
-from training import nvme
-from training.config import Problem, key
-from training.deepspeed_rules import check, dotted
-from training.distributed import Ranks
-from training.errors import ConfigError, listed
-from training.train_config import TrainConfig
+from training.config import Setting, TrainConfig, key
+from training.devices import gigabytes
+from training.distributed import Ranks, local_world_size, pick_dtype, world_size
+from training.errors import ConfigError, count, list_problems
+from training.optim import make_optimizer
 
 Json = dict[str, Any]
-SETTINGS = {
-    "train_micro_batch_size_per_gpu": "batch_size",
+COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string, which may hold // itself
+# The first is the product of the other two and the number of ranks.
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+# Values of the JSON that are a setting of ours.
+FROM_SETTINGS = {
     "gradient_clipping": "grad_clip",
     "optimizer.params.lr": "learning_rate",
     "optimizer.params.weight_decay": "weight_decay",
 }
-EPSILON = 1e-8  # of AdamW; torch's default, which train.py has too
+# Keys of the blocks whose keys DeepSpeed ignores if it does not know them; it checks the other blocks itself.
+KNOWN_KEYS = {
+    "": """activation_checkpointing aio bf16 checkpoint comms_logger communication_data_type compile csv_monitor
+        data_types dump_state flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+        gradient_predivide_factor log_level memory_breakdown optimizer prescale_gradients scheduler steps_per_print
+        tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb
+        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""",
+    "activation_checkpointing": """partition_activations contiguous_memory_optimization cpu_checkpointing
+        number_checkpoints synchronize_checkpoint_boundary profile""",
+    "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds",
+    "data_types": "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules",
+    "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
+    "optimizer": "type params legacy_fusion",
+    "optimizer.params": "lr betas eps weight_decay torch_adam fused foreach adam_w_mode fp32_optimizer_states",
+    "scheduler": "type params",
+    "timers": "throughput",
+    "timers.throughput": "enabled synchronized",
+}
+SEND_LESS = 'set "communication_data_type": "bf16" to send less'
+# Keys that this code does not support, with the reason, and what to use.
+UNSUPPORTED = {
+    "gradient_checkpointing": "as DeepSpeed has no such key (set --activation_checkpointing=True)",
+    "compression_training": f"as DeepSpeed has removed it ({SEND_LESS})",
+    **dict.fromkeys(("amp", "curriculum_learning", "elasticity", "sparse_gradients"), "as DeepSpeed has removed it"),
+    **dict.fromkeys(("tensor_parallel", "pipeline"), "as this code has data parallelism only (use ZeRO-3)"),
+    "data_efficiency": "as batches are the same under every strategy",
+    "autotuning": "as it starts runs without this code's settings",
+    "zero_optimization.mics_shard_size": "as DeepSpeed has removed it (use train.py --strategy=fsdp --shard_ranks=N)",
+}
+BLOCKS = ("activation_checkpointing", "bf16", "fp16", "optimizer", "scheduler", "torch_autocast", "zero_optimization")
+SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
 @dataclass(frozen=True)
 class DeepSpeedTrainConfig(TrainConfig):
-    """The settings of train.py, and where those are that DeepSpeed owns."""
+    """Settings of train_deepspeed.py."""
 
-    deepspeed_config: str = key(
-        "deepspeed_configs/zero2_config.json", "DeepSpeed's own settings: ZeRO stage, offload, buckets ...", "DeepSpeed"
-    )
-    nvme_path: str = key("", "folder on an NVMe disk of each node for what is offloaded there; empty: the JSON's")
-    verbose: bool = key(False, "let DeepSpeed say all that it has to say")
+    deepspeed_config: str = key("deepspeed_configs/zero2_config.json", "DeepSpeed's own settings", "DeepSpeed")
+    nvme_path: str = key("", "folder on a local NVMe disk of each node, for NVMe offload; empty: the JSON's nvme_path")
+    verbose: bool = key(False, "print DeepSpeed's messages instead of writing them to out_dir/deepspeed.log")
 
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        if not self.deepspeed_config:
-            yield "deepspeed_config", "must not be empty; name a JSON file"
-
-
-def arguments(argv: list[str]) -> list[str]:
-    """DeepSpeed's launcher and its users write some arguments in forms of their own: bring them to --key=value."""
-    given, found = iter(a for a in argv if a != "--deepspeed" and not a.startswith("--local_rank")), []
-    for argument in given:
-        if argument == "--deepspeed_config":
-            argument += f"={next(given, '')}"
-        found.append(argument)
-    return found
+    @classmethod
+    def inherited(cls, values: dict[str, Any], places: dict[str, str]) -> Iterator[Setting]:
+        """Literals of the JSON replace defaults and the settings of a resumed run."""
+        by_user = set(places)
+        yield from super().inherited(values, places)  # `parse` adds them to values and places
+        path = values["deepspeed_config"]
+        config = read(path)
+        for name, value, place in (*literals(config), *literal_batch(config, values, places, by_user)):
+            if value not in (None, "auto"):
+                yield name, value, f"{path}: {place}"
 
 
 def read(name: str) -> Json:
-    """Raises ConfigError for a file that is missing, or no JSON, or says a thing twice."""
+    """Raises ConfigError for a missing file, invalid JSON, or a duplicate key."""
     path = Path(name)
     if not path.is_file():
-        near = difflib.get_close_matches(str(path), sorted(map(str, path.parent.glob("*.json"))), n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; those that come with this code are in deepspeed_configs/"
+        known = sorted(map(str, path.parent.glob("*.json")))
+        hint = did_you_mean(str(path), known) or "; deepspeed_configs/ has one for each strategy"
         raise ConfigError(f"deepspeed_config = {name!r}: no such file{hint}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        text = COMMENT.sub(lambda match: match[1] or "\n" * match[0].count("\n"), path.read_text(encoding="utf-8"))
+        config = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: is not JSON ({error.msg}); comments are not allowed there") from None
-    except ValueError as error:  # a key twice, or no UTF-8
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    except ValueError as error:  # a duplicate key, or not UTF-8
         raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: must be an object, with {{ and }} around it")
+    blocks = {"the file": config, **{name: config[name] for name in BLOCKS if name in config}}
+    for name, block in blocks.items():
+        if not isinstance(block, dict):
+            raise ConfigError(f"{path}: {name} must be an object, {{...}}")
     return config
 
 
-def once(pairs: list[tuple[str, Any]]) -> Json:
-    """DeepSpeed refuses a key that stands in a block twice, too."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> Json:
+    """An object_pairs_hook that raises ValueError for a duplicate key."""
     names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]} stands there twice; keep one")
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"duplicate key {duplicates[0]!r}; keep one")
     return dict(pairs)
 
 
-def wanted_dtype(cfg: DeepSpeedTrainConfig, config: Json) -> str:
-    """dtype = auto leaves the choice to a JSON that has made it."""
-    if cfg.dtype == "auto":
-        for block, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-            if dotted(config, f"{block}.enabled") is True:
-                return dtype
-    return cfg.dtype
+def dotted(config: Json, path: str) -> Any:
+    """config["a"]["b"] for the path "a.b"; None if it is missing."""
+    value: Any = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def put(config: Json, path: str, value: Any) -> None:
+    """Set config["a"]["b"] for the path "a.b"."""
+    *blocks, name = path.split(".")
+    for block in blocks:
+        config = config.setdefault(block, {})
+    config[name] = value
+
+
+def literals(config: Json) -> Iterator[Setting]:
+    """(setting, value, path in the JSON) of what the JSON says about our settings, except the batch size."""
+    for path, setting in FROM_SETTINGS.items():
+        yield setting, dotted(config, path), path
+    betas = dotted(config, "optimizer.params.betas")
+    if isinstance(betas, list) and len(betas) == 2:
+        yield from (("beta1", betas[0], "optimizer.params.betas"), ("beta2", betas[1], "optimizer.params.betas"))
+    if "activation_checkpointing" in config:
+        yield "activation_checkpointing", True, "activation_checkpointing"
+    enabled = {block: dotted(config, f"{block}.enabled") for block in DTYPES}
+    if False in enabled.values() and not any(enabled.values()):
+        yield "dtype", "float32", "bf16.enabled, fp16.enabled"
+    yield from (("dtype", DTYPES[block], f"{block}.enabled") for block, given in enabled.items() if given is True)
+
+
+def literal_batch(config: Json, values: Json, places: Json, by_user: set[str]) -> Iterator[Setting]:
+    """The user's settings come first, then the JSON's literals, then DeepSpeed's rule: one micro-step per rank.
+
+    A total alone is divided by a resumed run's batch_size. `fill_batch` reports a total that is not reached.
+    """
+    total, micro, steps = (n if type(n) is int and n > 0 else 0 for n in map(config.get, BATCH))
+    ranks = world_size()
+    batch_size = values["batch_size"] if "batch_size" in by_user else micro
+    micro_steps = values[BATCH[2]] if BATCH[2] in by_user else steps * ranks  # of all ranks
+    if total and micro_steps:
+        batch_size = batch_size or max(1, total // micro_steps)
+    elif total:
+        batch_size = batch_size or (values["batch_size"] if "batch_size" in places else max(1, total // ranks))
+        micro_steps = max(1, total // (batch_size * ranks)) * ranks
+    elif micro == batch_size > 0 and BATCH[2] not in places:
+        micro_steps = micro_steps or ranks
+    yield from (("batch_size", batch_size or None, "batch size"), (BATCH[2], micro_steps or None, "batch size"))
+
+
+def describe_json(config: Json) -> tuple[int, str, str]:
+    """(ZeRO stage, device of the optimizer states, device of the parameters); devices: gpu, cpu, nvme."""
+    devices = [dotted(config, f"zero_optimization.offload_{part}.device") for part in ("optimizer", "param")]
+    optimizer, parameters = (device if device in ("cpu", "nvme") else "gpu" for device in devices)
+    return dotted(config, "zero_optimization.stage") or 0, optimizer, parameters
 
 
 def strategy_of(config: Json) -> str:
-    """zero0 ... zero3, with _offload (to the CPU) or _nvme behind it."""
-    zero = config.get("zero_optimization", {})
-    devices = {dotted(zero, f"offload_{what}.device") for what in ("optimizer", "param")}
-    return f"zero{zero.get('stage', 0)}" + ("_nvme" if "nvme" in devices else "_offload" if "cpu" in devices else "")
+    """The strategy's name: zero0 ... zero3, followed by _offload (to the CPU) or _nvme."""
+    stage, *devices = describe_json(config)
+    return f"zero{stage}" + ("_nvme" if "nvme" in devices else "_offload" if "cpu" in devices else "")
 
 
-def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: Json, dtype: torch.dtype) -> Json:
-    """What DeepSpeed is given: no "auto" is left. Raises ConfigError with every problem."""
+def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: Json) -> tuple[Json, torch.dtype]:
+    """The JSON that deepspeed.initialize gets, without "auto", and the run's dtype.
+
+    Raises ConfigError with every problem. An AdamW block applies only if training/optim.py builds AdamW, too.
+    """
     config, problems = json.loads(json.dumps(config)), []
-    for path, (value, owner) in owned(cfg, ranks, config, dtype).items():
-        found = dotted(config, path)
-        if found in (None, "auto"):
+    if type(make_optimizer(torch.nn.Linear(1, 1), cfg)) is not torch.optim.AdamW:
+        config.pop("optimizer", None)
+    if fp16_on_cpu := dotted(config, "fp16.enabled") is True and ranks.device.type == "cpu":
+        problems.append('fp16.enabled = true: not supported on CPUs; write "bf16": {"enabled": true} instead')
+    dtype = torch.float16 if fp16_on_cpu else pick_dtype(cfg.dtype, ranks.device)
+    for path, (value, source) in owned(cfg, model, config, dtype).items():
+        given = dotted(config, path)
+        if given in (None, "auto"):
             put(config, path, value)
-        elif found != value:
-            fix = "".join(f", or set {setting}" for setting in fixes(cfg, ranks, path, found))
-            problems.append(f'{path} = {json.dumps(found)}: contradicts {owner}; write "auto"{fix}')
-    for path, value in suggested(cfg, model, config).items():
+        elif given != value:
+            problems.append(f'{path} = {json.dumps(given)}: contradicts {source} in the settings; write "auto"')
+    problems += fill_batch(config, cfg, ranks)
+    for path, value in suggested(cfg, model).items():
         if dotted(config, path) == "auto":
             put(config, path, value)
-    nvme.take_disk(config, cfg.nvme_path)
+    for block in nvme_blocks(config):
+        block["nvme_path"] = cfg.nvme_path or block.get("nvme_path")
     adapt(config, ranks.device)
     problems += check(config, cfg, model, ranks)
     if problems:
-        raise ConfigError(listed(problems, f"in {cfg.deepspeed_config}"))
-    nvme.take_own(config, cfg.out_dir)
-    return config
+        raise ConfigError(list_problems(problems, f"in {cfg.deepspeed_config}"))
+    for block in nvme_blocks(config):
+        block["nvme_path"] = str(swap_folder(block["nvme_path"], cfg.out_dir))
+    return config, dtype
 
 
-def fixes(cfg: TrainConfig, ranks: Ranks, path: str, found: Any) -> Iterator[str]:
-    """The settings that would agree with the JSON, or come nearest to it."""
-    if path in SETTINGS:
-        yield f"--{SETTINGS[path]}={found}"
-    elif path == "gradient_accumulation_steps" and isinstance(found, int):
-        yield f"--gradient_accumulation_steps={found * ranks.world_size}"
-    elif path == "train_batch_size" and isinstance(found, int):
-        least = cfg.batch_size * ranks.world_size  # sequences in a step of one micro-step a rank
-        for near in sorted({found // least * least, -(-found // least) * least} - {0}):
-            yield f"--gradient_accumulation_steps={near // cfg.batch_size} (for {near})"
-
-
-def owned(cfg: TrainConfig, ranks: Ranks, config: Json, dtype: torch.dtype) -> dict[str, tuple[Any, str]]:
-    """path -> (value, where it comes from): what the settings decide, whether the JSON says so or not."""
-    micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
-    per_step = cfg.batch_size * cfg.gradient_accumulation_steps
-    identity = (
-        f"batch_size = {cfg.batch_size} x {micro_steps} micro-steps x {ranks.world_size} ranks = {per_step} "
-        f"(gradient_accumulation_steps = {cfg.gradient_accumulation_steps} are those of all ranks)"
-    )
+def owned(cfg: TrainConfig, model: GPTConfig, config: Json, dtype: torch.dtype) -> dict[str, tuple[Any, str]]:
+    """path -> (value, its source for messages): what our settings decide, whether or not the JSON has the key."""
     name = str(dtype).removeprefix("torch.")
     values: dict[str, tuple[Any, str]] = {
-        "train_micro_batch_size_per_gpu": (cfg.batch_size, identity),
-        "gradient_accumulation_steps": (micro_steps, identity),
-        "train_batch_size": (per_step, identity),
-        "gradient_clipping": (cfg.grad_clip, f"grad_clip = {cfg.grad_clip}"),
+        path: (getattr(cfg, setting), f"{setting} = {getattr(cfg, setting)}")
+        for path, setting in FROM_SETTINGS.items()
+        if "optimizer" in config or not path.startswith("optimizer.")
     }
-    # Without ZeRO, DeepSpeed's own bf16 accumulates in bf16 and skips the first update; autocast is what train.py has.
-    without_zero = not dotted(config, "zero_optimization.stage") and dtype == torch.bfloat16
-    if autocast := bool(without_zero or dotted(config, "torch_autocast.enabled")):
+    # Without ZeRO, DeepSpeed's bf16 accumulates gradients in bf16 and skips the first update; train.py uses autocast.
+    bf16_without_zero = dtype == torch.bfloat16 and not dotted(config, "zero_optimization.stage")
+    autocast = bf16_without_zero or dotted(config, "torch_autocast.enabled") is True
+    if autocast:
         values["torch_autocast.enabled"] = True, f"dtype = {name} under ZeRO-0"
         values["torch_autocast.dtype"] = name, f"dtype = {name}"
-    values["bf16.enabled"] = dtype == torch.bfloat16 and not autocast, f"dtype = {name}"
-    values["fp16.enabled"] = dtype == torch.float16 and not autocast, f"dtype = {name}"
+    for block, its_dtype in DTYPES.items():
+        if autocast and its_dtype == name:  # in the place of the engine's own
+            put(config, f"{block}.enabled", "auto")
+        values[f"{block}.enabled"] = its_dtype == name and not autocast, f"dtype = {name}"
     if "optimizer" in config:
-        values["optimizer.params.lr"] = cfg.learning_rate, f"learning_rate = {cfg.learning_rate}"
         values["optimizer.params.betas"] = [cfg.beta1, cfg.beta2], f"beta1 = {cfg.beta1}, beta2 = {cfg.beta2}"
-        values["optimizer.params.eps"] = EPSILON, f"train.py's eps = {EPSILON}"
-        values["optimizer.params.weight_decay"] = cfg.weight_decay, f"weight_decay = {cfg.weight_decay}"
+    if dotted(config, "activation_checkpointing.contiguous_memory_optimization"):
+        values["activation_checkpointing.number_checkpoints"] = model.n_layer, f"n_layer = {model.n_layer}"
     return values
 
 
-def suggested(cfg: TrainConfig, model: GPTConfig, config: Json) -> Json:
-    """path -> value where the JSON says "auto"; a value there is right as it is."""
-    values = {"zero_optimization.reduce_bucket_size": model.n_embd**2}
-    if dotted(config, "zero_optimization.stage") == 3:
-        values["zero_optimization.stage3_prefetch_bucket_size"] = int(0.9 * model.n_embd**2)
-        values["zero_optimization.stage3_param_persistence_threshold"] = 10 * model.n_embd
+def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
+    """Fill in the numbers of BATCH; yields the problem if a literal contradicts them."""
+    steps, sequences = cfg.gradient_accumulation_steps // ranks.world_size, cfg.batch_size * ranks.world_size
+    values = dict(zip(BATCH, (sequences * steps, cfg.batch_size, steps), strict=True))
+    wrong = {name: config[name] for name in BATCH if config.get(name) not in (None, "auto", values[name])}
+    product = f"{count(steps, 'micro-step')} x {count(ranks.world_size, 'rank')} = {sequences * steps}"
+    problem = ", ".join(f"{name} = {json.dumps(value)}" for name, value in wrong.items())
+    if wrong and list(wrong) != ["train_batch_size"]:
+        accumulation = f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} is the total over all ranks"
+        yield f'{problem}: contradicts batch_size = {cfg.batch_size} x {product} ({accumulation}); write "auto"'
+    elif wrong:
+        given = wrong["train_batch_size"]
+        reachable = config.get(BATCH[2]) == steps and type(given) is int and given > 0 and given % sequences == 0
+        fix = f'"gradient_accumulation_steps": {given // sequences}' if reachable else sequences * steps
+        yield f"{problem}: is not {count(cfg.batch_size, 'sequence')} x {product}; write {fix}"
+    config.update(values)
+
+
+def suggested(cfg: TrainConfig, model: GPTConfig) -> Json:
+    """path -> value for "auto"; any other value in the JSON is kept. Hugging Face's formulas."""
     return {
-        **values,
+        "optimizer.params.eps": 1e-8,  # the default of every AdamW
+        "zero_optimization.reduce_bucket_size": model.n_embd**2,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * model.n_embd**2),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * model.n_embd,
         "scheduler.params.warmup_min_lr": 0,
         "scheduler.params.warmup_max_lr": cfg.learning_rate,
         "scheduler.params.warmup_num_steps": max(1, cfg.warmup_iters),
@@ -179,21 +268,120 @@ def suggested(cfg: TrainConfig, model: GPTConfig, config: Json) -> Json:
 
 
 def adapt(config: Json, device: torch.device) -> None:
-    """To the machine: a CPU has no second stream to reduce on; where no nvcc is, FusedAdam cannot be compiled."""
-    if device.type == "cpu" and (zero := config.get("zero_optimization", {})).get("overlap_comm") != "auto":
-        zero["overlap_comm"] = False  # 0.90 -> 1.02 of DDP's speed for ZeRO-2
-    params = config.get("optimizer", {}).get("params", {})
-    offloaded = dotted(config, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
-    if "optimizer" in config and not offloaded and (device.type == "cpu" or cpp_extension.CUDA_HOME is None):
+    """Adapt the JSON to the machine: no overlap on CPUs, torch's AdamW where FusedAdam cannot be compiled."""
+    zero = config.get("zero_optimization", {})
+    if device.type == "cpu" and zero.get("overlap_comm") != "auto":
+        zero["overlap_comm"] = False  # a CPU has no second stream; ZeRO-2 goes from 0.90 to 1.02 of DDP's speed
+    if "optimizer" not in config:
+        config["zero_allow_untested_optimizer"] = True  # any optimizer of training/optim.py
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's optimizers may be offloaded
+        return
+    from torch.utils import cpp_extension  # large: the advice after running out of memory does without it
+
+    params = config["optimizer"].setdefault("params", {})
+    has_nvcc = cpp_extension.CUDA_HOME is not None and (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists()
+    _, optimizer_device, _ = describe_json(config)
+    if optimizer_device == "gpu" and (device.type == "cpu" or not has_nvcc):
         params.setdefault("torch_adam", True)
     if params.get("torch_adam"):
         params.setdefault("fused", True)
-    if params.get("torch_adam") or "optimizer" not in config:
-        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW may be offloaded, too
+        config["zero_force_ds_cpu_optimizer"] = False
 
 
-def put(config: Json, path: str, value: Any) -> None:
-    *blocks, name = path.split(".")
-    for block in blocks:
-        config = config.setdefault(block, {})
-    config[name] = value
+def nvme_blocks(config: Json) -> list[Json]:
+    """The offload blocks whose device is NVMe."""
+    blocks = [dotted(config, f"zero_optimization.offload_{part}") or {} for part in ("optimizer", "param")]
+    return [block for block in blocks if block.get("device") == "nvme"]
+
+
+def swap_folder(disk: str, out_dir: str) -> Path:
+    """A run's own folder on an NVMe disk; the checksum distinguishes run folders of the same name."""
+    path = Path(out_dir).absolute()
+    return Path(disk) / f"{path.name}-{zlib.crc32(str(path).encode()):08x}"
+
+
+def check(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
+    """Each problem of a JSON whose "auto" values are filled in, with its fix."""
+    yield from (f"{key}: not supported, {why}; remove it" for key, why in UNSUPPORTED.items() if dotted(config, key))
+    for block, text in KNOWN_KEYS.items():
+        value, known = dotted(config, block) if block else config, text.split()
+        if isinstance(value, dict):
+            for name in value.keys() - set(known) - UNSUPPORTED.keys():
+                place = f"{block}.{name}" if block else name
+                yield f"{place}: unknown key{did_you_mean(name, known) or '; remove it'}"
+        elif value is not None:
+            yield f"{block} = {value!r}: must be an object"
+    yield from (f'{path} = "auto": there is no automatic value; write one, or remove it' for path in autos(config))
+    yield from check_optimizer(config)
+    yield from check_activation_checkpointing(config, cfg, ranks)
+    yield from check_offload(config, model, ranks)
+
+
+def autos(value: Any, path: str = "") -> Iterator[str]:
+    """Paths of the values that are "auto"."""
+    if value == "auto":
+        yield path
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from autos(inner, f"{path}.{name}" if path else name)
+
+
+def check_optimizer(config: Json) -> Iterator[str]:
+    optimizer, scheduler = dotted(config, "optimizer.type"), dotted(config, "scheduler.type")
+    if optimizer in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"):
+        yield f"optimizer.type = {optimizer!r}: DeepSpeed has removed it; write AdamW ({SEND_LESS})"
+    elif "optimizer" in config and optimizer not in ("Adam", "AdamW"):
+        yield f"optimizer.type = {optimizer!r}: must be AdamW; another optimizer goes to training/optim.py"
+    if dotted(config, "optimizer.params.adam_w_mode") is False:
+        yield "optimizer.params.adam_w_mode = false: selects Adam with L2 regularization, not AdamW; remove it"
+    if "scheduler" in config and scheduler not in SCHEDULERS:
+        yield f"scheduler.type = {scheduler!r}: must be one of {', '.join(SCHEDULERS)}; or remove it to use ours"
+
+
+def check_activation_checkpointing(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
+    block = config.get("activation_checkpointing", {})
+    if block and not cfg.activation_checkpointing:
+        yield "activation_checkpointing: contradicts activation_checkpointing = False in the settings; remove the block"
+    on_cpu_ranks = block.get("cpu_checkpointing") and ranks.device.type == "cpu"
+    if (block.get("contiguous_memory_optimization") or on_cpu_ranks) and not block.get("partition_activations"):
+        yield "activation_checkpointing: what is switched on needs partition_activations = true"
+
+
+def check_offload(config: Json, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
+    stage, *devices = describe_json(config)
+    if stage not in (0, 1, 2, 3):  # reported by check_values
+        return
+    host_parameters = model.parameter_count() * local_world_size() // ranks.world_size
+    # Bytes per parameter on the disk: the fp32 copy and two moments, and the parameter itself.
+    bytes_each = 12, 2 if dotted(config, "bf16.enabled") else 4
+    for part, device, per_parameter in zip(("optimizer", "param"), devices, bytes_each, strict=True):
+        name = f"zero_optimization.offload_{part}"
+        lowest = 3 if device == "nvme" or part == "param" else 1
+        if device != "gpu" and stage < lowest:
+            yield f"{name}.device = {device!r}: needs stage {lowest}, stage is {stage}; set it, or remove the block"
+        elif device == "nvme":
+            block = dotted(config, name)
+            place, needed = f"{name}.nvme_path = {block['nvme_path']!r}", per_parameter * host_parameters
+            if not block["nvme_path"] or not Path(block["nvme_path"]).is_dir():
+                yield f"{place}: no such folder; set --nvme_path to one on a local NVMe disk"
+            elif (free := shutil.disk_usage(block["nvme_path"]).free) < needed:
+                yield f"{place}: {gigabytes(free)} free, {gigabytes(needed)} needed; set --nvme_path to a larger disk"
+            largest = -(-model.vocab_size * model.n_embd // ranks.world_size)
+            if part == "param" and block.get("buffer_size", 1e8) < largest:
+                yield f"{name}.buffer_size = {block['buffer_size']}: must be at least {largest}, a rank's largest part"
+
+
+def check_values(config: Json, parse: type, path: str) -> None:
+    """Let DeepSpeed check the values inside its blocks; parse: deepspeed.DeepSpeedConfig. Raises ConfigError."""
+    try:
+        parse(config)
+    except Exception as error:
+        if not hasattr(error, "errors"):  # not pydantic's
+            raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+        problems = []
+        for problem in error.errors():
+            keys = [str(key) for key in problem["loc"]]  # without the name of the block
+            blocks = [name for name in config if keys and dotted(config, f"{name}.{keys[0]}") is not None]
+            place = ".".join([*blocks[:1], *keys])
+            problems.append(f"{place} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+        raise ConfigError(list_problems(problems, f"in {path}")) from None

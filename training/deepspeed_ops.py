@@ -1,56 +1,56 @@
-"""DeepSpeed's C++ ops: those that a run needs are compiled before anything is allocated, once, with a word before.
+"""DeepSpeed's C++ ops, compiled before anything is allocated, and its log file.
 
-DeepSpeed itself is passed in by train_deepspeed.py: nothing here imports it.
+The DeepSpeed module is passed in by train_deepspeed.py: importing this module does not import it.
 """
 
+import contextlib
 import fcntl
 import functools
+import io
 import logging
 import shutil
 import sysconfig
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import cpuinfo
 from torch.utils import cpp_extension
 
-from training.deepspeed_rules import dotted
+from training.deepspeed_config import DeepSpeedTrainConfig, Json, describe_json, dotted
 from training.distributed import Ranks
 from training.errors import UserError
 
-PARTS = {"async_io": ["pin_memory"]}  # ops that another one compiles and loads with itself
-LOAD = cpp_extension.load
 
+def load(deepspeed: ModuleType, config: Json, ranks: Ranks) -> None:
+    """Compile and load the ops of a run; the first rank of each node compiles, the others wait. A collective.
 
-def load(deepspeed: ModuleType, config: dict[str, Any], ranks: Ranks) -> None:
-    """On every rank; the first of each node compiles. Raises UserError with the fix where that does not work."""
-    logging.getLogger(cpp_extension.__name__).setLevel(logging.ERROR)  # a page on other compilers than g++
+    Raises UserError with what to install.
+    """
+    logging.getLogger(cpp_extension.__name__).setLevel(logging.ERROR)  # a page about compilers other than g++
     ops = needed(config, ranks.device.type)
-    if ops:  # the builders ask for the CPU's name and abilities five times over, a second each
+    if ops:  # DeepSpeed asks for the CPU's features several times, 1.1 s each: zero2_offload starts in 3.4, not 5.8 s
         cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-        cpuinfo.get_cpu_info()
-    for op, builder in ops.items():
-        made = deepspeed.accelerator.get_accelerator().create_op_builder(builder)
-        built = deepspeed.git_version_info.installed_ops.get(op)  # DS_BUILD_... = 1 when DeepSpeed was installed
-        for turn in (True, False):
+        cpuinfo.get_cpu_info()  # on all ranks at once; below, they take turns
+    for op, builder_name in ops.items():
+        builder = deepspeed.accelerator.get_accelerator().create_op_builder(builder_name)
+        prebuilt = deepspeed.git_version_info.installed_ops.get(op)  # installed with DS_BUILD_...=1
+        for first in (True, False):
             with ranks.together():
-                if turn == (ranks.local_rank == 0):
-                    build(op, made, announce=not built)
+                if first == (ranks.local_rank == 0):
+                    build(op, builder, announce=not prebuilt)
 
 
-def needed(config: dict[str, Any], device: str) -> dict[str, str]:
-    """op -> DeepSpeed's builder of it."""
-    zero = config.get("zero_optimization", {})
-    offload = {what: dotted(zero, f"offload_{what}.device") for what in ("optimizer", "param")}
+def needed(config: Json, device: str) -> dict[str, str]:
+    """op -> name of its builder in DeepSpeed; device: cpu or cuda."""
+    _, *devices = describe_json(config)
     ops = {}
-    if "nvme" in offload.values():
-        ops["async_io"] = "AsyncIOBuilder"  # first: what it lacks is seen before another is compiled
+    if "nvme" in devices:
+        ops["async_io"] = "AsyncIOBuilder"  # first, so that a missing libaio is reported before others are compiled
     if "optimizer" in config and not dotted(config, "optimizer.params.torch_adam"):
-        if offload["optimizer"] in ("cpu", "nvme"):
+        if devices[0] != "gpu":
             ops["cpu_adam"] = "CPUAdamBuilder"
         elif device in ("cuda", "cpu"):
             ops["fused_adam"] = "FusedAdamBuilder"
@@ -58,52 +58,74 @@ def needed(config: dict[str, Any], device: str) -> dict[str, str]:
 
 
 def build(op: str, builder: Any, announce: bool) -> None:
-    folders = [Path(cpp_extension._get_build_directory(name, verbose=False)) for name in (op, *PARTS.get(op, ()))]
-    with (folders[0].parent / "nanozero.lock").open("w") as ours, said_if_slow(op, folders[0], announce):
-        # torch's own lock is a file that a killed compilation leaves behind, and for which all later ones would wait
-        # for ever. Ours ends with the process that holds it: who has it may remove that.
-        fcntl.flock(ours, fcntl.LOCK_EX)
+    ops = ["async_io", "pin_memory"] if op == "async_io" else [op]  # its builder compiles both
+    folders = [Path(cpp_extension._get_build_directory(name, False)) for name in ops]
+    # torch locks by creating a file. A killed compilation leaves it behind, and all later ones wait forever. The
+    # kernel releases ours when its process ends, so its owner may delete torch's.
+    with (folders[0].parent / "nanozero.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         for folder in folders:
             (folder / "lock").unlink(missing_ok=True)
+        missing = not (folders[0] / f"{op}.so").exists()
+        if announce and missing:
+            print(f"compiling {op} of DeepSpeed, once; this takes about a minute", flush=True)
+        flags = builder.cxx_args
+        # Without debug symbols cpu_adam compiles in 47 instead of 64 s on one core.
+        builder.cxx_args = lambda: [flag for flag in flags() if flag != "-g"]
         try:
-            cpp_extension.load = functools.partial(without_symbols, LOAD)
+            if missing and not builder.is_compatible(verbose=False):  # before the ops that it consists of are compiled
+                raise RuntimeError(f"{op} is not compatible with this machine")
             builder.load(verbose=False)
         except Exception as error:
-            raise UserError(f"{op}, a C++ op of DeepSpeed's that this run needs: {reason(op, error)}") from None
-
-
-@contextmanager
-def said_if_slow(op: str, folder: Path, announce: bool) -> Iterator[None]:
-    """At once where it must be compiled; else after seconds: it may have been compiled for another torch."""
-    text = f"compiling {op} of DeepSpeed, once: half a minute, on few cores more"
-    timer = threading.Timer(5.0 if (folder / f"{op}.so").exists() else 0.0, print, [text], {"flush": True})
-    if announce:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def without_symbols(load: Callable, *arguments: Any, extra_cflags: list[str], **options: Any) -> Any:
-    """DeepSpeed asks for a debugger's symbols, which are a third of the compiler's work."""
-    return load(*arguments, extra_cflags=[flag for flag in extra_cflags if flag != "-g"], **options)
+            raise UserError(f"cannot compile {op}, a C++ op of DeepSpeed: {reason(op, error)}") from None
 
 
 def reason(op: str, error: Exception) -> str:
-    """What is missing, and the fix."""
+    """Why an op cannot be compiled, and the fix."""
     compiler = cpp_extension.get_cxx_compiler()
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    without = '; or set "torch_adam": true in optimizer.params' if op != "async_io" else ""
+    or_torch = '; or set "torch_adam": true in optimizer.params' if op != "async_io" else ""
     if not shutil.which(compiler.split()[0]):
-        return f"no compiler ({compiler}); apt-get install g++{without}"
-    if not cpp_extension.is_ninja_available():
-        return f"no ninja; pip install ninja{without}"
+        return f"no compiler ({compiler}); apt-get install g++{or_torch}"
     if not headers.exists():
-        return f"no Python headers ({headers}); apt-get install python3-dev{without}"
+        return f"the Python headers are missing ({headers}); apt-get install python3-dev{or_torch}"
     if op == "async_io" and "compatible" in str(error):
-        return "no libaio; apt-get install libaio-dev"
+        return "libaio is missing; apt-get install libaio-dev"
     if "CUDA" in type(error).__name__:
-        return f"{' '.join(str(error).split())}; install the CUDA toolkit that torch was built with{without}"
-    lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()]
-    return (lines or [str(error)])[-1][:300] + without
+        return f"{' '.join(str(error).split())}; install the CUDA toolkit that torch was built with{or_torch}"
+    lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+    return lines[-1][:300] + or_torch
+
+
+class DeepSpeedLog:
+    """Writes DeepSpeed's messages, breakdowns and profiles to out_dir/deepspeed.log; --verbose prints them.
+
+    Create it after DeepSpeed is imported, when its logger exists.
+    """
+
+    def __init__(self, cfg: DeepSpeedTrainConfig, ranks: Ranks):
+        to_file = ranks.main and not (cfg.verbose or cfg.eval_only)
+        self.file: TextIO | None = (Path(cfg.out_dir) / "deepspeed.log").open("a", buffering=1) if to_file else None
+        level = logging.INFO if cfg.verbose else logging.WARNING if self.file else logging.ERROR
+        logger = logging.getLogger("DeepSpeed")
+        logger.setLevel(level)
+        for handler in logger.handlers:
+            handler.setLevel(level)
+            if self.file and isinstance(handler, logging.StreamHandler):
+                handler.setStream(self.file)
+        if not cfg.verbose:
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+    @contextlib.contextmanager
+    def section(self, title: str) -> Iterator[None]:
+        """Write what DeepSpeed prints to the file, below a line with the title."""
+        if not self.file:
+            yield
+            return
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output):
+                yield
+        finally:
+            if text := output.getvalue():
+                self.file.write(f"\n{title}\n{text}")

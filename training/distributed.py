@@ -1,8 +1,12 @@
-"""Ranks: who am I among how many, on which device; the only reader of the launcher's environment variables."""
+"""Ranks: which one this process is, on which device, and how it ends. The only reader of the launcher's variables."""
 
 import errno
+import inspect
 import os
-from collections.abc import Iterator
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -10,13 +14,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim import Adam, Optimizer
 
 from data.errors import DataError
-from training.errors import ConfigError, NodeError, Stopped, UserError
+from training.errors import LOST, STOPPED, USER_ERROR, ConfigError, NodeError, RankError, Stopped, UserError
 
-LATER = timedelta(seconds=30)  # than the watchdog, which says more
+WATCHDOG_MARGIN = timedelta(seconds=30)  # collectives time out after the watchdog, whose report says more
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# What a user's disk, folder or limit can cause. Any other OSError is a bug and keeps its traceback.
+USERS_ERRNOS = CANNOT_WRITE | {errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE}
+LOST_RANK = ("Connection closed by", "Connection reset by", "Broken pipe", "Timed out waiting", "remote process")
 
 
 def rank() -> int:
@@ -32,7 +40,7 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this node; LOCAL_SIZE is what DeepSpeed's launcher calls it."""
+    """Ranks on this node; DeepSpeed's launcher calls the variable LOCAL_SIZE."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
 
 
@@ -42,30 +50,30 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
-    control: dist.ProcessGroup | None = None  # gloo, for the ranks' own affairs; None: the default group is
+    control: dist.ProcessGroup | None = None  # gloo group for messages between CPUs; None: the default group
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over all ranks, in place; every rank must call it."""
+        """The mean over all ranks, in place. A collective."""
         if self.world_size > 1:
             dist.all_reduce(value)
             value /= self.world_size
         return value
 
     def gather(self, numbers: list[float]) -> list[list[float]]:
-        """The numbers of every rank, by rank. On the CPU: nobody waits for a device."""
+        """Every rank's numbers, by rank. A collective between CPUs, so it does not wait for the device."""
         mine = torch.tensor(numbers, dtype=torch.float64)
-        all_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
         if self.world_size == 1:
             return [mine.tolist()]
+        all_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(all_ranks, mine, group=self.control)
         return [row.tolist() for row in all_ranks]
 
     def share(self, value: Any) -> list[Any]:
-        """Plain data of every rank, by rank."""
+        """Every rank's plain data, by rank. A collective."""
         values: list[Any] = [value]
         if self.world_size > 1:
             values = [None] * self.world_size
@@ -74,116 +82,182 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails for the user on one rank (a full disk, a missing file) fails on all, with the same message."""
-        mine: str | None = None
+        """Raise a user's error of any rank (a full disk, a missing file) on all ranks, with the same message."""
+        message: str | None = None
         try:
             yield
         except (UserError, DataError, OSError) as error:
-            mine = words(error)
-        first = next((error for error in self.share(mine) if error is not None), None)
+            if not is_users_fault(error):
+                raise
+            message = describe_error(error)
+        first = next((text for text in self.share(message) if text is not None), None)
         if first is not None:
             raise UserError(first)
 
 
-ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+SINGLE_PROCESS = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @contextmanager
-def start(device: str, backend: str, minutes: float = 10, alone: bool = False, host: bool = False) -> Iterator[Ranks]:
-    """Join the process group if a launcher started several ranks, and leave it at the end.
+def start(
+    device: str,
+    backend: str,
+    timeout_minutes: float = 10,
+    process_group: bool = False,
+    cpu_tensors: bool = False,
+    tf32: bool = False,
+) -> Iterator[Ranks]:
+    """Pick this rank's device, join the process group, and leave it at the end.
 
-    minutes: to wait for the other ranks, here and in every collective; 0: ten.
-    alone: a process without others has a process group, too; DeepSpeed and FSDP2 need one.
-    host: the ranks of GPUs send one another what is in the CPU's memory, too: FSDP2's offloaded gradients have a norm.
+    timeout_minutes: how long to wait for other ranks, here and in every collective; 0 means ten.
+    process_group: make one for a single process too; DeepSpeed and FSDP2 need it.
+    cpu_tensors: ranks on GPUs also reduce tensors in host memory, as FSDP2's offloaded gradient norm does.
+    tf32: float32 matmuls on GPUs may run as TF32.
     """
     ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()))
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    elif ranks.device.type == "cpu":  # large tensors on huge pages: page faults were a third of a ZeRO step
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    elif ranks.device.type == "cpu":  # huge pages for large tensors: page faults took a third of a ZeRO step
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if alone:  # DeepSpeed asks these two what torch is told here
+    if process_group:  # DeepSpeed reads its device from the environment
         os.environ["DS_ACCELERATOR"] = ranks.device.type
-        os.environ.setdefault("LOCAL_RANK", "0")
-    if ranks.world_size == 1 and not alone:
+        os.environ.setdefault("LOCAL_RANK", str(ranks.device.index or 0))
+    if ranks.world_size == 1 and not process_group:
         yield ranks
         return
-    ranks = join(ranks, backend, timedelta(minutes=minutes or 10) + LATER, host)
+    ranks = join(ranks, backend, timedelta(minutes=timeout_minutes or 10) + WATCHDOG_MARGIN, cpu_tensors)
     try:
         yield ranks
-    except Stopped:  # by all ranks
-        leave()
+    except Stopped:  # raised on all ranks
+        leave(ranks)
         raise
-    leave()
+    leave(ranks)
 
 
-def join(ranks: Ranks, backend: str, timeout: timedelta, host: bool) -> Ranks:
+def leave_out_compiler() -> None:
+    """Keep torch's compiler unloaded: importing it takes each rank 1 s and 65 MB, and under DeepSpeed 2 s.
+
+    Optimizers load it only to exclude their methods from compilation, DeepSpeed to decorate functions of its own.
+    """
+
+    def unchanged(function: Callable | None = None, *_: Any, **__: Any) -> Callable:
+        return unchanged if function is None else function  # a decorator, with or without arguments
+
+    for method in vars(Optimizer).values():
+        if original := getattr(method, "__wrapped__", None):
+            original.__dynamo_disable = original  # what the compiler would have answered; torch keeps it there
+    Adam.step = torch.no_grad()(inspect.unwrap(Adam.step))  # type: ignore[method-assign]  # AdamW's, too
+    modules: Any = torch
+    modules.compile = modules.compiler.disable = modules._disable_dynamo = unchanged
+
+
+def join(ranks: Ranks, backend: str, timeout: timedelta, cpu_tensors: bool) -> Ranks:
     if backend == "auto":
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     if backend == "nccl" and ranks.device.type != "cuda":
-        raise ConfigError(f"backend = 'nccl': needs GPUs, this run is on {ranks.device.type}; leave it at auto")
+        raise ConfigError(f"backend = 'nccl': needs GPUs, this run is on {ranks.device.type}; set --backend=auto")
     bound = ranks.device if backend == "nccl" else None
-    backends = "cpu:gloo,cuda:nccl" if bound and host else backend
-    if ranks.world_size == 1:
-        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
-    else:
-        try:
-            dist.init_process_group(backends, timeout=timeout, device_id=bound)
-        except RuntimeError as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise NodeError(
-                f"rank {ranks.rank} could not join the others at {address} ({str(error).splitlines()[0]}); "
-                "every host must reach that; where a host has several networks, name the right one in "
-                f"{backend.upper()}_SOCKET_IFNAME"
-            ) from None
+    backends = "cpu:gloo,cuda:nccl" if bound and cpu_tensors else backend
+    alone: Any = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks.world_size == 1 else {}
+    try:
+        dist.init_process_group(backends, timeout=timeout, device_id=bound, **alone)
+    except RuntimeError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        fix = f"every host must reach that address; name the right network in {backend.upper()}_SOCKET_IFNAME"
+        if "EADDRINUSE" in reason:
+            fix = "another run uses the port; give the launcher another one with --master_port"
+        raise NodeError(f"rank {ranks.rank} could not join the others at {address} ({reason}); {fix}") from None
     return replace(ranks, control=dist.new_group(backend="gloo", timeout=timeout) if bound else None)
 
 
-def leave() -> None:
-    """Only on a good way out: after an error the others may be gone, and a barrier would wait for them."""
+def leave(ranks: Ranks) -> None:
+    """Only after a good end: after an error other ranks may be gone, and the barrier would wait for them.
+
+    gloo's group of several ranks lives until `run` exits: destroyed while DDP still refers to it, it now and then waits
+    forever for its own thread, which waits for the GIL.
+    """
     dist.barrier()
-    dist.destroy_process_group()
+    if ranks.world_size == 1 or ranks.device.type == "cuda":
+        dist.destroy_process_group()
 
 
-def pick_device(wanted: str, local_rank: int, ranks: int) -> torch.device:
-    """This rank's device; ConfigError where it is not there."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        wanted = "cpu" if wanted == "mps" and ranks > 1 else wanted  # MPS has no collectives
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise ConfigError(f"device = {wanted!r}: unknown; write auto, cpu, cuda, cuda:1 or mps") from None
+def pick_device(name: str, local_rank: int, ranks: int) -> torch.device:
+    """This rank's device. Raises ConfigError where it does not exist."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu" if name == "mps" and ranks > 1 else name  # MPS has no collectives
+    if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
+        raise ConfigError(f"device = {name!r}: unknown; write auto, cpu, cuda, cuda:1 or mps")
+    device = torch.device(name)
     if device.type == "cuda":
-        visible = torch.cuda.device_count()
-        here = local_world_size()
+        visible, local_ranks = torch.cuda.device_count(), local_world_size()
         index = local_rank if ranks > 1 else device.index or 0
-        if max(index + 1, here) > visible:  # on every rank alike: none waits for one that gave up
-            what = f"{here} ranks on this machine" if ranks > 1 else f"device = {wanted!r}"
-            raise ConfigError(f"{what}: {visible} GPUs are visible; use fewer ranks, or --device=cpu")
+        if max(index + 1, local_ranks) > visible:  # the same condition on every rank: none waits for one that failed
+            request = f"{local_ranks} ranks on this machine" if ranks > 1 else f"device = {name!r}"
+            raise ConfigError(f"{request}: {visible} GPUs are visible; use fewer ranks, or --device=cpu")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device = 'mps': this machine has none; use --device=cpu")
-    if device.type not in ("cpu", "mps"):
-        raise ConfigError(f"device = {wanted!r}: not supported; write auto, cpu, cuda, cuda:1 or mps")
+        raise ConfigError("device = 'mps': not available on this machine; use --device=cpu")
     return device
 
 
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matmuls; ConfigError where the device lacks it."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matmuls. Raises ConfigError where the device does not support it."""
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if wanted == "auto":
+    if name == "auto":
         return torch.float32 if device.type != "cuda" else torch.bfloat16 if has_bf16 else torch.float16
-    if wanted == "bfloat16" and not has_bf16:
-        name = torch.cuda.get_device_name(device)
-        raise ConfigError(f"dtype = 'bfloat16': {name} lacks it; use float16 or float32")
-    if wanted == "float16" and device.type == "cpu":
-        raise ConfigError("dtype = 'float16': a CPU lacks it; use bfloat16 or float32")
-    return getattr(torch, wanted)
+    if name == "bfloat16" and not has_bf16:
+        gpu = torch.cuda.get_device_name(device)
+        raise ConfigError(f"dtype = 'bfloat16': not supported by {gpu}; use float16 or float32")
+    if name == "float16" and device.type == "cpu":
+        raise ConfigError("dtype = 'float16': not supported on CPUs; use bfloat16 or float32")
+    return getattr(torch, name)
 
 
-def words(error: Exception) -> str:
+def is_users_fault(error: Exception) -> bool:
+    return not isinstance(error, OSError) or error.errno in USERS_ERRNOS
+
+
+def describe_error(error: Exception) -> str:
     """One line for the user."""
     if not isinstance(error, OSError):
         return str(error)
-    fix = "; make room or choose another --out_dir" if error.errno in NOT_WRITABLE else ""
+    fix = "; free some space or choose another --out_dir" if error.errno in CANNOT_WRITE else ""
     return f"{error.filename or 'input/output'}: {error.strerror or error}{fix}"
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script. A user's error is printed once and every rank exits with status 2; a bug keeps its traceback."""
+    this_rank, status, message = rank(), USER_ERROR, None
+    try:
+        main()
+        status = 0
+    except UserError as error:  # raised on every rank: from the settings, which all ranks read, or by `together`
+        reporter = isinstance(error, RankError) or (local_rank() if isinstance(error, NodeError) else this_rank) == 0
+        message = describe_error(error) if reporter else None
+    except (DataError, OSError) as error:  # on this rank only: the launcher ends the others
+        if not is_users_fault(error):
+            raise
+        message = describe_error(error) if world_size() == 1 else f"rank {this_rank}: {describe_error(error)}"
+    except Stopped as reason:
+        status = STOPPED
+        if this_rank == 0:
+            print(reason)
+    except RuntimeError as error:
+        if world_size() == 1 or not any(text in str(error) for text in LOST_RANK):
+            raise
+        status = LOST  # a collective failed because a rank went away; that rank reports the cause
+        if local_rank() == 0:
+            message = f"rank {this_rank} lost another rank: {str(error).splitlines()[0].partition(' This is ')[0]}"
+    except KeyboardInterrupt:  # die by the signal, as shells expect, without a traceback from every rank
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    if world_size() > 1:  # interpreter shutdown with a live process group sometimes aborts, or waits for other ranks
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,24 +1,31 @@
-"""What a user did wrong: one short message (value, rule, fix) and exit status 2, never a traceback.
+"""Errors that a user can fix, and the exit statuses of a run.
 
-Other ends of a run have a status of their own, for schedulers and supervisors.
+A UserError is one short message (value, rule, fix) and exit status 2, without a traceback. Other ends of a run have
+statuses of their own, for schedulers and supervisors.
 """
 
-STOPPED = 75  # on request, with everything saved: the same command with --resume=auto goes on (sysexits.h: EX_TEMPFAIL)
-HUNG = 76  # the watchdog ended it
-LOST = 77  # another rank went away: that one is the cause
+USER_ERROR = 2
+STOPPED = 75  # stopped on request, everything saved: rerun with --resume=auto (EX_TEMPFAIL of sysexits.h)
+HUNG = 76  # ended by the watchdog
+LOST = 77  # another rank went away; that rank's error is the cause
 
 
-def listed(problems: list[str], where: str) -> str:
-    """The text of an error that names every problem, one a line; where: "in the settings"."""
-    return "\n  ".join([f"{len(problems)} problem{'s' * (len(problems) != 1)} {where}", *problems])
+def count(number: int, noun: str) -> str:
+    """ "1 rank", "2 ranks"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def list_problems(problems: list[str], where: str) -> str:
+    """The text of an error with one problem per line; where: "in the settings"."""
+    return "\n  ".join([f"{count(len(problems), 'problem')} {where}", *problems])
 
 
 class UserError(ValueError):
-    """Ends the program with its text and status 2; raise it on every rank (see Ranks.together) or on none."""
+    """Ends the program with its text and exit status 2. Raise it on every rank (see Ranks.together) or on none."""
 
 
 class ConfigError(UserError):
-    """A setting that cannot be; its text lists every problem found, not only the first."""
+    """An invalid setting; the text lists every problem, not only the first."""
 
 
 class CheckpointError(UserError):
@@ -26,12 +33,12 @@ class CheckpointError(UserError):
 
 
 class NodeError(UserError):
-    """One that a node's ranks have for themselves: told by the first of each node."""
+    """An error of a whole node: reported by the first rank of each node."""
 
 
 class RankError(UserError):
-    """One that a single rank has: told by that rank, if there is a text; the launcher ends the others."""
+    """An error of one rank, reported by that rank if it has a text; the launcher ends the others."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and did: raised on every rank at the same step, after the checkpoint was written."""
+    """The run was asked to stop. Raised on every rank at the same step, after the checkpoint was written."""

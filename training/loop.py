@@ -1,86 +1,119 @@
-"""The outer loop: evaluate, save, step, log. Written once; what differs between strategies is in the trainer."""
+"""The outer loop: evaluate, save, step, log. Written once for both train scripts, whose Trainers differ."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from training.batches import Batches
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, CheckpointWriter, Saver
+from training.config import TrainConfig
 from training.distributed import Ranks
-from training.evaluation import evaluate
+from training.init import InitState
 from training.metrics import Metrics
-from training.origin import Origin
-from training.pulse import Pulse
-from training.saving import Files, Saver
-from training.train_config import TrainConfig
+from training.run_control import RunControl
 
 
 class Trainer(Protocol):
-    """The seams of a train script: how a loss comes about, how a step is taken, which files hold the model state."""
+    """The seams of a train script: how a loss is computed, how a step is taken, which files hold the model state."""
 
     dtype: torch.dtype
     strategy: str
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor: ...
 
-    def train_step(self, step: int) -> tuple[Tensor, Tensor | None, float]: ...
+    def train_step(self, step: int) -> dict[str, Any]:
+        """One update. Returns this rank's mean "loss", the global "grad_norm" (or None; both on the device), and
+        whatever else is to be logged: numbers, or scalar tensors, of which rank 0's are logged."""
 
-    def save(self, files: Files) -> None: ...
+    def save(self, writer: CheckpointWriter) -> None: ...
 
 
 def train(
-    cfg: TrainConfig, ranks: Ranks, batches: Batches, trainer: Trainer, checkpoints: Checkpoints, origin: Origin
+    cfg: TrainConfig, ranks: Ranks, batches: Batches, trainer: Trainer, checkpoints: Checkpoints, init: InitState
 ) -> None:
-    """From origin.step to max_iters, or to where it is asked to stop: raises Stopped then, on all ranks.
+    """Train from init.step to max_iters (a benchmark: to cfg.steps). Steps are numbered by the updates before them.
 
-    A benchmark goes to cfg.steps. A step's number is the number of updates made before it.
+    Raises Stopped on all ranks where the run was asked to stop.
     """
-    metrics = Metrics(cfg, ranks, batches, origin, trainer.dtype)
-    pulse = Pulse(cfg, ranks, checkpoints, trainer.dtype)
+    metrics = Metrics(cfg, ranks, batches, init, trainer.dtype)
+    control = RunControl(cfg, ranks, checkpoints, trainer.dtype)
     saver = Saver(checkpoints, ranks, cfg.async_save)
-    about = describe(ranks, batches, trainer, origin)
-    best, evaluated = origin.best_val_loss or math.inf, origin.evaluated
+    fixed_metadata = describe_run(ranks, batches, trainer, init)
+    best, evaluated = init.best_val_loss or math.inf, init.evaluated
     end = cfg.steps if cfg.benchmark else cfg.max_iters
-    saved = origin.step - (not evaluated and origin.step > 0)  # the newest checkpoint's step; 0 needs none
-    for step in range(origin.step, end + 1):
+    saved_step = init.step - (not evaluated and init.step > 0)  # step of the newest checkpoint; step 0 needs none
+    for step in range(init.step, end + 1):
         last, improved = step == end or cfg.eval_only, False
         if cfg.eval_only or ((last or step % cfg.eval_interval == 0) and not (evaluated or cfg.benchmark)):
             with metrics.untimed():
-                losses = evaluate(trainer.loss, batches, ranks, cfg.eval_iters, pulse.exchange)
-            if losses:  # else it was asked to stop meanwhile
-                metrics.evaluation(step, losses)
+                losses = evaluate(trainer.loss, batches, ranks, cfg.eval_iters, control.exchange)
+            if losses:  # empty if the run was asked to stop meanwhile
+                metrics.log_evaluation(step, losses)
                 evaluated, improved, best = True, losses["val_loss"] < best, min(best, losses["val_loss"])
-        wanted = improved or pulse.stop or pulse.save or (evaluated and cfg.always_save_checkpoint)
-        if wanted and step > saved and not (cfg.eval_only or cfg.benchmark):
-            now = {"step": step, "best_val_loss": best, "evaluated": evaluated}
-            with metrics.saving(step), pulse.saving(), saver.writing({**now, **about}, improved) as files:
-                trainer.save(files)
-            saved = step
-        if last or pulse.stop:
+        save = improved or control.stop or control.save or (evaluated and cfg.always_save_checkpoint)
+        if save and step > saved_step and not (cfg.eval_only or cfg.benchmark):
+            metadata = {"step": step, "best_val_loss": best, "evaluated": evaluated, **fixed_metadata}
+            with metrics.saving(step), control.saving(), saver.writing(metadata, improved) as writer:
+                trainer.save(writer)
+            saved_step = step
+        if last or control.stop:
             break
-        loss, grad_norm, lr = trainer.train_step(step)
+        step_metrics = trainer.train_step(step)
         evaluated = False
-        pulse.step_done(step, loss, grad_norm)
+        control.step_done(step, step_metrics["loss"], step_metrics["grad_norm"])
         metrics.count_step()
         if cfg.benchmark or step % cfg.log_interval == 0:
-            metrics.train(step, ranks.mean(loss).item(), lr, grad_norm.item() if grad_norm is not None else None)
-    saver.settle()
-    metrics.close()
-    if pulse.stop and not (last and evaluated):
-        pulse.leave(saved)
+            metrics.log_step(step, step_metrics)
+    saver.wait(last=True)
+    metrics.close(best)
+    if control.stop and not (last and evaluated):
+        control.raise_stopped(saved_step)
 
 
-def describe(ranks: Ranks, batches: Batches, trainer: Trainer, origin: Origin) -> dict[str, Any]:
-    """What a checkpoint is of."""
-    about: dict[str, Any] = {"model": asdict(origin.model), "tokenizer": batches.dataset.tokenizer.describe()}
-    about |= {"vocab_size": batches.dataset.vocab_size, "init_from": origin.init_from}
-    return about | layout(trainer, ranks)
+@torch.no_grad()
+def evaluate(
+    compute_loss: Callable[[Tensor, Tensor], Tensor],
+    batches: Batches,
+    ranks: Ranks,
+    count: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """{"train_loss", "val_loss"} in nats per token, over the same `count` batches of each split every time.
+
+    A collective; {} if the run was asked to stop meanwhile. All ranks take equally many forward passes, because a rank
+    with fewer would leave the others waiting under ZeRO-3 and FSDP2; passes beyond `count` are not counted.
+    """
+    sums = torch.zeros(2, device=ranks.device)
+    quiet = None if ranks.main else True  # None: tqdm hides the bar unless stderr is a terminal
+    for number, split in enumerate(("train", "val")):
+        for first in tqdm(range(0, count, ranks.world_size), f"evaluating {split}", leave=False, disable=quiet):
+            index = first + ranks.rank
+            loss = compute_loss(*batches.evaluation(split, index))
+            if index < count:
+                sums[number] += loss
+            if should_stop():
+                return {}
+    train_loss, val_loss = (ranks.mean(sums) * ranks.world_size / count).tolist()
+    return {"train_loss": train_loss, "val_loss": val_loss}
 
 
-def layout(trainer: Trainer, ranks: Ranks) -> dict[str, Any]:
-    """How the model state lies in the files."""
+def describe_run(ranks: Ranks, batches: Batches, trainer: Trainer, init: InitState) -> dict[str, Any]:
+    """The part of a checkpoint's metadata that stays the same through the run."""
+    return {
+        "model": asdict(init.model),
+        "tokenizer": batches.dataset.tokenizer.describe(),
+        "vocab_size": batches.dataset.vocab_size,
+        "init_from": init.init_from,
+        **describe_layout(trainer, ranks),
+    }
+
+
+def describe_layout(trainer: Trainer, ranks: Ranks) -> dict[str, Any]:
+    """How the model state is laid out in a checkpoint's files."""
     dtype = str(trainer.dtype).removeprefix("torch.")
     return {"strategy": trainer.strategy, "world_size": ranks.world_size, "dtype": dtype}

@@ -1,6 +1,7 @@
 """Metrics: metrics.jsonl (the only source of numbers), the terminal, and Weights & Biases."""
 
 import json
+import math
 import sys
 import time
 import uuid
@@ -11,127 +12,128 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from training.batches import Batches
-from training.devices import peak_flops, peak_memory_bytes
+from training.checkpoint import write_text
+from training.config import TrainConfig
+from training.devices import peak_flops, peak_memory_bytes, synchronize
 from training.distributed import Ranks
+from training.errors import count
 from training.figures import draw_loss
-from training.files import write_text
-from training.origin import Origin
-from training.speed import summarise
-from training.stragglers import BY_RANK, Stragglers
-from training.train_config import TrainConfig
+from training.init import InitState
+from training.run_control import RANK_METRICS, Stragglers
 
-OF_STEP = ("eval", "save")  # before the update of their step, so that they stay where a run resumes
-WARM_UP_STEPS = 3  # a process' first steps compile, allocate and fill caches: they are not timed
+BEFORE_THE_UPDATE = ("eval", "save")  # rows of a step that stay valid when the run resumes at that step
+WARM_UP_STEPS = 3  # not timed: a process's first steps compile, allocate and fill caches
 
 
 class Metrics:
-    def __init__(self, cfg: TrainConfig, ranks: Ranks, batches: Batches, origin: Origin, dtype: torch.dtype):
-        self.ranks, self.tokens_per_step = ranks, batches.tokens_per_step
+    def __init__(self, cfg: TrainConfig, ranks: Ranks, batches: Batches, init: InitState, dtype: torch.dtype):
+        self.cfg, self.ranks, self.tokens_per_step = cfg, ranks, batches.tokens_per_step
         self.stragglers = Stragglers(ranks, batches, dtype)
-        peak = peak_flops(ranks.device, dtype)
-        self.flops_per_step = origin.model.flops_per_token() * self.tokens_per_step
-        self.peak = peak and peak * ranks.world_size
+        self.peak_flops = (peak_flops(ranks.device, dtype) or 0) * ranks.world_size  # 0: unknown
+        self.flops_per_step = init.model.flops_per_token() * self.tokens_per_step
         self.path = Path(cfg.out_dir) / "metrics.jsonl"
         self.steps = self.timed_steps = 0
-        self.seconds, self.since = 0.0, time.perf_counter()
-        self.recording = ranks.main and not cfg.eval_only  # who only evaluates leaves the run as it is
-        self.wandb = start_wandb(cfg, origin) if cfg.wandb_log and self.recording else None
-        live = ranks.main and sys.stderr.isatty()
-        end = cfg.steps if cfg.benchmark else cfg.max_iters
-        self.bar = tqdm(total=end, unit="step", dynamic_ncols=True, smoothing=0.1) if live else None
-        self.benchmark = cfg.benchmark
-        self.say(summary(cfg, ranks, origin, dtype))
-        if origin.step:
-            self.forget(origin.step)
+        self.seconds, self.lap_start = 0.0, time.perf_counter()
+        self.start_time = self.first_timed = self.lap_start
+        self.recording = ranks.main and not cfg.eval_only  # an evaluation leaves the run folder unchanged
+        self.wandb = start_wandb(cfg, init) if cfg.wandb_log and self.recording else None
+        self.first_step, self.end = init.step, cfg.steps if cfg.benchmark else cfg.max_iters
+        self.say(start_line(cfg, ranks, init, dtype))
+        if cfg.device == "auto" and ranks.device.type == "cpu":
+            self.say("no GPU found, training on the CPU; lower n_layer, n_embd, block_size or batch_size for speed")
+        if self.wandb:
+            self.say(f"W&B: {self.wandb.url or f'offline; to upload: wandb sync {Path(self.wandb.dir).parent}'}")
+        self.rewind(init.step)
         self.lap()
 
-    def forget(self, step: int) -> None:
-        """Drop what a killed run logged after the checkpoint of `step` that this one resumes from."""
-        if self.bar:
-            self.bar.update(step)
+    def rewind(self, step: int) -> None:
+        """Drop rows that a killed run logged after the checkpoint of `step`, from which this run resumes."""
         if self.recording and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             rows = [(line, json.loads(line)) for line in lines]
-            write_text(self.path, "".join(line for line, r in rows if r.get("step", 0) < step + (r["kind"] in OF_STEP)))
+            kept = [line for line, r in rows if r.get("step", 0) < step + (r["kind"] in BEFORE_THE_UPDATE)]
+            write_text(self.path, "".join(kept))
 
     def count_step(self) -> None:
-        """After every step; costs nothing on the device."""
+        """Call after every step; does not wait for the device."""
         self.steps += 1
         if self.steps == WARM_UP_STEPS:
             self.lap()
-            self.seconds, self.timed_steps = 0.0, 0
+            self.seconds, self.timed_steps, self.first_timed = 0.0, 0, self.lap_start
         elif self.steps > WARM_UP_STEPS:
             self.timed_steps += 1
-        if self.bar:
-            self.bar.update()
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Around evaluation and saving."""
+        """Wrap evaluation and saving, which do not count as training time."""
         self.seconds += self.lap()
         yield
         self.lap()
 
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Around a save: what it takes from training."""
+        """Wrap a save and log how long it interrupts training."""
         with self.untimed():
-            since = time.perf_counter()  # when the device has done what came before
             yield
-            seconds = time.perf_counter() - since
+            seconds = time.perf_counter() - self.lap_start  # the device had finished the steps before
         self.write({"kind": "save", "step": step, "save_ms": 1e3 * seconds})
 
     def lap(self) -> float:
-        """Seconds since the last lap, the device's work included."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        before, self.since = self.since, time.perf_counter()
-        return self.since - before
+        """Seconds since the last lap, including queued device work."""
+        synchronize(self.ranks.device)
+        previous, self.lap_start = self.lap_start, time.perf_counter()
+        return self.lap_start - previous
 
-    def train(self, step: int, loss: float, lr: float, grad_norm: float | None) -> None:
-        """One line for the step, with the mean speed since the line before; null while warming up."""
+    def log_step(self, step: int, step_metrics: dict[str, Any]) -> None:
+        """One row, with the mean speed since the row before, or null during warm-up. A collective."""
+        self.ranks.mean(step_metrics["loss"])
         self.seconds += self.lap()
         seconds = self.seconds / self.timed_steps if self.timed_steps else None
         row = {
             "kind": "train",
             "step": step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
+            **{name: value.item() if torch.is_tensor(value) else value for name, value in step_metrics.items()},
             "step_ms": seconds and seconds * 1e3,
             "tokens_per_second": seconds and self.tokens_per_step / seconds,
-            "mfu": self.flops_per_step / seconds / self.peak if seconds and self.peak else None,
+            "mfu": self.flops_per_step / seconds / self.peak_flops if seconds and self.peak_flops else None,
             "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
         }
         self.seconds, self.timed_steps = 0.0, 0
-        if self.ranks.main:
-            self.write(row)
-            text = f"loss {loss:.4f}"
-            if seconds:
-                text += f", {seconds * 1e3:,.1f} ms, {self.tokens_per_step / seconds:,.0f} tokens/s"
-            if row["mfu"] is not None:
-                text += f", MFU {row['mfu']:.1%}"
-            if self.bar:
-                self.bar.set_postfix_str(text)
-            else:
-                self.say(f"step {step}: {text}")
-        if by_rank := self.stragglers.look():
+        self.write(row)
+        self.show(row)
+        if by_rank := self.stragglers.measure():
             self.write({"kind": "ranks", "step": step, **by_rank})
-            for line in self.stragglers.slow():
+            for line in self.stragglers.newly_slow():
                 self.say(f"step {step}: {line}")
-            self.lap()
 
-    def evaluation(self, step: int, losses: dict[str, float]) -> None:
+    def show(self, row: dict[str, Any]) -> None:
+        text = f"{self.step_label(row['step'])} loss {row['loss']:.4f} lr {row['lr']:.1e}"
+        if row["grad_norm"] is not None:
+            text += f" norm {row['grad_norm']:.2f}"
+        if rate := row["tokens_per_second"]:
+            text += f" {row['step_ms']:>6,.1f} ms"
+            text += f" {rate:>6,.0f} tok/s" if rate < 1e5 else f" {rate / 1e3:,.0f}k tok/s"
+            if row["mfu"] is not None:
+                text += f" MFU {100 * row['mfu']:.0f} %"
+            seconds = time.perf_counter() - self.first_timed  # with the evaluations and checkpoints since then
+            text += f" ETA {duration(seconds / (self.steps - WARM_UP_STEPS) * (self.end - row['step'] - 1))}"
+        self.say(text)
+
+    def step_label(self, step: int) -> str:
+        """ "step  20/800 (  2 %)"; as wide for every step of a run."""
+        total = f"{self.end:,}"
+        return f"step {step:>{len(total)},}/{total} ({100 * step // self.end:>3} %)"
+
+    def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
         self.write({"kind": "eval", "step": step, **losses})
-        self.say(f"step {step}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}")
+        self.say(f"{self.step_label(step)} train loss {losses['train_loss']:.4f} val loss {losses['val_loss']:.4f}")
 
     def say(self, text: str) -> None:
-        """A line for people, above the progress bar where there is one; the main rank only."""
+        """Print a line from rank 0."""
         if self.ranks.main:
-            (self.bar.write(text) if self.bar else print(text, flush=True))
+            print(text, flush=True)
 
     def write(self, row: dict[str, Any]) -> None:
         if not self.recording:
@@ -139,48 +141,64 @@ class Metrics:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb:
-            names = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's panels
-            shown = {names.get(k, k): v for k, v in row.items() if k not in ("kind", "step", *BY_RANK)}
-            by_rank = {f"{k}/rank {rank}": v for k in BY_RANK for rank, v in enumerate(row.get(k, ()))}
-            self.wandb.log({**shown, **by_rank}, step=row["step"])
+            panels = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's
+            values = {panels.get(k, k): v for k, v in row.items() if k not in ("kind", "step", *RANK_METRICS)}
+            by_rank = {f"{k}/rank {rank}": v for k in RANK_METRICS for rank, v in enumerate(row.get(k, ()))}
+            self.wandb.log({**values, **by_rank}, step=row["step"])
 
-    def close(self) -> None:
-        """Finish the displays and draw loss.png; main rank."""
-        if self.bar:
-            self.bar.close()
+    def close(self, best_val_loss: float) -> None:
+        """Draw loss.png, and say what the run reached and how to continue it."""
         if self.wandb:
             self.wandb.finish()
-        if self.recording and self.path.exists():  # it does not, where the first evaluation was stopped
-            draw_loss([self.path.parent], self.path.with_name("loss.png"))
-            if self.benchmark:
-                self.say(summarise(self.path))
+        if self.recording and self.path.exists():  # it does not if the first evaluation was stopped
+            draw_loss(self.path.parent, self.path.with_name("loss.png"))
+            if self.cfg.benchmark:
+                from training.speed import summarize_benchmark
+
+                self.say(summarize_benchmark(self.path))
+            elif self.first_step + self.steps >= self.end:
+                self.say_end(best_val_loss)
+
+    def say_end(self, best_val_loss: float) -> None:
+        out, step = self.cfg.out_dir, self.first_step + self.steps
+        text = f"the run was at step {step:,} = max_iters already"
+        if self.steps:
+            text = f"finished step {step:,} after {duration(time.perf_counter() - self.start_time)}"
+        if math.isfinite(best_val_loss):
+            text += f"; best val loss {best_val_loss:.4f}"
+        script = "the same launcher with" if self.ranks.world_size > 1 else f"python {Path(sys.argv[0]).name}"
+        self.say(f"{text}; everything is in {out}, the loss curve in {self.path.with_name('loss.png')}")
+        self.say(f"  sample:   python sample.py --out_dir={out}")
+        self.say(f"  continue: {script} --init_from=resume --out_dir={out} --max_iters={2 * step}")
 
 
-def summary(cfg: TrainConfig, ranks: Ranks, origin: Origin, dtype: torch.dtype) -> str:
-    """Tokens per step with their factors: the batch is what users of small GPUs get wrong most."""
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "20 h", "3 d"."""
+    for unit, length, largest in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
+        if seconds < largest:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def start_line(cfg: TrainConfig, ranks: Ranks, init: InitState, dtype: torch.dtype) -> str:
+    """Model, devices, and tokens per step with all factors, the setting that users of few GPUs most often get wrong."""
     accumulation, sequences, length = cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size
     where = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else str(ranks.device)
     return (
-        f"{origin.model.parameter_count():,} parameters on {where}, {str(dtype).removeprefix('torch.')}; "
-        f"{accumulation * sequences * length:,} tokens per step = {ranks.world_size} ranks x "
-        f"{accumulation // ranks.world_size} micro-steps x {sequences} sequences x {length} tokens"
-        + (f"; resuming {origin.checkpoint}" if origin.checkpoint else "")
+        f"{init.model.parameter_count():,} parameters on {where}, {str(dtype).removeprefix('torch.')}; "
+        f"{accumulation * sequences * length:,} tokens per step = {count(ranks.world_size, 'rank')} x "
+        f"{count(accumulation // ranks.world_size, 'micro-step')} x {count(sequences, 'sequence')} x {length} tokens"
+        + (f"; resuming {init.checkpoint}" if init.checkpoint else "")
+        + ("; the first step compiles the model" if cfg.compile else "")
     )
 
 
-def start_wandb(cfg: TrainConfig, origin: Origin) -> Any:
-    """The same W&B run when a run is resumed: its id stays in the run folder. Offline with WANDB_MODE=offline."""
-    import wandb  # not before it is wanted: it costs a third of a second
+def start_wandb(cfg: TrainConfig, init: InitState) -> Any:
+    """A resumed run continues its W&B run, whose id is in the run folder. WANDB_MODE=offline works as usual."""
+    import wandb  # a third of a second
 
     path = Path(cfg.out_dir) / "wandb_id"
-    if not origin.checkpoint or not path.exists():
+    if not init.checkpoint or not path.exists():
         path.write_text(uuid.uuid4().hex[:8])
-    return wandb.init(
-        project=cfg.wandb_project,
-        name=cfg.wandb_run_name,
-        id=path.read_text(),
-        resume="allow",
-        config=asdict(cfg),
-        dir=cfg.out_dir,
-        settings=wandb.Settings(silent=True),
-    )
+    name = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": path.read_text(), "resume": "allow"}
+    return wandb.init(**name, config=asdict(cfg), dir=cfg.out_dir, settings=wandb.Settings(silent=True))  # type: ignore

@@ -1,7 +1,14 @@
-"""A model state on disk, read by the piece: whoever needs a part of a parameter or moment reads that part only."""
+"""The model state in a checkpoint, in fp32, whichever strategy wrote it; read without DeepSpeed.
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+Files are memory-mapped, and a rank reads only the parts it needs of each parameter and optimizer state. So a
+checkpoint of any strategy and number of ranks loads into any other, and no rank holds more than its own share.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,94 +16,150 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.errors import CheckpointError
-from training.sharding import KINDS, MOMENTS, WEIGHT, own
+from training.checkpoint import read_metadata, read_torch_file
+from training.distributed import Ranks
 
-TIED = "lm_head.weight"  # the same as the embedding's
-CHUNK = 2**20  # elements that a conversion reads at a time: 4 MiB
+TIED = "lm_head.weight"  # the same parameter as the embedding
+WEIGHT = "weight"  # the kind of a piece that is a parameter itself; others are the optimizer's, such as exp_avg
 
 
 @dataclass
 class SavedState:
-    """step: AdamW's count of updates; scaler: of fp16's loss, as torch's GradScaler names what it holds."""
+    """step: the optimizer's step count, None if it keeps none; scaler: state of torch's GradScaler (fp16)."""
 
     folder: Path
-    shapes: dict[str, torch.Size]  # of every parameter; tied ones once
-    pieces: dict[tuple[str, str], list[Tensor]]  # (parameter, kind) -> what follows one another in it
-    step: float = 0.0
+    shapes: dict[str, torch.Size]  # of every parameter; tied parameters once
+    pieces: dict[tuple[str, str], list[Tensor]]  # (parameter, kind) -> consecutive pieces of the flat tensor
+    step: float | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
-    done: Callable[[int], object] = lambda numel: None  # told of every chunk, when it has been used
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of optimizer state, such as exp_avg and exp_avg_sq; () where there are weights only."""
+        return tuple(dict.fromkeys(kind for _, kind in self.pieces if kind != WEIGHT))
 
     def part(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """Elements start ... start + numel of the flat parameter or moment, fp32, on the CPU."""
-        found, at = [], 0
+        """Elements start ... start + numel of the flat parameter or optimizer state: fp32, on the CPU."""
+        parts, offset = [], 0
         for piece in self.pieces[name, kind]:
-            low, high = max(start - at, 0), min(start + numel - at, piece.numel())
+            low, high = max(start - offset, 0), min(start + numel - offset, piece.numel())
             if low < high:
-                found.append(stretch(piece, low, high))
-            at += piece.numel()
-        return (found[0] if len(found) == 1 else torch.cat(found or [torch.empty(0)])).float()
-
-    def chunks(self, name: str, kind: str, start: int, numel: int) -> Iterator[Tensor]:
-        """The same, CHUNK elements at a time."""
-        for at in range(start, start + numel, CHUNK):
-            size = min(CHUNK, start + numel - at)
-            yield self.part(name, kind, at, size)
-            self.done(size)
+                parts.append(piece.flatten()[low:high])
+            offset += piece.numel()
+        return (parts[0] if len(parts) == 1 else torch.cat(parts or [torch.empty(0)])).float()
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
         return self.part(name, kind, 0, self.shapes[name].numel()).view(self.shapes[name])
 
-    @property
-    def has_moments(self) -> bool:
-        return all((name, kind) in self.pieces for name in self.shapes for kind in MOMENTS)
-
-    def with_moments(self) -> "SavedState":
-        """Itself, or, where it is weights alone, with those of an AdamW that has made no step."""
-        if self.has_moments:
-            return self
-        zeros = {(n, kind): [torch.zeros(()).expand(self.shapes[n].numel())] for n in self.shapes for kind in MOMENTS}
-        return replace(self, pieces={**self.pieces, **zeros}, step=0.0)
-
-    def require_moments(self) -> None:
-        if lacking := [name for name in self.shapes if (name, MOMENTS[0]) not in self.pieces]:
-            raise CheckpointError(f"{self.folder} holds no moments of AdamW for {lacking[0]}; take another checkpoint")
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: self.whole(name) for name in self.shapes}
-
     @torch.no_grad()
-    def into(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """A model, and its AdamW: whole or, under FSDP2, this rank's shard."""
-        self.require_moments()
+    def into(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        """Fill a model, and its optimizer if given: completely, or this rank's shards under FSDP2."""
         parameters = dict(model.named_parameters())
-        assert parameters.keys() == self.shapes.keys(), f"other parameters: {parameters.keys() ^ self.shapes.keys()}"
+        different = parameters.keys() ^ self.shapes.keys()
+        assert not different, f"different parameters: {different}"
         for name, parameter in parameters.items():
-            state = optimizer.state[parameter] = fresh_state(optimizer, parameter, self.step)
-            for kind, tensor in {**state, WEIGHT: parameter}.items():
-                if kind in KINDS:
-                    mine, start = own(tensor)
-                    mine.copy_(self.part(name, kind, start, mine.numel()).view_as(mine))
-                    self.done(mine.numel())
+            tensors = {WEIGHT: parameter}
+            if optimizer:
+                state = optimizer.state[parameter] = fresh_state(optimizer, parameter, self.kinds, self.step)
+                tensors |= {kind: state[kind] for kind in self.kinds}
+            for kind, tensor in tensors.items():
+                target, start = local_part(tensor)
+                target.copy_(self.part(name, kind, start, target.numel()).view_as(target))
 
 
-def stretch(piece: Tensor, low: int, high: int) -> Tensor:
-    """Elements low ... high of the flat tensor. One that is stored transposed is not copied as a whole for them."""
-    if piece.dim() < 2:
-        return piece[low:high]
-    width = piece[0].numel()
-    rows = piece[low // width : -(-high // width)].flatten()
-    return rows[low % width : low % width + high - low]
+def local_part(tensor: Any) -> tuple[Tensor, int]:
+    """This rank's part of a parameter or optimizer state, and the index of its first element in the flat tensor.
+
+    FSDP2 shards the first dimension as torch.chunk does: the last ranks may have fewer rows, or none.
+    """
+    if not hasattr(tensor, "to_local"):  # avoids importing DTensor, which takes half a second
+        return tensor, 0
+    shard = tensor.device_mesh["shard"]
+    rows = -(-tensor.size(0) // shard.size())
+    first = min(shard.get_local_rank() * rows, tensor.size(0))
+    return tensor.to_local(), first * math.prod(tensor.shape[1:])
 
 
-def fresh_state(optimizer: Optimizer, parameter: Tensor, step: float) -> dict[str, Any]:
-    """AdamW's for a parameter after `step` updates, the moments still to be filled in."""
-    moments = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS}
-    return {"step": step_count(optimizer, parameter, step), **moments}
+def fresh_state(optimizer: Optimizer, parameter: Tensor, kinds: tuple[str, ...], step: float | None) -> dict[str, Any]:
+    """The optimizer's state of a parameter after `step` updates, zero until it is filled."""
+    state: dict[str, Any] = {} if step is None else {"step": step_count(optimizer, parameter, step)}
+    return state | {kind: torch.zeros_like(parameter, requires_grad=False) for kind in kinds}
 
 
 def step_count(optimizer: Optimizer, parameter: Tensor, step: float) -> Tensor | int:
-    """As the optimizer has it: torch's a tensor, if fused on the parameter's device; DeepSpeed's a number."""
+    """In the optimizer's own form: torch's is a tensor (fused: on the parameter's device), DeepSpeed's an int."""
     fused = optimizer.param_groups[0].get("fused")
-    torchs = type(optimizer).__module__.startswith("torch.")
-    return torch.tensor(step, device=parameter.device if fused else "cpu") if torchs else int(step)
+    is_torch = type(optimizer).__module__.startswith("torch.")
+    return torch.tensor(step, device=parameter.device if fused else "cpu") if is_torch else int(step)
+
+
+def optimizer_kinds(state: dict[str, Any]) -> tuple[str, ...]:
+    """The entries of a parameter's optimizer state that have one element per parameter; a step count does not."""
+    return tuple(kind for kind, value in state.items() if isinstance(value, Tensor) and value.dim() > 0)
+
+
+def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
+    """Open a checkpoint of any strategy; metadata: its checkpoint.json.
+
+    Raises CheckpointError where a file cannot be read, or holds anything but tensors and plain data.
+    """
+    if metadata["strategy"] == "fsdp":
+        return from_shards(folder)
+    if not metadata["strategy"].startswith("zero"):
+        state = read_torch_file(folder / "optimizer.pt")
+        return from_whole(folder, read_torch_file(folder / "model.pt"), state["optimizer"], state["scaler"])
+    from training.deepspeed_layout import open_partitions  # most runs of train.py do not need it
+
+    return open_partitions(folder, metadata)
+
+
+@contextmanager
+def reading(folder: Path, ranks: Ranks) -> Iterator[SavedState]:
+    """Open a complete checkpoint to resume from; prints the elapsed time."""
+    metadata, since = read_metadata(folder), time.perf_counter()
+    yield open_state(folder, metadata)
+    if ranks.main:
+        n = metadata["world_size"]
+        source = f"{metadata['strategy']} on {n} rank{'s' * (n > 1)}"
+        print(f"read {folder.name} ({source}) in {time.perf_counter() - since:.1f} s", flush=True)
+
+
+def states_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """{parameter: its optimizer state}: how checkpoints of one process and DDP store it."""
+    return {name: dict(optimizer.state[parameter]) for name, parameter in model.named_parameters()}
+
+
+def from_whole(
+    folder: Path, weights: dict[str, Tensor], optimizer: dict, scaler: dict, order: list[str] | None = None
+) -> SavedState:
+    """Parameters and optimizer states that are stored whole.
+
+    optimizer: states by parameter name, or an optimizer's own state_dict, which numbers its parameters. order: their
+    names by number; None: AdamW's of earlier versions and of nanoGPT, matrices first, then vectors.
+    """
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    pieces = {(name, WEIGHT): [weight.detach().flatten()] for name, weight in weights.items()}
+    states = optimizer
+    if "param_groups" in optimizer:
+        order = order or sorted(shapes, key=lambda name: len(shapes[name]) < 2)
+        states = {order[number]: state for number, state in sorted(optimizer["state"].items())}
+    for name, state in states.items():
+        pieces |= {(name, kind): [state[kind].flatten()] for kind in optimizer_kinds(state)}
+    return SavedState(folder, shapes, pieces, find_step(states), scaler)
+
+
+def from_shards(folder: Path) -> SavedState:
+    """FSDP2's files: each rank has some rows of every parameter and optimizer state (training/fsdp.py)."""
+    shards = [read_torch_file(path) for path in sorted(folder.glob("shard_*.pt"))]
+    first = shards[0]
+    shapes = {name: torch.Size(shape) for name, shape in first["shapes"].items()}
+    pieces = {
+        (name, kind): [shard[kind][name].detach().flatten() for shard in shards]
+        for kind in first.keys() - {"shapes", "step", "scaler"}
+        for name in shapes
+    }
+    return SavedState(folder, shapes, pieces, first["step"], first["scaler"])
+
+
+def find_step(states: dict[Any, dict[str, Any]]) -> float | None:
+    return max((float(state["step"]) for state in states.values() if "step" in state), default=None)

@@ -1,34 +1,30 @@
-"""AdamW (Loshchilov & Hutter, arXiv:1711.05101) with weight decay on matrices only, and the learning rate."""
+"""The optimizer, AdamW (Loshchilov & Hutter, arXiv:1711.05101), and the learning rate schedule."""
 
 import math
 
 import torch
 from torch import nn
 
-from training.train_config import TrainConfig
+from training.config import TrainConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay; biases and layer norms (one dimension) do not. Tied weights are listed once."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if dimensions(p) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
-    ]
-
-
-def dimensions(parameter: nn.Parameter) -> int:
-    """Of the whole parameter: under ZeRO-3 an empty shell stands for it, and ds_shape is its shape."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def adamw(groups: list[dict], cfg: TrainConfig) -> torch.optim.AdamW:
-    """fused: one kernel for all parameters, on CPUs too (there, torch's default is a Python loop over them)."""
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
+    """fused: one kernel for all parameters, on CPUs too (torch's default there is a Python loop over parameters)."""
+    groups = parameter_groups(model, cfg.weight_decay)
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and embeddings have weight decay; biases and layer norms do not. Tied parameters are listed once."""
+    matrices, vectors = list[nn.Parameter](), list[nn.Parameter]()
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: ZeRO-3's full shape, the local one is (0,)
+        (matrices if len(shape) >= 2 else vectors).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to min_lr (Loshchilov & Hutter, arXiv:1608.03983)."""
+    """Linear warm-up, then cosine decay to min_lr (Loshchilov & Hutter, arXiv:1608.03983)."""
     if not cfg.decay_lr:
         return cfg.learning_rate
     if step < cfg.warmup_iters:

@@ -1,4 +1,4 @@
-"""The run folder: what the run was told (config.json), what it ran on (environment.json), and room for what it did."""
+"""The run folder: the settings (config.json), the environment (environment.json), and room for the results."""
 
 import dataclasses
 import json
@@ -6,6 +6,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,71 +15,60 @@ from typing import Any
 
 import torch
 
-from training import memory
+from model import GPTConfig
+from training.checkpoint import write_text
+from training.config import ROOT, TrainConfig
 from training.distributed import Ranks
-from training.files import write_text
-from training.machine import ROOT
-from training.origin import Origin
-from training.train_config import TrainConfig
+from training.errors import RankError
+from training.init import InitState
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # on GPUs, and on CPUs
+OUT_OF_MEMORY_FILE = "out_of_memory.txt"
 CONTENTS = (
-    "latest",
-    "best",
-    "config.json",
-    "deepspeed.json",
-    "deepspeed.log",
-    "environment.json",
-    "metrics.jsonl",
-    "speed.json",
-    "loss.png",
-    "checkpoints",
-    "hang",
-    memory.NOTE,
-    "wandb",
-    "wandb_id",
+    *("latest", "best", "config.json", "deepspeed.json", "deepspeed.log", "environment.json", "metrics.jsonl"),
+    *("speed.json", "loss.png", "checkpoints", "hang", OUT_OF_MEMORY_FILE, "wandb", "wandb_id"),
 )
 
 
-def prepare(cfg: TrainConfig, ranks: Ranks, origin: Origin, deepspeed: dict[str, Any] | None = None) -> Path:
-    """Make the folder ready; a run that starts anew where another was moves that one into previous/.
+def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str, Any] | None = None) -> None:
+    """Create the folder; a new run moves an earlier run's files to previous/. A collective.
 
-    deepspeed: what DeepSpeed is given, for deepspeed.json. Nothing is written by a run that only evaluates.
+    deepspeed: DeepSpeed's resolved JSON. An evaluation writes nothing.
     """
     folder = Path(cfg.out_dir)
     if cfg.eval_only:
-        return folder
+        return
     with ranks.together():
         if ranks.main:
             folder.mkdir(parents=True, exist_ok=True)
-            if not origin.checkpoint:
+            if not init.checkpoint:
                 move_aside(folder)
-            (folder / memory.NOTE).unlink(missing_ok=True)
+            (folder / OUT_OF_MEMORY_FILE).unlink(missing_ok=True)
             write_text(folder / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
             write_text(folder / "environment.json", json.dumps(environment(ranks), indent=1))
             if deepspeed:
                 write_text(folder / "deepspeed.json", json.dumps(deepspeed, indent=1))
-    return folder
 
 
 def move_aside(folder: Path) -> None:
-    """Nothing saved is lost: not to a command that was typed twice either. A run without a checkpoint is no loss."""
+    """Keep an earlier run, so that a command typed twice loses nothing. A run without a checkpoint is not kept."""
     if any((folder / "checkpoints").glob("step_*")):
         previous = folder / "previous" / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 10**6 % 1000:03d}"
         previous.mkdir(parents=True)
         for name in CONTENTS:
             if (folder / name).exists():
                 (folder / name).rename(previous / name)
-        print(f"the run that {folder} held was moved to {previous}", flush=True)
+        print(f"moved the earlier run in {folder} to {previous}", flush=True)
     else:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
-def environment(ranks: Ranks) -> dict:
-    """Code, versions and devices: what a number in metrics.jsonl was measured with."""
+def environment(ranks: Ranks) -> dict[str, Any]:
+    """Code, versions and devices that the numbers in metrics.jsonl were measured with."""
     cuda = ranks.device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]],  # python -m makes it a whole path
+        "command": [sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]],  # python -m puts a full path there
         "git_commit": git("rev-parse", "HEAD") or None,
         "git_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
@@ -89,18 +80,42 @@ def environment(ranks: Ranks) -> dict:
     }
 
 
-def git(*arguments: str) -> str:
-    """What git says of this code; nothing where there is no git, or no repository."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+@contextmanager
+def explain_out_of_memory(
+    cfg: TrainConfig, ranks: Ranks, model: GPTConfig, strategy: str, dtype: torch.dtype
+) -> Iterator[None]:
+    """Wrap everything that allocates: out of memory becomes a RankError that says what uses it and what to try."""
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not any(text in str(error) for text in OUT_OF_MEMORY):
+            raise
+        from training.strategies import out_of_memory_advice
+
+        reason = f"rank {ranks.rank}: {str(error).splitlines()[0]}"
+        advice = out_of_memory_advice(cfg, ranks, model, strategy, dtype, reason)
+        note = Path(cfg.out_dir) / OUT_OF_MEMORY_FILE
+        try:  # ranks often run out at the same step: the first to write the note reports; an evaluation writes none
+            if not cfg.eval_only:
+                with note.open("x") as file:
+                    file.write(advice)
+        except FileExistsError:
+            advice = ""
+        except OSError:
+            pass
+        raise RankError(advice) from None
+
+
+def git(*arguments: str) -> str:
+    """git's output for this repository; "" without git or a repository."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         return ""
 
 
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        return names[0] if names else platform.machine()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()

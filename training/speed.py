@@ -1,48 +1,46 @@
-"""How fast a run was, of the rows of its metrics.jsonl: medians, as a step now and then waits for something else."""
+"""The speed and memory of a benchmark run, from its metrics.jsonl."""
 
 import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from training.files import write_text
+from training.checkpoint import write_text
+from training.metrics import WARM_UP_STEPS
 
-Rows = list[dict[str, Any]]
 
-
-def train_rows(metrics: Path) -> Rows:
-    """What metrics.jsonl has of training steps."""
+def read_train_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of training steps in a metrics.jsonl."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"]
 
 
-def of_rows(rows: Rows) -> dict[str, Any]:
-    """Milliseconds a step, tokens/s over all ranks, mfu (None where the device's peak is unknown), bytes of rank 0.
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speed and memory of a run from its train rows: medians, because a step now and then waits for something else.
 
-    Each row is the mean of the steps since the one before; those that are warm-up have no time.
+    Milliseconds per step, tokens/s over all ranks, mfu (None where the device's peak is unknown), bytes of rank 0.
     """
-    timed = [row for row in rows if row["step_ms"]]
+    timed = [row for row in rows if row["step_ms"]]  # a row is the mean of the steps since the row before
     assert timed, "no step was timed"
-    found = {name: median(row[name] for row in timed) for name in ("step_ms", "tokens_per_second")}
-    fastest, slowest = (pick(row["step_ms"] for row in timed) for pick in (min, max))
     mfu = [row["mfu"] for row in timed if row["mfu"] is not None]
     return {
-        "steps_timed": timed[-1]["step"] - rows[0]["step"] - 2,  # the first three steps are not
-        **found,
-        "fastest_ms": fastest,
-        "slowest_ms": slowest,
+        "steps_timed": timed[-1]["step"] - rows[0]["step"] + 1 - WARM_UP_STEPS,
+        "step_ms": median(row["step_ms"] for row in timed),
+        "tokens_per_second": median(row["tokens_per_second"] for row in timed),
+        "fastest_ms": min(row["step_ms"] for row in timed),
+        "slowest_ms": max(row["step_ms"] for row in timed),
         "mfu": median(mfu) if mfu else None,
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
     }
 
 
-def summarise(metrics: Path) -> str:
-    """Of a benchmark: speed.json beside its metrics, and a line for people."""
-    found = of_rows(train_rows(metrics))
-    write_text(metrics.with_name("speed.json"), json.dumps(found, indent=1) + "\n")
-    mfu = "unknown" if found["mfu"] is None else f"{found['mfu']:.1%}"
+def summarize_benchmark(metrics: Path) -> str:
+    """Write speed.json beside metrics.jsonl; returns a line for people."""
+    speed = summarize(read_train_rows(metrics))
+    write_text(metrics.with_name("speed.json"), json.dumps(speed, indent=1) + "\n")
+    mfu = "unknown" if speed["mfu"] is None else f"{speed['mfu']:.1%}"
     return (
-        f"{found['steps_timed']} steps timed: median {found['step_ms']:,.1f} ms ({found['fastest_ms']:,.1f} to "
-        f"{found['slowest_ms']:,.1f}), {found['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, "
-        f"peak memory of rank 0 {found['peak_memory_bytes'] / 1e9:,.2f} GB"
+        f"{speed['steps_timed']} steps timed: median {speed['step_ms']:,.1f} ms ({speed['fastest_ms']:,.1f} to "
+        f"{speed['slowest_ms']:,.1f}), {speed['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, "
+        f"peak memory of rank 0 {speed['peak_memory_bytes'] / 1e9:,.2f} GB"
     )

@@ -1,0 +1,289 @@
+"""Start a run on every host of a DeepSpeed hostfile, watch it from here, and restart it when a host is lost.
+
+    python -m launch.hosts --hostfile=hostfile train_deepspeed.py config/train_gpt2_deepspeed_zero2.py
+    HOSTFILE=hostfile ./launch_deepspeed_zero2.sh --restarts=5 config/train_gpt2.py --resume=auto
+
+Each host runs launch.ranks in this folder with this Python, reached by ssh without a password. It is sent a heartbeat
+every second. When the heartbeats stop, it ends its ranks, so nothing is left running on a host that is out of reach.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from launch.ranks import catch_signals, watch
+from training.errors import LOST, STOPPED, UserError, list_problems
+
+HEARTBEAT_SECONDS = 1.0
+GRACE_SECONDS = 12.0  # for the other hosts to end by themselves after the first has failed
+KILL_SECONDS = 40.0  # and then until their connections are cut; launch.ranks takes up to 20 to kill its ranks
+CONNECT_SECONDS, ANSWER_SECONDS = 10, 90.0
+SSH_LOST = 255  # ssh's exit status when the connection fails
+NO_RESTART = (0, 2, STOPPED)  # a restart cannot change these ends
+FORWARDED_ENV = (  # prefixes of the variables that are set on every host
+    *("PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CUDA_HOME", "CC", "CXX", "OMP_", "MKL_", "MALLOC_", "THP_"),
+    *("NCCL_", "GLOO_", "TORCH_", "WANDB_", "HF_", "TIKTOKEN_", "DS_"),
+)
+SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5"]
+Plan = dict[str, Any]  # what launch.ranks --node reads: environment (the same everywhere), variables, command
+Answers = dict[str, Any]  # by host: the dict of its JSON, or a str that says why there is none
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str
+    slots: tuple[int, ...]  # GPUs to use, one rank each
+
+
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    usage = "python -m launch.hosts --hostfile=FILE [OPTIONS] SCRIPT [ARGUMENTS]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add_arguments(parser)
+    parser.add_argument("--restarts", type=int, default=0, help="how often to restart, on the hosts that still answer")
+    parser.add_argument("--master_port", type=int, default=0, help="a free port on the first host; default: any")
+    args, command = parser.parse_known_args()  # its options may also stand among those of the script
+    if args.restarts < 0 or not command:
+        raise UserError(f"must be {usage}, --restarts 0 or more")
+    environment = forwarded_environment(os.environ)
+    signals = catch_signals()
+    hosts = read_hostfile(args.hostfile or "hostfile", args.include, args.exclude)
+    answers = ask(hosts, args.ssh, ["-m", "launch.machine", str(args.master_port)])
+    check(hosts, answers)
+    for attempt in range(args.restarts + 1):
+        variables = {"MASTER_ADDR": master_address(hosts, answers, args.master_addr)}
+        variables["MASTER_PORT"] = args.master_port or answers[hosts[0].name]["port"]
+        plan = {"environment": environment, "variables": variables, "command": command}
+        status = wait(start(hosts, answers, args.ssh, plan), signals)
+        if status in NO_RESTART or signals or attempt == args.restarts:
+            break
+        answers = ask(hosts, args.ssh, ["-m", "launch.machine"])
+        hosts = [host for host in hosts if not isinstance(answers[host.name], str)]
+        if not hosts:
+            raise UserError("no host of the hostfile answers, so the run cannot be restarted; see why ssh fails")
+        if "--resume=auto" not in command:
+            command.append("--resume=auto")
+        names = ", ".join(host.name for host in hosts)
+        print(f"launch.hosts: restart {attempt + 1} of {args.restarts}, on {names}", flush=True)
+    return status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which hosts to use, and how to reach them."""
+    parser.add_argument("--hostfile", default="", help="one line per host: NAME slots=RANKS")
+    parser.add_argument("--include", default="", help="only these: host1@host2:0,1 (all slots, or those listed)")
+    parser.add_argument("--exclude", default="", help="not these; written like --include")
+    parser.add_argument("--ssh", default="ssh", help="ssh with its options: 'ssh -p 2222 -i key -l user'")
+    parser.add_argument("--master_addr", default="", help="address of the first host, as the others reach it")
+
+
+def read_hostfile(path: str, include: str = "", exclude: str = "") -> list[Host]:
+    """Read the hosts, and choose among them as --include and --exclude say. UserError: with file and line."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such hostfile; write one line per host: NAME slots=RANKS")
+    slots: dict[str, tuple[int, ...]] = {}
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        line = text.split("#")[0].strip()
+        if not line:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
+        if not match or not int(match[2]):
+            raise UserError(f"{path}:{number}: {line!r}: must be NAME slots=RANKS, RANKS 1 or more")
+        if match[1] in slots:
+            raise UserError(f"{path}:{number}: {match[1]} is a duplicate; give each host one line")
+        slots[match[1]] = tuple(range(int(match[2])))
+    if not slots:
+        raise UserError(f"{path}: is empty; write one line per host: NAME slots=RANKS")
+    slots = parse_choice(include, slots) or slots
+    for name, excluded in parse_choice(exclude, slots).items():
+        slots[name] = tuple(slot for slot in slots[name] if slot not in excluded)
+    if not any(slots.values()):
+        raise UserError(f"--exclude={exclude}: leaves no host of {path}")
+    return [Host(name, numbers) for name, numbers in slots.items() if numbers]
+
+
+def parse_choice(text: str, slots: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Parse host1@host2:0,1 to {host1: (all of its slots), host2: (0, 1)}."""
+    chosen = {}
+    for part in text.split("@") if text else []:
+        name, _, listed = part.partition(":")
+        if name not in slots:
+            raise UserError(f"{name}: no such host in the hostfile; it has {', '.join(slots)}")
+        numbers = tuple(int(slot) for slot in listed.split(",") if slot.isdecimal())
+        if unknown := [slot for slot in numbers if slot not in slots[name]]:
+            raise UserError(f"{part}: {name} has no slot {unknown[0]}; it has {len(slots[name])}")
+        chosen[name] = numbers or slots[name]
+    return chosen
+
+
+def forwarded_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables to set on every host."""
+    return {name: value for name, value in variables.items() if name.startswith(FORWARDED_ENV)}
+
+
+def remote_command(ssh: str, host: str, *arguments: str) -> list[str]:
+    """Command that runs this Python in this folder on a host; on this machine if `ssh` is empty."""
+    if not ssh:
+        return [sys.executable, *arguments]
+    command = shlex.join(["cd", str(Path.cwd())]) + " && exec " + shlex.join([sys.executable, *arguments])
+    return [*shlex.split(ssh), *SSH_OPTIONS, host, command]
+
+
+def ask(hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, str] | None = None) -> Answers:
+    """Run Python on every host at once, and collect the line of JSON that it prints, with the time it "arrived".
+
+    requests: by host, its first line of stdin. stdin is closed when all have answered; the program may wait for that.
+    """
+    pipe, names, processes = subprocess.PIPE, [host.name for host in hosts], list[Any]()
+    for name in names:
+        line = remote_command(ssh, name, *arguments)
+        processes += [subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)]
+    with ThreadPoolExecutor(len(hosts)) as threads:
+        try:
+            lines = [(requests or {}).get(name, "") for name in names]
+            return dict(zip(names, threads.map(read_answer, names, processes, lines), strict=True))
+        finally:
+            for process in processes:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                process.kill()
+
+
+def read_answer(name: str, process: subprocess.Popen, request: str) -> dict[str, Any] | str:
+    """The JSON that a host prints, or why it gave none: the problem, a semicolon, the fix."""
+    assert process.stdin and process.stdout and process.stderr, "all are pipes"
+    timer = threading.Timer(ANSWER_SECONDS, process.kill)
+    timer.start()
+    with contextlib.suppress(OSError):
+        process.stdin.write(f"{request}\n")
+        process.stdin.flush()
+    line = next((line for line in process.stdout if line.startswith("{")), "")  # a ~/.bashrc may print, too
+    timer.cancel()
+    if line:
+        return {**json.loads(line), "arrived": time.time()}
+    text, status = process.stderr.read().strip(), process.wait()
+    if status < 0:
+        return f"no answer within {ANSWER_SECONDS:.0f} s; is it up, and are its disks?"
+    if status == SSH_LOST:
+        text += f"; ssh {name} must work by hand and without a password (ssh-copy-id {name})"
+    elif text and status in (1, 126, 127):
+        text += f"; this code and this Python ({sys.executable}) must be at the same place on every host"
+    return text.splitlines()[-1] if text else f"ssh ended with status {status}; run ssh {name} by hand"
+
+
+def check(hosts: list[Host], answers: Answers) -> None:
+    """Raise UserError listing every host that cannot be used: out of reach, other code or packages, too few GPUs."""
+    problems = [f"{name}: {answer}" for name, answer in answers.items() if isinstance(answer, str)]
+    for host in hosts if not problems else []:
+        answer, first = answers[host.name], answers[hosts[0].name]
+        for what in ("code", "python", "packages"):
+            if text := difference(what, answer[what], first[what], hosts[0].name):
+                problems.append(f"{host.name}: {text}")
+        if host is hosts[0] and not answer["port"]:
+            problems.append(f"{host.name}: --master_port is in use there; leave it out to get a free one")
+        if answer["gpus"] and max(host.slots) >= answer["gpus"]:
+            problems.append(f"{host.name}: slots={max(host.slots) + 1}, but it has {answer['gpus']} GPUs")
+    if problems:
+        raise UserError(list_problems(problems, "with the hosts"))
+
+
+def difference(what: str, value: Any, expected: Any, first: str) -> str:
+    """How a host differs from the first one, with the fix after a semicolon; "" if it does not."""
+    if value == expected:
+        return ""
+    shown = f"{value} (not {expected})"
+    if isinstance(value, dict):
+        names = [name for name in {**expected, **value} if value.get(name) != expected.get(name)]
+        shown = ", ".join(f"{name} {value.get(name)} (not {expected.get(name)})" for name in names)
+    return f"{what} differs from {first}: {shown}; install the same on every host"
+
+
+def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
+    """Address at which the other hosts reach the first one. name: its name or address, if not as in the hostfile."""
+    name = name or hosts[0].name.split("@")[-1]
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:  # a name that only ssh knows
+        address = answers[hosts[0].name]["addresses"][0]
+    if address.startswith("127.") and len(hosts) > 1:
+        raise UserError(f"{name} is {address}, so each host would reach itself; set --master_addr to its address")
+    return address
+
+
+class Node(subprocess.Popen):
+    """launch.ranks on a host, as a local process whose signals are sent over ssh. poll() sends the heartbeats."""
+
+    def __init__(self, host: Host, ssh: str, plan: Plan, output: IO[bytes] | None = None):
+        """output: file for both streams, default the terminal."""
+        self.host, self.heartbeat_time, pipe = host, 0.0, subprocess.PIPE
+        command = remote_command(ssh, host.name, "-m", "launch.ranks", "--node")
+        super().__init__(command, stdin=pipe, stdout=output, stderr=output, bufsize=0, start_new_session=True)
+        self.pipe = cast(IO[bytes], self.stdin)
+        self.pipe.write(json.dumps(plan).encode() + b"\n")
+        os.set_blocking(self.pipe.fileno(), False)
+
+    def poll(self) -> int | None:
+        if time.monotonic() > self.heartbeat_time + HEARTBEAT_SECONDS:
+            self.heartbeat_time = time.monotonic()
+            self.send_signal(0)
+        return super().poll()
+
+    def send_signal(self, signum: int) -> None:
+        """Have launch.ranks forward a signal; 0 is a heartbeat."""
+        with contextlib.suppress(OSError, ValueError):  # it has ended
+            self.pipe.write(bytes([signum]))
+
+    def terminate(self) -> None:
+        """Close the connection's input; launch.ranks then ends its ranks."""
+        with contextlib.suppress(OSError):
+            self.pipe.close()
+
+    def kill(self) -> None:
+        super().send_signal(signal.SIGKILL)
+
+
+def start(hosts: list[Host], answers: Answers, ssh: str, plan: Plan, output: IO[bytes] | None = None) -> list[Node]:
+    """Start the plan on each host, one rank per slot. Its variables need address and port of the first host."""
+    world_size, first_rank, nodes = sum(len(host.slots) for host in hosts), 0, []
+    for host in hosts:
+        variables = {**plan["variables"], "WORLD_SIZE": world_size, "FIRST_RANK": first_rank}
+        if answers[host.name]["gpus"] and ssh:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
+        own = {"variables": variables, "command": [str(len(host.slots)), *plan["command"]]}
+        nodes.append(Node(host, ssh, {**plan, **own}, output))
+        first_rank += len(host.slots)
+    return nodes
+
+
+def wait(nodes: list[Node], signals: list[int]) -> int:
+    """Wait until all hosts have ended; the exit status is that of the host that failed first."""
+    failed, code, _ = watch(nodes, signals, lambda code: GRACE_SECONDS, KILL_SECONDS)
+    if code and code not in NO_RESTART:
+        reason = "the connection was lost" if code == SSH_LOST else f"ended with status {code}"
+        print(f"launch.hosts: {nodes[failed].host.name}: {reason}", file=sys.stderr)
+    return LOST if code < 0 or code == SSH_LOST else code
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:  # OSError: no ssh, or a file that cannot be written
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

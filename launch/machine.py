@@ -1,0 +1,61 @@
+"""Print what a machine has as JSON: code, packages, GPUs, addresses, a free port. Quick: standard library only.
+
+With the argument gpus: the number of GPUs that a process started here may use. With a number: a port that must be free.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+from launch.ranks import free_port
+
+ROOT = Path(__file__).parent.parent
+CODE = ("*.py", "config/*.py", "data/**/*.py", "deepspeed_configs/*.json", "launch/*.py", "tools/*.py", "training/*.py")
+PACKAGES = ("torch", "deepspeed", "numpy", "tiktoken", "wandb")
+
+
+def describe(port: int = 0) -> dict:
+    """Facts about this host, most of which the hosts of a run must agree in. port: one that must be free; 0: any."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return {
+        "code": digest.hexdigest()[:12],
+        "python": platform.python_version(),
+        "packages": {name: next((d.version for d in distributions(name=name)), "missing") for name in PACKAGES},
+        "gpus": count_gpus(),
+        "addresses": output_of("hostname", "-I").split(),
+        "port": free_port(port),
+    }
+
+
+def count_gpus(visible: str | None = None) -> int:
+    """GPUs that nvidia-smi lists; no more than CUDA_VISIBLE_DEVICES names if its value is given as `visible`."""
+    gpus = sum(line.startswith("GPU ") for line in output_of("nvidia-smi", "-L").splitlines())
+    if visible is None:
+        return gpus
+    names = [name.strip() for name in visible.split(",")]
+    return min(gpus, sum(name[:1].isdecimal() or name.startswith(("GPU-", "MIG-")) for name in names))
+
+
+def output_of(*command: str) -> str:
+    """What a program prints; "" where it is missing or fails, with its message on stderr."""
+    if not shutil.which(command[0]):
+        return ""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{command[0]} failed: {(done.stderr or done.stdout).strip() or done.returncode}", file=sys.stderr)
+    return "" if done.returncode else done.stdout
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["gpus"]:
+        print(count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    else:
+        print(json.dumps(describe(int(sys.argv[1]) if sys.argv[1:] else 0)))

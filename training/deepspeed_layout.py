@@ -1,0 +1,230 @@
+"""How ZeRO lays out the model state: reading its checkpoints without DeepSpeed, and filling an engine from any.
+
+DeepSpeed's own load_checkpoint accepts only what the same ZeRO stage wrote on as many ranks. Its universal checkpoints
+need a conversion of the whole state by its own tool, and version 0.19.8 loses weight decay and step counts under
+ZeRO-3; it does not restore what its NVMe offload saves. Here each rank fills its own partition from any checkpoint.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import safe_globals
+
+from training.checkpoint import read_metadata, read_torch_file
+from training.distributed import Ranks
+from training.errors import CheckpointError
+from training.model_state import (
+    TIED,
+    WEIGHT,
+    SavedState,
+    find_step,
+    fresh_state,
+    from_whole,
+    optimizer_kinds,
+    reading,
+    step_count,
+)
+
+# A part of a parameter in a rank's flat partition:
+# (parameter name, its first element in the parameter, its first element in the partition, number of elements)
+Slice = tuple[str, int, int, int]
+
+
+class StandIn:
+    """Replaces the few DeepSpeed classes that occur in its files, so that none of their code runs."""
+
+    def __init__(self, *state: Any):
+        self.state = state
+
+
+STAND_INS: list[Any] = [
+    *((StandIn, f"deepspeed.runtime.fp16.loss_scaler.{name}") for name in ("LossScaler", "DynamicLossScaler")),
+    (StandIn, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (StandIn, "builtins.getattr"),  # by which Python 3.11.0 to 3.11.3 stores members of an enum
+    (StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
+]
+
+
+def open_partitions(folder: Path, metadata: dict[str, Any]) -> SavedState:
+    """Open a checkpoint of train_deepspeed.py; metadata: its checkpoint.json. Raises CheckpointError."""
+    with safe_globals(STAND_INS):
+        model = read_torch_file(min(folder.glob("*mp_rank_00_model_states.pt")))
+        if metadata["strategy"] == "zero0":
+            weights = {name: weight for name, weight in model["module"].items() if name != TIED}
+            return from_whole(folder, weights, model["optimizer"], {}, model.get("optimizer_order"))
+        ranks = [read_partition(folder, rank) for rank in range(metadata["world_size"])]
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    scale = getattr(ranks[0].get("loss_scaler"), "cur_scale", None)
+    saved = SavedState(folder, shapes, {}, scaler={"scale": scale} if scale else {})
+    if "fp32_flat_groups" not in ranks[0]:
+        add_stages_1_and_2(saved, ranks)
+    else:
+        add_stage_3(saved, ranks, model)
+    return saved
+
+
+def add_stages_1_and_2(saved: SavedState, ranks: list[dict[str, Any]]) -> None:
+    """Each parameter group is one flat tensor, cut into a partition per rank; each rank notes what its own holds."""
+    for state_of_rank in ranks:
+        states = state_of_rank["base_optimizer_state"]["state"]
+        saved.step = find_step(states)
+        for number, places in enumerate(state_of_rank["param_slice_mappings"]):
+            flat = {WEIGHT: state_of_rank["single_partition_of_fp32_groups"][number].detach()}
+            state = states.get(number, {})
+            flat |= {kind: state[kind] for kind in optimizer_kinds(state)}
+            for name, place in places.items():
+                for kind, tensor in flat.items():
+                    piece = tensor[place.start : place.start + place.numel]
+                    saved.pieces.setdefault((name, kind), []).append(piece)
+
+
+def add_stage_3(saved: SavedState, ranks: list[dict[str, Any]], model: dict[str, Any]) -> None:
+    """Each parameter is cut into a piece per rank, the last one padded; a rank's pieces follow one another."""
+    saved.step = find_step(ranks[0]["optimizer_state_dict"]["state"])
+    for rank, state in enumerate(ranks):
+        groups, start, flat = iter(flat_groups(saved.folder, rank, state, model)), 0, {WEIGHT: torch.empty(0)}
+        for name, shape in saved.shapes.items():
+            if start == len(flat[WEIGHT]):
+                flat, start = next(groups), 0
+            size = -(-shape.numel() // len(ranks))
+            for kind, numbers in flat.items():
+                saved.pieces.setdefault((name, kind), []).append(numbers[start : start + size])
+            start += size
+
+
+def flat_groups(folder: Path, rank: int, state: dict[str, Any], model: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """The tensors of a rank's sub-groups under ZeRO-3, by kind; of what is on NVMe, DeepSpeed saves copies."""
+    swapped = model.get("sub_groups") or [("", 0)] * len(state["fp32_flat_groups"])
+    groups = []
+    for number, (flat, (name, numel)) in enumerate(zip(state["fp32_flat_groups"], swapped, strict=True)):
+        inner = state["optimizer_state_dict"]["state"].get(number, {})
+        group = {WEIGHT: flat.detach(), **{kind: inner[kind] for kind in optimizer_kinds(inner)}}
+        for kind, tensor in group.items():
+            if numel and not len(tensor):
+                file = f"{name}.tensor.swp" if kind == WEIGHT else f"{kind}-{name}.tensor.swp"
+                path = folder / "offloaded_tensors" / f"rank{rank:02d}" / file
+                group[kind] = torch.from_file(str(path), size=numel, dtype=torch.float32)
+        groups.append(group)
+    return groups
+
+
+def read_partition(folder: Path, rank: int) -> dict[str, Any]:
+    """A rank's optimizer states in DeepSpeed's layout."""
+    path = min(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+    return read_torch_file(path)["optimizer_state_dict"]
+
+
+def is_native(engine: Any, folder: Path) -> bool:
+    """Whether DeepSpeed can load a checkpoint of the same strategy and number of ranks.
+
+    It cannot load what NVMe offload saved, nor, under ZeRO-3, partitions of another sub_group_size.
+    """
+    if read_metadata(folder)["strategy"].endswith("_nvme"):
+        return False
+    if not engine.zero_optimization_partition_weights():
+        return True
+    with safe_globals(STAND_INS):
+        rank = torch.distributed.get_rank(engine.optimizer.dp_process_group)
+        saved = read_partition(folder, rank)["fp32_flat_groups"]
+    return [len(flat) for flat in saved] == [len(flat) for flat in engine.optimizer.fp32_partitioned_groups_flat]
+
+
+def load_native(engine: Any, folder: Path) -> None:
+    """Load with DeepSpeed, but keep this run's hyperparameters. A collective.
+
+    The step counts take the form of this run's optimizer: the checkpoint may come from torch's AdamW, and this run
+    use DeepSpeed's.
+    """
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr", "step")} for group in inner.param_groups]
+    clip_grad = getattr(optimizer, "clip_grad", None)
+    engine.load_checkpoint(folder.parent, tag=folder.name)
+    for group, own in zip(inner.param_groups, settings, strict=True):
+        group.update(own)
+    for parameter, state in inner.state.items():
+        if "step" in state:
+            state["step"] = step_count(inner, parameter, float(state["step"]))
+    if clip_grad is not None:
+        optimizer.clip_grad = clip_grad
+    if engine.lr_scheduler:
+        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
+
+
+def load_partition(engine: Any, folder: Path, ranks: Ranks) -> None:
+    """Fill a new engine from a checkpoint of any strategy. A collective."""
+    optimizer, step = engine.optimizer, read_metadata(folder)["step"]
+    with reading(folder, ranks) as saved:
+        if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0: not wrapped
+            saved.into(engine.module, optimizer)
+        elif not engine.zero_optimization():
+            raise CheckpointError(
+                f"{folder}: zero0 in float16 resumes only its own checkpoints; use another ZeRO stage or dtype"
+            )
+        elif engine.zero_optimization_partition_weights():
+            fill_stage_3(engine.module, optimizer, saved)
+        else:
+            fill_stages_1_and_2(engine.module, optimizer, saved)
+    if "scale" in saved.scaler and hasattr(getattr(optimizer, "loss_scaler", None), "cur_scale"):
+        optimizer.loss_scaler.cur_scale = saved.scaler["scale"]
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    if engine.lr_scheduler:
+        updates = step if saved.step is None else int(saved.step)  # fewer than steps if fp16 skipped some
+        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration + updates)
+
+
+def fill_stages_1_and_2(model: Any, optimizer: Any, saved: SavedState) -> None:
+    """Each rank holds one flat partition of every parameter group."""
+    inner = optimizer.optimizer
+    slices: dict[int, list[Slice]] = {}
+    for name, parameter in model.named_parameters():
+        if mapping := parameter._hp_mapping:  # None: no part of it is on this rank
+            here, full = mapping.hp_fragment_address, mapping.lp_fragment_address
+            slices.setdefault(mapping.param_group_index, []).append((name, full.start, here.start, full.numel))
+    for number, group in enumerate(inner.param_groups):
+        (flat,) = group["params"]
+        fill_flat(saved, inner, flat, slices.get(number, []))
+    optimizer.update_lp_params()
+
+
+def fill_stage_3(model: Any, optimizer: Any, saved: SavedState) -> None:
+    """Each rank holds a part of every parameter, in sub-groups, which are swapped in and out if they are on NVMe."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rank = torch.distributed.get_rank(optimizer.dp_process_group)
+    optimizer.checkpoint_event_prologue()  # partitions small parameters, which are whole; the epilogue gathers them
+    for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        swapped = optimizer._swappable_optimizer_subgroup(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        fill_flat(saved, optimizer.optimizer, flat, list(stage_3_slices(optimizer.fp16_groups[number], names, rank)))
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
+    optimizer.checkpoint_event_epilogue()
+
+
+def stage_3_slices(parameters: list[Any], names: dict[Any, str], rank: int) -> Iterator[Slice]:
+    """Every rank's part has the same size; the last one is padded."""
+    offset = 0
+    for parameter in parameters:
+        size = parameter.partition_numel()
+        start = min(rank * size, parameter.ds_numel)
+        yield names[parameter], start, offset, min(size, parameter.ds_numel - start)
+        offset += size
+
+
+@torch.no_grad()
+def fill_flat(saved: SavedState, optimizer: Any, flat: Tensor, slices: list[Slice]) -> None:
+    """Fill a flat fp32 partition and its optimizer state, of whichever kinds the checkpoint has."""
+    state = optimizer.state[flat] = fresh_state(optimizer, flat, saved.kinds, saved.step)
+    for name, start, offset, numel in slices:
+        if numel == 0:  # padding only
+            continue
+        for kind in (WEIGHT, *saved.kinds):
+            target = flat if kind == WEIGHT else state[kind]
+            target[offset : offset + numel].copy_(saved.part(name, kind, start, numel))

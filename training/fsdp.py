@@ -1,0 +1,53 @@
+"""FSDP2: the ranks it shards over, and a rank's shard of a tensor. train.py calls `fully_shard` itself."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from training.checkpoint import CheckpointWriter
+from training.config import PlainTrainConfig
+from training.distributed import Ranks
+from training.model_state import WEIGHT, local_part
+
+
+def shard_mesh(cfg: PlainTrainConfig, ranks: Ranks) -> DeviceMesh:
+    """All ranks; for HSDP (Zhao et al., arXiv:2304.11277, section 3.2.2) replicas x the ranks that share one."""
+    if cfg.shard_ranks in (0, ranks.world_size):
+        return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+    shape = ranks.world_size // cfg.shard_ranks, cfg.shard_ranks
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+@torch.no_grad()
+def copy_local_part(tensor: Tensor, whole: Tensor) -> None:
+    """Copy this rank's part of `whole` into a tensor that may be sharded."""
+    local, start = local_part(tensor)
+    local.copy_(whole.flatten()[start : start + local.numel()].view_as(local))
+
+
+def full_value(tensor: Any) -> Tensor:
+    """A sharded tensor's full value (a collective); any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def save_shard(
+    writer: CheckpointWriter, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Write this rank's shard of parameters and optimizer states; under HSDP, only the first replica writes."""
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    first = next(iter(parameters.values()))
+    place = dict(zip(first.device_mesh.mesh_dim_names, first.device_mesh.get_coordinate(), strict=True))
+    if place.get("replicate", 0):
+        return
+    state: dict[str, Any] = {"shapes": {name: tuple(parameter.shape) for name, parameter in parameters.items()}}
+    state[WEIGHT] = {name: local_part(parameter)[0] for name, parameter in parameters.items()}
+    step = None
+    for name, parameter in parameters.items():
+        for kind, value in optimizer.state[parameter].items():
+            if kind == "step":
+                step = float(value)
+            else:
+                state.setdefault(kind, {})[name] = local_part(value)[0]
+    writer.write(f"shard_{place['shard']:04d}.pt", {**state, "step": step, "scaler": scaler.state_dict()})

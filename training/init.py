@@ -1,0 +1,65 @@
+"""Initial state of a run: random weights, pretrained weights, or a checkpoint."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.dataset import Dataset
+from model import GPTConfig, initial_value
+from training.checkpoint import Checkpoints, read_metadata
+from training.config import TrainConfig
+from training.errors import CheckpointError
+from training.model_state import SavedState
+
+
+@dataclass(frozen=True)
+class InitState:
+    model: GPTConfig
+    init_from: str = "scratch"  # that of the run's first start, through all resumes
+    weights: SavedState | None = None
+    checkpoint: Path | None = None
+    step: int = 0
+    best_val_loss: float | None = None
+    evaluated: bool = False  # at that step, before it was saved
+
+    def value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """A parameter's initial value: full, fp32, on the CPU."""
+        return self.weights.whole(name) if self.weights else initial_value(name, shape, self.model, seed)
+
+
+def find_init_state(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) -> InitState:
+    """Raises CheckpointError, ConfigError or UserError if cfg.init_from does not lead to an initial state."""
+    intact = checkpoints.intact() if cfg.resume == "auto" else []
+    if cfg.init_from == "scratch" and not intact:
+        return InitState(cfg.model_config(dataset.vocab_size))
+    if cfg.init_from != "resume" and not intact:
+        from training import pretrained  # most runs do not need it
+
+        model, weights = pretrained.start_from(cfg, dataset.vocab_size)
+        return InitState(model, cfg.init_from, weights)
+    folder, metadata = (intact[-1], read_metadata(intact[-1])) if intact else checkpoints.newest()
+    checkpoints.verify(folder)
+    saved, current, ids = metadata["tokenizer"], dataset.tokenizer.describe(), metadata["vocab_size"]
+    if saved != current:
+        raise CheckpointError(
+            f"{folder} was trained with tokenizer {saved['name']!r} ({ids} ids), which is not that of "
+            f"dataset = {cfg.dataset!r} ({current['name']!r}, {dataset.vocab_size} ids); use the run's own data set"
+        )
+    model = GPTConfig(**metadata["model"])
+    # a run that started from pretrained weights has their shape, whatever the settings say
+    keys = (
+        ["n_layer", "n_head", "n_embd", "block_size", "bias"] if metadata["init_from"] == "scratch" else ["block_size"]
+    )
+    if different := [k for k in keys if getattr(cfg, k) != getattr(model, k)]:
+        fixes = [f"--{k}={getattr(model, k)} (not {getattr(cfg, k)})" for k in different]
+        raise CheckpointError(f"{folder} is of another model; resume it with {', '.join(fixes)}")
+    return InitState(
+        model=replace(model, dropout=cfg.dropout, activation_checkpointing=cfg.activation_checkpointing),
+        init_from=metadata["init_from"],
+        checkpoint=folder,
+        step=metadata["step"],
+        best_val_loss=metadata["best_val_loss"],
+        evaluated=metadata.get("evaluated", True),
+    )

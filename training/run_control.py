@@ -1,0 +1,282 @@
+"""Run control: what the ranks tell each other between steps, hang detection with stack traces, and stragglers.
+
+After every step each rank shares four numbers with the others, in one all-gather between CPUs, and all act on them
+together: a request to stop or save reaches all ranks at the same step, and a NaN or inf loss is reported with its rank.
+"""
+
+import faulthandler
+import json
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, median_low
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from training.batches import Batches
+from training.checkpoint import Checkpoints
+from training.config import ROOT, TrainConfig
+from training.devices import time_matmul
+from training.distributed import Ranks
+from training.errors import HUNG, Stopped, UserError
+
+PROCESS_START = time.monotonic()  # close enough for a time limit in minutes
+HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+DEADLINE, STOP_FILE = 1001, 1002  # reasons to stop, besides the signals' numbers
+MAX_SKIPPED_STEPS = 30  # fp16 may skip this many in a row: the loss scale halves each time, from 65,536 down
+
+COLLECTIVES = "torch/distributed/"  # in the path of the files that hold them
+POLL_SECONDS = 0.5  # the watchdog looks at the clock this often
+REPORT_SECONDS = 5.0  # all live ranks time out within this, because their clocks started at the same collective
+
+PROBE_SHARE = 0.01  # measuring the ranks takes at most this share of the time, and is part of step_ms
+PROBE_HISTORY = 5  # a rank is judged by the median of the last five: a slow moment is not a slow node
+SLOWER_MS = 1.0  # at least this much above the median rank
+# Size of the square matrices, repeats, and the ratio to the median rank from which a rank counts as slow. The matmuls
+# take 2 ms in bf16 on an H100, and 5 ms in fp32 on a core; CPUs are shared and noisy.
+PROBES = {"cuda": (4096, 10, 1.2), "cpu": (512, 1, 3.0)}
+RANK_METRICS = {"matmul_ms": "its matmul takes", "data_ms": "reading its batches takes"}
+
+
+class RunControl:
+    """`stop`: why the run ends, known to all ranks; `save`: whether a checkpoint was requested."""
+
+    def __init__(self, cfg: TrainConfig, ranks: Ranks, checkpoints: Checkpoints, dtype: torch.dtype):
+        self.cfg, self.ranks, self.checkpoints = cfg, ranks, checkpoints
+        self.stop, self.save = 0, False
+        self.signal, self.signal_time = 0, 0.0
+        self.max_bad_steps = MAX_SKIPPED_STEPS if dtype == torch.float16 else 1
+        self.bad_steps = 0
+        self.previous: StepNumbers | None = None
+        self.files = {name: Path(cfg.out_dir) / name for name in ("stop", "save")}
+        self.watchdog = Watchdog(cfg, ranks)
+        for signum in HANDLED_SIGNALS:
+            signal.signal(signum, self.handle_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)  # launch/ranks.py blocks SIGUSR1 during start-up
+
+    def handle_signal(self, signum: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if signum == signal.SIGINT and self.signal and now > self.signal_time + 1:
+            raise KeyboardInterrupt  # second request: stop immediately
+        self.signal, self.signal_time = signum, now
+
+    def step_done(self, step: int, loss: Tensor, grad_norm: Tensor | None) -> None:
+        """A collective. Raises UserError on all ranks if a loss is NaN or inf.
+
+        It checks this step's numbers on CPUs, and the previous step's on GPUs, which have arrived without waiting.
+        """
+        current = StepNumbers(step, loss, grad_norm)
+        self.exchange(self.previous if self.ranks.device.type == "cuda" else current)
+        self.previous = current
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Wrap a save: checks the last loss first, so that nothing is saved after a NaN; clears the request."""
+        self.watchdog.beat("saving")
+        if self.ranks.device.type == "cuda":
+            self.exchange(self.previous)
+            self.previous = None
+        yield
+        if self.save and self.ranks.main:
+            self.files["save"].unlink(missing_ok=True)
+        self.save = False
+
+    def exchange(self, numbers: "StepNumbers | None" = None) -> bool:
+        """A collective. Returns whether the run is to stop."""
+        self.watchdog.beat(f"step {numbers.step}" if numbers else "")
+        loss, norm = numbers.read() if numbers else (0.0, 0.0)
+        rows = self.ranks.gather([self.stop_reason(), self.ranks.main and self.files["save"].exists(), loss, norm])
+        self.stop = self.stop or int(max(row[0] for row in rows))
+        self.save = self.save or any(row[1] for row in rows)
+        if numbers:
+            self.check_finite(numbers.step, [row[2] for row in rows], norm)
+        return bool(self.stop)
+
+    def stop_reason(self) -> int:
+        """This rank's: a signal's number, DEADLINE, STOP_FILE, or 0."""
+        minutes = (time.monotonic() - PROCESS_START) / 60
+        if self.signal or not self.ranks.main:
+            return self.signal
+        if self.cfg.max_minutes and minutes > self.cfg.max_minutes:
+            return DEADLINE
+        return STOP_FILE if self.files["stop"].exists() else 0
+
+    def check_finite(self, step: int, losses: list[float], norm: float) -> None:
+        bad = {rank: loss for rank, loss in enumerate(losses) if not math.isfinite(loss)}
+        self.bad_steps = self.bad_steps + 1 if bad or not math.isfinite(norm) else 0
+        if self.bad_steps < self.max_bad_steps:  # in fp16 the step was skipped and the loss scale lowered
+            return
+        where = ", ".join(f"{loss} on rank {rank}" for rank, loss in bad.items()) or "finite on every rank"
+        intact = self.checkpoints.intact()
+        restart = f"resume from {intact[-1]} with --init_from=resume and" if intact else "start again with"
+        raise UserError(
+            f"step {step}: loss {where}, gradient norm {norm}: stopped without saving this step; "
+            f"{restart} a lower --learning_rate, more --warmup_iters, or another --seed"
+        )
+
+    def raise_stopped(self, saved_step: int) -> None:
+        """Raises Stopped on all ranks. Removes the stop file, so that the next start does not see it."""
+        if self.ranks.main:
+            self.files["stop"].unlink(missing_ok=True)
+        reasons = {DEADLINE: f"max_minutes = {self.cfg.max_minutes}", STOP_FILE: f"the file {self.files['stop']}"}
+        reason = reasons[self.stop] if self.stop in reasons else signal.Signals(self.stop).name
+        saved = f"saved at step {saved_step}; --resume=auto continues from there" if saved_step else "nothing to save"
+        raise Stopped(f"stopped by {reason}: {saved}")
+
+
+class StepNumbers:
+    """Loss and gradient norm of a step, being copied from the device."""
+
+    def __init__(self, step: int, loss: Tensor, grad_norm: Tensor | None):
+        self.step = step
+        numbers = [loss, torch.zeros(()) if grad_norm is None else grad_norm]  # an offloaded norm is on the CPU already
+        self.host = [number.detach().to("cpu", non_blocking=number.is_cuda) for number in numbers]
+        self.event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+
+    def read(self) -> list[float]:
+        if self.event:
+            self.event.synchronize()
+        return [number.item() for number in self.host]
+
+
+class Watchdog:
+    """Ends a rank that makes no progress for hang_minutes; writes all its stacks to out_dir/hang/rank_00003.txt."""
+
+    def __init__(self, cfg: TrainConfig, ranks: Ranks):
+        self.ranks, self.limit = ranks, cfg.hang_minutes * 60
+        self.folder = Path(cfg.out_dir) / "hang"
+        self.paths = [self.folder / f"rank_{rank:05d}.txt" for rank in range(ranks.world_size)]
+        self.beats, self.last_event, self.last_beat = 0, "the start", time.monotonic()
+        if self.limit and not cfg.eval_only:
+            threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
+
+    def beat(self, event: str = "") -> None:
+        """Report progress; event: what was reached."""
+        self.beats += 1
+        self.last_event, self.last_beat = event or self.last_event, time.monotonic()
+
+    def watch(self) -> None:
+        while True:
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - self.last_beat > self.limit:
+                timeout = time.time()
+                self.write_stacks()
+                time.sleep(REPORT_SECONDS)
+                self.report(timeout - REPORT_SECONDS)
+                os._exit(HUNG)
+
+    def write_stacks(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.paths[self.ranks.rank].open("w") as file:
+            header = {"rank": self.ranks.rank, "beats": self.beats, "after": self.last_event, "time": time.time()}
+            file.write(json.dumps(header) + "\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def report(self, since: float) -> None:
+        """Printed by the lowest rank that is still alive."""
+        written = [rank for rank, path in enumerate(self.paths) if path.exists() and path.stat().st_mtime > since]
+        if min(written) == self.ranks.rank:
+            silent = [rank for rank in range(self.ranks.world_size) if rank not in written]
+            text = explain_hang({rank: self.paths[rank].read_text() for rank in written}, silent, self.limit)
+            print(f"error: {text}; all stacks: {self.folder}", file=sys.stderr, flush=True)
+
+
+def explain_hang(stacks: dict[int, str], silent: list[int], limit: float) -> str:
+    """Which ranks are stuck, and where: those without stacks, else those that made fewer steps, else all."""
+    headers = {rank: json.loads(text.splitlines()[0]) for rank, text in stacks.items()}
+    most_beats = max(header["beats"] for header in headers.values())
+    behind = [rank for rank, header in headers.items() if header["beats"] < most_beats]
+    if not behind and any(map(is_waiting, stacks.values())):
+        behind = [rank for rank, text in stacks.items() if not is_waiting(text)]
+    stuck = silent or behind
+    places: dict[str, list[int]] = {}
+    for rank, text in stacks.items():
+        if rank not in stuck:
+            places.setdefault(stack_summary(text), []).append(rank)
+    waiting = "; ".join(f"{rank_names(ranks)} in {place}" for place, ranks in places.items())
+    start = f"no progress for {limit:.0f} s after {headers[min(headers)]['after']}: "
+    if silent:
+        return f"{start}no sign of life from {rank_names(silent)} (process, machine or network); waiting: {waiting}"
+    if behind:
+        return f"{start}{rank_names(behind)} stuck in {stack_summary(stacks[behind[0]])}; waiting: {waiting}"
+    return f"{start}{waiting}; all ranks are at the same step, so suspect the network or the device"
+
+
+def rank_names(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def is_waiting(text: str) -> bool:
+    """Whether the main thread is in a collective, or in a backward pass, which may wait in one."""
+    file, _, function = (main_thread(text) or [("", "", "")])[0]
+    return COLLECTIVES in file or function == "_engine_run_backward"
+
+
+def main_thread(text: str) -> list[tuple[str, str, str]]:
+    """(file, line, function) of its frames, innermost first; faulthandler writes the main thread last."""
+    return re.findall(r'File "([^"]+)", line (\d+) in (\S+)', text.split("(most recent call first):")[-1])
+
+
+def stack_summary(text: str) -> str:
+    """The collective, or else the innermost function, and the line of this repository that led there."""
+    stack = main_thread(text)
+    own = [
+        f"{Path(f).name}:{line}" for f, line, _ in stack if Path(f).is_relative_to(ROOT) and "site-packages" not in f
+    ]
+    collectives = [name for file, _, name in stack if COLLECTIVES in file and not name.startswith(("_", "wrapper"))]
+    inner = collectives[0] if collectives else stack[0][2] if stack else "?"
+    return f"{inner} ({own[0]})" if own else inner
+
+
+class Stragglers:
+    """Finds slow ranks. A step takes as long as its slowest rank's, so by step time all ranks look alike.
+
+    Each rank is therefore timed at what it does alone: a matmul of fixed size (a hot GPU, a host with other work), and
+    reading its batches (a slow disk).
+    """
+
+    def __init__(self, ranks: Ranks, batches: Batches, dtype: torch.dtype):
+        self.ranks, self.batches, self.dtype = ranks, batches, dtype
+        self.size, self.repeats, self.ratio = PROBES.get(ranks.device.type, PROBES["cpu"])
+        self.reported: set[tuple[int, str]] = set()
+        self.history: list[list[list[float]]] = []  # the last measurements: rank -> values in RANK_METRICS' order
+        self.next_time = -math.inf
+        self.hosts = ranks.share(socket.gethostname())
+
+    def measure(self) -> dict[str, list[float]]:
+        """A collective. Milliseconds by rank where a measurement is due by rank 0's clock, else {}."""
+        due = self.ranks.world_size > 1 and self.ranks.gather([time.monotonic() > self.next_time])[0][0]
+        if not due:
+            return {}
+        seconds = time_matmul(self.ranks.device, self.dtype, self.size, self.repeats)
+        values = self.ranks.gather([1e3 * seconds * self.repeats, self.batches.mean_ms()])
+        self.history = [*self.history, values][-PROBE_HISTORY:]
+        self.next_time = time.monotonic() + seconds * (self.repeats + 1) / PROBE_SHARE  # one more warms up
+        return {name: [rank[number] for rank in values] for number, name in enumerate(RANK_METRICS)}
+
+    def newly_slow(self) -> list[str]:
+        """A line for each rank that has become slow since the last call."""
+        if len(self.history) < PROBE_HISTORY:
+            return []
+        lines = []
+        for number, (name, phrase) in enumerate(RANK_METRICS.items()):
+            times = [median(values[rank][number] for values in self.history) for rank in range(self.ranks.world_size)]
+            typical = median_low(times)
+            for rank, ms in enumerate(times):
+                slow = ms > max(self.ratio * typical, typical + SLOWER_MS)
+                if slow and (rank, name) not in self.reported:
+                    self.reported.add((rank, name))
+                    where = f"rank {rank} on {self.hosts[rank]}"
+                    lines.append(f"{where} slows down all ranks: {phrase} {ms:.1f} ms, the median rank's {typical:.1f}")
+        return lines

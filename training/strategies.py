@@ -1,0 +1,142 @@
+"""Strategies: how the model state is divided over ranks and devices, and what to try when memory runs out.
+
+Launchers, the benchmark, the planner and the advice after running out of memory all read the table made here.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from data.errors import did_you_mean
+from model import GPTConfig
+from training.config import ROOT, TrainConfig
+from training.deepspeed_config import describe_json
+from training.devices import gigabytes
+from training.distributed import Ranks
+from training.errors import UserError
+
+
+@dataclass(frozen=True)
+class Strategy:
+    name: str
+    script: str
+    launcher: str
+    arguments: tuple[str, ...] = ()  # that select it; {half} stands for half of the ranks
+    stage: int = 0  # partitioned over the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too
+    optimizer_device: str = "gpu"  # where optimizer states live: gpu, cpu or nvme
+    parameter_device: str = "gpu"
+    keeps_parameters: bool = False  # FSDP2: gathered parameters stay until backward has used them
+    hybrid: bool = False  # FSDP2: sharded over some of the ranks, replicated over the others
+
+
+def fsdp(name: str, *arguments: str, **features: Any) -> Strategy:
+    return Strategy(name, "train.py", "./launch_fsdp.sh", ("--strategy=fsdp", *arguments), stage=3, **features)
+
+
+@cache
+def strategies() -> dict[str, Strategy]:
+    """By name. DeepSpeed's are the files in deepspeed_configs/: a new JSON there is a new strategy."""
+    table = [
+        Strategy("single", "train.py", "python train.py"),
+        Strategy("ddp", "train.py", "./launch_traditional_ddp.sh"),
+        fsdp("fsdp"),
+        fsdp("fsdp_grad_op", "--reshard_after_forward=False", keeps_parameters=True),
+        fsdp("fsdp_hsdp", "--shard_ranks={half}", hybrid=True),
+        fsdp("fsdp_offload", "--cpu_offload=True", optimizer_device="cpu", parameter_device="cpu"),
+    ]
+    for path in sorted((ROOT / "deepspeed_configs").glob("*_config.json")):
+        name = path.name.removesuffix("_config.json")
+        launcher = f"./launch_deepspeed_{name}.sh"
+        setting = f"--deepspeed_config=deepspeed_configs/{path.name}"
+        stage, optimizer, parameters = describe_json(json.loads(path.read_text()))
+        if not (ROOT / launcher).exists():
+            launcher = f"./launch_deepspeed_zero{stage}.sh"
+        table.append(Strategy(name, "train_deepspeed.py", launcher, (setting,), stage, optimizer, parameters))
+    return {strategy.name: strategy for strategy in table}
+
+
+def find_strategy(name: str) -> Strategy:
+    """Raises UserError with the nearest name."""
+    if name not in strategies():
+        hint = did_you_mean(name, strategies()) or f"; the strategies are {', '.join(strategies())}"
+        raise UserError(f"strategy {name!r}: unknown{hint}")
+    return strategies()[name]
+
+
+def partition_ranks(cfg: TrainConfig, ranks: Ranks) -> int:
+    """The ranks that share one copy of the partitioned state: all of them, except under HSDP."""
+    return getattr(cfg, "shard_ranks", 0) or ranks.world_size
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Bytes per rank, wherever they live."""
+
+    parameters: float
+    gradients: float
+    optimizer_states: float
+
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer_states
+
+
+def model_state_bytes(
+    strategy: str, ranks: int, parameters: int, dtype: torch.dtype, fp32_accumulation: bool = True
+) -> ModelState:
+    """(2 + 2 + K) bytes per parameter, K = 12, divided as the stage says (ZeRO, arXiv:1910.02054, section 3.1).
+
+    strategy: any name that begins with single, ddp, fsdp, or zero and a stage. ranks: those that share one copy.
+    In fp32 and under autocast (stage 0 and FSDP2), parameters and gradients take 4 bytes each and Adam's moments 8;
+    DeepSpeed keeps its own fp32 copy of the parameters, 4 more. fp32_accumulation: gradients are accumulated in 4
+    bytes, which stage 1 keeps in addition to its 2.
+    """
+    zero = strategy.startswith("zero")
+    stage = int(strategy[4]) if zero else 3 if strategy.startswith("fsdp") else 0
+    mixed = dtype != torch.float32 and zero and stage > 0
+    weights, gradients, states = (2, 2, 12) if mixed else (4, 4, 12 if zero and stage else 8)
+    if mixed and fp32_accumulation:
+        gradients = 6 if stage == 1 else 4
+    partitioned_from = ((weights, 3), (gradients, 2), (states, 1))
+    return ModelState(*(parameters * size / (ranks if stage >= first else 1) for size, first in partitioned_from))
+
+
+def out_of_memory_advice(
+    cfg: TrainConfig, ranks: Ranks, model: GPTConfig, strategy: str, dtype: torch.dtype, reason: str
+) -> str:
+    size, on_gpu = model.parameter_count(), ranks.device.type == "cuda"
+    state = model_state_bytes(strategy, partition_ranks(cfg, ranks), size, dtype)
+    lines = [
+        reason,
+        f"by formula, the model state per rank under {strategy} is {gigabytes(state.total())}: parameters "
+        f"{gigabytes(state.parameters)}, gradients {gigabytes(state.gradients)}, optimizer states "
+        f"{gigabytes(state.optimizer_states)}",
+    ]
+    if on_gpu:
+        others = torch.cuda.max_memory_allocated(ranks.device) - state.total()
+        lines.append(f"activations and buffers used up to {gigabytes(max(0, others))} more")
+    lines.append("try, in this order (the loss stays the same):")
+    if cfg.batch_size > 1:
+        batch_size = max(n for n in range(1, cfg.batch_size) if cfg.batch_size % n == 0)
+        micro_steps = cfg.gradient_accumulation_steps * cfg.batch_size // batch_size
+        lines.append(f"  --batch_size={batch_size} --gradient_accumulation_steps={micro_steps}")
+    if not cfg.activation_checkpointing:
+        lines.append("  --activation_checkpointing=True")
+    lines += [f"  {line}" for line in smaller_strategies(strategy, ranks, size, dtype, state.total())]
+    return "\n  ".join(lines)
+
+
+def smaller_strategies(current: str, ranks: Ranks, size: int, dtype: torch.dtype, total: float) -> Iterator[str]:
+    """Launchers with less model state per rank than now; after them those that move it off the GPU."""
+    for other in sorted(strategies().values(), key=lambda strategy: strategy.stage):
+        less = model_state_bytes(other.name, ranks.world_size, size, dtype).total()
+        on_gpu = other.optimizer_device == "gpu"
+        if on_gpu and not other.keeps_parameters and not other.hybrid and less < total:
+            yield f"{other.launcher}: {gigabytes(less)}"
+    for name in ("zero3_offload", "zero3_nvme"):  # on CPU ranks, an offload to the CPU frees nothing
+        if name != current and not current.endswith("nvme") and (name.endswith("nvme") or ranks.device.type == "cuda"):
+            less = model_state_bytes(name, ranks.world_size, size, dtype).total()
+            yield f"{strategies()[name].launcher}: {gigabytes(less)}, on the {'CPU' if 'off' in name else 'disk'}"
