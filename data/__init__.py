@@ -1,1 +1,1 @@
-"""Data sets: text to tokens (`prepare.py` in each folder), and the tokens' files opened for training."""
+"""Data sets: text to tokens (`prepare.py` in each folder), and token files opened for training."""

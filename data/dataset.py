@@ -1,6 +1,5 @@
-"""A prepared data set: two files of token ids and what they mean. Opening one reads no tokens."""
+"""Open a prepared data set: two files of token ids and their description. Opening one reads no tokens."""
 
-import difflib
 import io
 import json
 import pickle
@@ -10,119 +9,101 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import DataError
+from data.errors import DataError, did_you_mean
 from data.tokenizer import CharTokenizer, Tokenizer, tokenizer_from
 
-HERE = Path(__file__).resolve().parent
-DTYPES = ("uint16", "uint32")
+DATA_FOLDER = Path(__file__).resolve().parent
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """train.bin and val.bin hold ids of `dtype`, little-endian, all below vocab_size."""
+    """train.bin and val.bin hold little-endian token ids of `dtype`, all below vocab_size."""
 
     folder: Path
     tokenizer: Tokenizer
     dtype: np.dtype
     vocab_size: int
-    train_tokens: int
-    val_tokens: int
+    tokens: dict[str, int]  # number of tokens by split, "train" or "val"
 
     def path(self, split: str) -> Path:
         return self.folder / f"{split}.bin"
 
-    def tokens(self, split: str) -> int:
-        return self.train_tokens if split == "train" else self.val_tokens
-
 
 def open_dataset(folder: Path) -> Dataset:
-    """A folder that a prepare.py wrote, ours or nanoGPT's; DataError where it is missing or damaged."""
-    if not (folder / "train.bin").is_file() or not (folder / "val.bin").is_file():
-        raise DataError(missing(folder))
-    tokenizer, dtype, counts = describe(folder)
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        tokens, rest = divmod(path.stat().st_size, dtype.itemsize)
-        if rest:
-            raise DataError(f"{path} has an odd size: {path.stat().st_size:,} bytes of {dtype} ids; {again(folder)}")
-        if counts.setdefault(split, tokens) != tokens:
-            raise DataError(f"{path} has {tokens:,} tokens, meta.json says {counts[split]:,}; {again(folder)}")
-    return Dataset(folder, tokenizer, dtype, tokenizer.vocab_size, counts["train"], counts["val"])
-
-
-def again(folder: Path) -> str:
-    """The fix of most things that can be wrong with a data set."""
+    """Open a folder written by a prepare.py, ours or nanoGPT's. Raises DataError if it is missing or damaged."""
     script = folder / "prepare.py"
-    return f"prepare it again with: python {shown(script)}" if script.is_file() else "prepare it again"
-
-
-def missing(folder: Path) -> str:
-    """What to say of a folder that holds no data set."""
-    if (folder / "prepare.py").is_file():
-        return f"data set {folder.name!r} is not prepared; run: python {shown(folder / 'prepare.py')}"
+    fix = f"prepare it again with: python {shown(script)}" if script.is_file() else "prepare it again"
+    if all((folder / f"{split}.bin").is_file() for split in SPLITS):
+        try:
+            return read_dataset(folder)
+        except DataError as error:
+            raise DataError(f"{error}; {fix}") from None
+    if script.is_file():
+        raise DataError(f"data set {folder.name!r} is not prepared; run: python {shown(script)}")
     if folder.exists():
-        return f"{folder} holds no data set: train.bin and val.bin must both be there; {again(folder)}"
+        raise DataError(f"{folder} is not a data set: it must contain train.bin and val.bin; {fix}")
     names = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    near = difflib.get_close_matches(folder.name, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return (
-        f"there is no data set {shown(folder)}; {hint}Make one of your own text with: "
-        f"python data/text/prepare.py --input FILES --tokenizer gpt2 --name {folder.name}"
-    )
+    own = f"python data/text/prepare.py --input FILES --tokenizer gpt2 --name {folder.name}"
+    hint = did_you_mean(folder.name, names) or f"; to make one from your own text, run: {own}"
+    raise DataError(f"there is no data set {shown(folder)}{hint}")
 
 
 def shown(path: Path) -> str:
-    """As users type it: from the repository's folder."""
-    return str(path.relative_to(HERE.parent) if path.is_relative_to(HERE.parent) else path)
+    """The path relative to the repository, if it is inside."""
+    return str(path.relative_to(DATA_FOLDER.parent) if path.is_relative_to(DATA_FOLDER.parent) else path)
 
 
-def describe(folder: Path) -> tuple[Tokenizer, np.dtype, dict[str, int]]:
-    """Tokenizer, dtype and the token counts of the splits, as far as the folder tells."""
+def read_dataset(folder: Path) -> Dataset:
+    """Read a folder's description and check the sizes of its files. open_dataset adds the fix to a DataError."""
+    dtype, counts = np.dtype("<u2"), dict[str, int]()  # nanoGPT's; it stores no counts
     if (folder / "meta.json").is_file():
-        return read_meta(folder / "meta.json")
-    nanogpt = np.dtype("<u2")
-    if (folder / "meta.pkl").is_file():
-        return read_pickle(folder / "meta.pkl"), nanogpt, {}
-    return tokenizer_from({"name": "gpt2"}), nanogpt, {}
+        tokenizer, dtype, counts = read_meta(folder / "meta.json")
+    elif (folder / "meta.pkl").is_file():
+        tokenizer = read_pickle(folder / "meta.pkl")
+    else:
+        tokenizer = tokenizer_from({"name": "gpt2"})
+    for split in SPLITS:
+        path = folder / f"{split}.bin"
+        size = path.stat().st_size
+        tokens, remainder = divmod(size, dtype.itemsize)
+        if remainder:
+            raise DataError(f"{path}: {size:,} bytes are not a whole number of {dtype} ids")
+        if counts.setdefault(split, tokens) != tokens:
+            raise DataError(f"{path}: has {tokens:,} tokens, meta.json says {counts[split]:,}")
+    return Dataset(folder, tokenizer, dtype, tokenizer.vocab_size, counts)
 
 
 def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int]]:
+    """Tokenizer, dtype and token counts by split."""
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if "unfinished" in about:
-            raise DataError(f"{path.parent} was being prepared when that was interrupted; {again(path.parent)}")
-        tokenizer, dtype = tokenizer_from(about["tokenizer"]), about["dtype"]
-        counts = {split: int(about[f"{split}_tokens"]) for split in ("train", "val")}
-        rules = {
-            f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}": dtype in DTYPES,
-            f"vocab_size = {about['vocab_size']!r}: the tokenizer has {tokenizer.vocab_size}": about["vocab_size"]
-            == tokenizer.vocab_size,
-        }
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer, dtype, vocab_size = tokenizer_from(meta["tokenizer"]), meta["dtype"], meta["vocab_size"]
+        counts = {split: int(meta[f"{split}_tokens"]) for split in SPLITS}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: {error} is missing or of a wrong type; {again(path.parent)}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: is not JSON ({error.msg}); {again(path.parent)}") from None
-    for rule, kept in rules.items():
-        if not kept:
-            raise DataError(f"{path}: {rule}; {again(path.parent)}")
+        raise DataError(f"{path}: {error} is missing or has a wrong type") from None
+    if dtype not in ("uint16", "uint32") or vocab_size != tokenizer.vocab_size:
+        rule = f"must be uint16 or uint32, and {tokenizer.vocab_size} as in the tokenizer"
+        raise DataError(f"{path}: dtype = {dtype!r}, vocab_size = {vocab_size!r}: {rule}")
     return tokenizer, np.dtype(dtype).newbyteorder("<"), counts
 
 
-class DataOnly(pickle.Unpickler):
-    """Reads dicts, text and numbers. Anything else in a pickle is a call of some code, and refused."""
+class PlainDataUnpickler(pickle.Unpickler):
+    """Reads dicts, strings and numbers. Anything else would execute code and is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
+        raise pickle.UnpicklingError(f"refused to call {module}.{name}")
 
 
 def read_pickle(path: Path) -> Tokenizer:
-    """nanoGPT's meta.pkl: the characters by id."""
+    """Read nanoGPT's meta.pkl: the characters by id."""
     try:
-        itos = DataOnly(io.BytesIO(path.read_bytes())).load()["itos"]
-        characters = "".join(itos[i] for i in range(len(itos)))
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is not nanoGPT's: {error}; {again(path.parent)}") from None
-    tokenizer = CharTokenizer(characters)
-    if tokenizer.characters != characters:
-        raise DataError(f"{path}: the characters are not in sorted order; {again(path.parent)}")
+        itos = PlainDataUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
+        tokenizer = CharTokenizer("".join(itos.values()))
+        if dict(enumerate(tokenizer.characters)) != itos:
+            raise ValueError("the characters are not sorted")
+    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is not a meta.pkl of nanoGPT: {error}") from None
     return tokenizer

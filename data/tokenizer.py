@@ -1,15 +1,18 @@
-"""Tokenizers: text to ids and back. Each describes itself in JSON, which meta.json and checkpoints keep."""
+"""Tokenizers: text to ids and back. Each has a JSON description, which meta.json and checkpoints store.
 
-import difflib
+`encode` returns unsigned ids, one dimension. allow_special: encode END_OF_TEXT as `end_of_text`, not as characters.
+"""
+
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from data.errors import DataError
+from data.errors import DataError, did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"
-# tiktoken's encodings: how many ids there are, and the id of the end of a text. Training needs no BPE file for these.
+# Encodings of tiktoken: (number of ids, id of END_OF_TEXT). With this table, training needs no BPE file.
 TIKTOKEN: dict[str, tuple[int, int | None]] = {
     "gpt2": (50257, 50256),
     "r50k_base": (50257, 50256),
@@ -19,67 +22,37 @@ TIKTOKEN: dict[str, tuple[int, int | None]] = {
 }
 
 
-class Tokenizer(Protocol):
-    name: str
-    vocab_size: int
-    end_of_text: int | None  # the id between documents
-
-    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """ids, one dimension, unsigned. allow_special: END_OF_TEXT in the text is that id, not characters."""
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def describe(self) -> dict[str, Any]:
-        """What `tokenizer_from` makes it again from."""
-
-
 class ByteTokenizer:
-    """The bytes of UTF-8, and 256 for the end of a text."""
+    """The bytes of UTF-8; id 256 is the end of a text."""
 
-    name, vocab_size = "byte", 257
-    end_of_text: int | None = 256
+    name, vocab_size, end_of_text = "byte", 257, 256
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         parts = text.split(END_OF_TEXT) if allow_special else [text]
-        ids = [np.append(self.encode_bytes(part.encode()), np.uint16(256)) for part in parts]
+        ids = [np.append(np.frombuffer(part.encode(), np.uint8), np.uint16(256)) for part in parts]
         return np.concatenate(ids)[:-1]
 
-    def encode_bytes(self, text: bytes) -> np.ndarray:
-        return np.frombuffer(text, np.uint8).astype(np.uint16)
-
     def decode(self, ids: Sequence[int]) -> str:
-        parts: list[bytearray] = [bytearray()]
-        for i in ids:
-            if i == self.end_of_text:
-                parts.append(bytearray())
-            else:
-                parts[-1].append(i)
-        return END_OF_TEXT.join(part.decode(errors="replace") for part in parts)
+        end = END_OF_TEXT.encode()
+        return b"".join(end if i == 256 else bytes([i]) for i in ids).decode(errors="replace")
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name}
 
 
 class CharTokenizer:
-    """An id for each character of one text, in sorted order; it has no other characters and no end of text."""
-
-    name = "char"
-    end_of_text: int | None = None
+    """One id for each character of a text, in sorted order; no other characters and no end of text."""
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
-        self.vocab_size = len(self.characters)
-        self.codes = code_points(self.characters)
+        self.name, self.vocab_size, self.end_of_text = "char", len(self.characters), None
+        self.ids = {character: i for i, character in enumerate(self.characters)}
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Raises DataError where the text has a character that the vocabulary lacks."""
-        codes = code_points(text)
-        ids = np.searchsorted(self.codes, codes)
-        known = self.codes[np.minimum(ids, self.vocab_size - 1)] == codes
-        if not known.all():
-            missing = "".join(sorted({chr(code) for code in codes[~known]}))
-            raise DataError(f"the tokenizer lacks {missing[:20]!r}; it knows only {self.characters!r}")
-        return ids.astype(np.uint32)
+        """Raises DataError for a character that is not in the vocabulary."""
+        if unknown := "".join(sorted(set(text) - self.ids.keys())):
+            raise DataError(f"characters {unknown[:20]!r} are not in the vocabulary; use only {self.characters!r}")
+        return np.fromiter((self.ids[character] for character in text), np.uint32, len(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.characters[i] for i in ids)
@@ -88,52 +61,46 @@ class CharTokenizer:
         return {"name": self.name, "characters": self.characters}
 
 
-def code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
 class BPETokenizer:
-    """An encoding of tiktoken, whose BPE file is loaded at first use."""
+    """An encoding of tiktoken."""
 
     def __init__(self, name: str):
         self.name = name
         self.vocab_size, self.end_of_text = TIKTOKEN[name]
-        self.loaded: Any = None
 
+    @cached_property
     def encoding(self) -> Any:
-        if self.loaded is None:
-            import tiktoken
+        """The tiktoken.Encoding, loaded at first use. Raises DataError if its BPE file cannot be downloaded."""
+        import tiktoken
 
-            try:
-                self.loaded = tiktoken.get_encoding(self.name)
-            except OSError as error:  # requests' exceptions are, too
-                raise DataError(
-                    f"the BPE file of {self.name!r} cannot be downloaded ({type(error).__name__}); where there is no "
-                    "network, set TIKTOKEN_CACHE_DIR to a folder with tiktoken's cache from a machine that has one"
-                ) from None
-        return self.loaded
+        try:
+            return tiktoken.get_encoding(self.name)
+        except OSError as error:  # the exceptions of `requests` are OSErrors
+            fix = "without a network, set TIKTOKEN_CACHE_DIR to a copy of the cache folder of a machine that has one"
+            raise DataError(f"cannot download {self.name!r} from OpenAI ({type(error).__name__}); {fix}") from None
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         special = {END_OF_TEXT} if allow_special else set()
-        return self.encoding().encode_to_numpy(text, allowed_special=special, disallowed_special=())
+        return self.encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.encoding().decode([int(i) for i in ids])
+        return self.encoding.decode([int(i) for i in ids])
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name}
 
 
-def tokenizer_from(about: dict[str, Any]) -> Tokenizer:
-    """What `describe` returned -> the tokenizer; DataError where there is none of that name."""
-    name = about.get("name")
+Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
+
+
+def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
+    """Make a tokenizer from its JSON description. Raises DataError for an unknown name."""
+    name = description.get("name")
     if name == "byte":
         return ByteTokenizer()
     if name == "char":
-        return CharTokenizer(about["characters"])
+        return CharTokenizer(description["characters"])
     if name in TIKTOKEN:
         return BPETokenizer(name)
     names = ["byte", "char", *TIKTOKEN]
-    near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-    raise DataError(f"tokenizer {name!r}: unknown; {hint}")
+    raise DataError(f"unknown tokenizer {name!r}{did_you_mean(str(name), names) or f'; choose from {names}'}")

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, character by character.
+"""Tiny Shakespeare, one token per character; the last tenth is for validation.
 
 python data/shakespeare_char/prepare.py
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import front, tiny_shakespeare
+from data.prepare import run
+from data.shakespeare.prepare import main
 
 if __name__ == "__main__":
-    front.run(lambda: tiny_shakespeare.prepare(__file__, __doc__ or "", "char"))
+    run(lambda parser: main(parser, "char"), __file__, __doc__)

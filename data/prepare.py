@@ -1,0 +1,187 @@
+"""Shared by all data/*/prepare.py: options, error reporting, the writer of a data set, and tokenizing many files."""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.dataset import SPLITS, shown
+from data.errors import DataError
+from data.tokenizer import Tokenizer
+
+BATCH_DOCUMENTS = 2000  # tokenized at a time, by all threads together
+
+
+def run(main: Callable[[argparse.ArgumentParser], None], script: str, description: str | None) -> None:
+    """Run main with a parser that has --out. A problem that the user can fix ends with one message, and status 2."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(script).resolve().parent, help="folder to write to")
+    try:
+        return main(parser)
+    except DataError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'output'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Writer(contextlib.AbstractContextManager["Writer"]):
+    """Writes train.bin, val.bin and meta.json. An existing data set is replaced only when the `with` block ends."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, source: Any, may_be_empty: bool = False):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.tokenizer, self.source, self.may_be_empty = folder, tokenizer, source, may_be_empty
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self.files = {split: (folder / f".{split}.bin.unfinished").open("wb") for split in SPLITS}
+
+    def write(self, split: str, ids: np.ndarray, end: bool = True) -> None:
+        """Append the ids of a document and, if `end`, the id that ends it."""
+        if end and self.tokenizer.end_of_text is not None:
+            ids = np.append(ids, self.tokenizer.end_of_text)
+        size = self.tokenizer.vocab_size
+        assert not len(ids) or 0 <= ids.min() <= ids.max() < size, f"ids to {ids.max()}, vocabulary of {size}"
+        self.files[split].write(ids.astype(self.dtype).tobytes())
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if error is None:
+                self.publish()
+        finally:
+            for file in self.files.values():
+                Path(file.name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+                    file.close()
+
+    def publish(self) -> None:
+        """Rename the files. train.bin is the last: without it, the data set counts as not prepared."""
+        self.tokens = {split: file.tell() // self.dtype.itemsize for split, file in self.files.items()}
+        for split, file in self.files.items():
+            if not (self.tokens[split] or self.may_be_empty):
+                raise DataError(f"{self.source}: too little text, {split}.bin would be empty; add more text")
+            file.flush()
+            os.fsync(file.fileno())
+        meta = {"tokenizer": self.tokenizer.describe(), "dtype": self.dtype.name, "source": self.source}
+        meta |= {"vocab_size": self.tokenizer.vocab_size, **{f"{split}_tokens": self.tokens[split] for split in SPLITS}}
+        (self.folder / "train.bin").unlink(missing_ok=True)
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        for split in ("val", "train"):
+            Path(self.files[split].name).replace(self.folder / f"{split}.bin")
+
+    def report(self) -> str:
+        """One line with the token counts."""
+        counts = ", ".join(f"{split} {count:,} tokens" for split, count in self.tokens.items())
+        return f"{shown(self.folder)}: {counts}, vocabulary {self.tokenizer.vocab_size:,}"
+
+
+def tokenize_files(
+    files: list[Path], out: Path, source: str, tokenizer: Tokenizer, val_fraction: float, field: str = "text"
+) -> None:
+    """Write the data set of all files to `out`. A rerun keeps the files that are finished, each below out/shards.
+
+    Up to 100 plain text files are split by position: the last part of each is for validation. field: column or key of
+    the text in .parquet and .jsonl.
+    """
+    by_position = len(files) <= 100 and all(READERS[file.suffix] is read_plain for file in files)
+    with ThreadPoolExecutor() as pool, Writer(out, tokenizer, source) as writer:
+        for file in tqdm(files, unit="file", disable=None):  # hidden unless stderr is a terminal
+            # A shard is found by all that its tokens depend on.
+            settings = (file, val_fraction, field, by_position)
+            key = repr((tokenizer.describe(), settings, file.stat().st_size, file.stat().st_mtime))
+            shard = out / "shards" / hashlib.sha256(key.encode()).hexdigest()[:32]
+            if not (shard / "train.bin").exists():
+                documents = split_documents(*settings)
+                with Writer(shard, tokenizer, str(file), may_be_empty=True) as part:
+                    while batch := list(islice(documents, BATCH_DOCUMENTS)):
+                        # Threads suffice: tiktoken and NumPy release the interpreter lock.
+                        encoded = pool.map(tokenizer.encode, (text for _, text in batch))
+                        for (split, _), ids in zip(batch, encoded, strict=True):
+                            part.write(split, ids)
+            for split in SPLITS:
+                with (shard / f"{split}.bin").open("rb") as tokens:
+                    shutil.copyfileobj(tokens, writer.files[split], 2**20)
+    shutil.rmtree(out / "shards")
+    print(writer.report())
+
+
+def split_documents(file: Path, val_fraction: float, field: str, by_position: bool) -> Iterator[tuple[str, str]]:
+    """Yield split and text of each document of a file that is not empty."""
+    for text in filter(None, READERS[file.suffix](file, field)):
+        if by_position:
+            middle = int(len(text) * (1 - val_fraction))
+            cut = text.find("\n", middle) + 1 or middle  # after a line, if there is a line break
+            yield "train", text[:cut]
+            yield "val", text[cut:]
+        else:
+            # The hash of its beginning puts a document on the same side, whatever the order or the files.
+            number = zlib.crc32(text[:1000].encode(errors="replace")) / 2**32
+            yield ("val" if number < val_fraction else "train"), text
+
+
+def find_files(inputs: list[Path]) -> list[Path]:
+    """The files among inputs and, sorted, those in folders among them. Raises DataError if an input has none."""
+    files: list[Path] = []
+    for path in inputs:
+        candidates = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        readable = [p for p in candidates if p.suffix in READERS]
+        if not readable:
+            raise DataError(f"{path}: no {', '.join(READERS)} file there; rename or convert the text")
+        files += readable
+    return files
+
+
+def read_plain(path: Path, _: str = "") -> Iterator[str]:
+    """Yield the whole file."""
+    data = path.read_bytes()
+    try:
+        yield data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: is not UTF-8; convert the file (iconv -t utf-8)") from None
+
+
+def read_jsonl(path: Path, field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = json.loads(line)[field]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise DataError(f"{path}:{number}: must be JSON with text under {field!r}; fix the line or set --field")
+            yield text
+
+
+def read_parquet(path: Path, field: str) -> Iterator[str]:
+    """Yield each row; empty (null) rows are skipped."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise DataError(f"{path}: no column {field!r}, only {', '.join(names)}; set --field")
+            for batch in file.iter_batches(batch_size=256, columns=[field], use_threads=False):
+                yield from batch.column(0).drop_null().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as parquet ({str(error).splitlines()[0]}); download it again") from None
+
+
+# Each yields the texts of a file's documents. DataError names the file and the line or column.
+READERS: dict[str, Callable[[Path, str], Iterator[str]]]
+READERS = {".txt": read_plain, ".md": read_plain, ".jsonl": read_jsonl, ".parquet": read_parquet}
