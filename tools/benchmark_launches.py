@@ -1,0 +1,185 @@
+"""Launches of a benchmark: every strategy in turn, round by round, then each once more with the probe inside.
+
+The peer is nanoGPT's train.py, with the same shape, batch, accumulation, dtype and steps. It reads data/<dataset>/ and
+configurator.py from the folder it is started in: a temporary folder with links to both, so nothing is written to the
+checkout. Its weights and batches differ from ours, so losses are not compared.
+"""
+
+import json
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from data.dataset import open_dataset
+from training.config import ROOT, PlainTrainConfig, TrainConfig
+from training.errors import UserError
+from training.metrics import WARM_UP_STEPS
+from training.run_folder import OUT_OF_MEMORY
+from training.strategies import find_strategy
+
+PEER_LINE = re.compile(r"iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms")
+PEER_KEYS = (  # keys that mean the same in both
+    *("gradient_accumulation_steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"),
+    *("learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters"),
+    *("min_lr", "compile"),
+)
+
+
+@dataclass
+class Case:
+    """A strategy, or the peer, and what its launches measured."""
+
+    name: str
+    ranks: int
+    launcher: list[str]  # what starts a script on the ranks
+    script: list[str]  # with its arguments
+    peer_folder: Path | None = None  # where nanoGPT is started
+    runs: list[list[dict[str, Any]]] = field(default_factory=list)  # each round's training rows of metrics.jsonl
+    starts: list[float] = field(default_factory=list)  # seconds from each launch to the end of the first step
+    notes: list[dict[str, Any]] = field(default_factory=list)  # the probe's, by rank
+    checkpoint: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    status: str = "ok"  # or "out of memory", "failed", "stopped"
+    error: str | None = None
+
+
+class LaunchFailed(Exception):
+    """Has the status and the error of a Case."""
+
+
+def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[str]) -> Case:
+    """launcher: for several ranks; arguments: for the train scripts."""
+    strategy = find_strategy(name)
+    own = [argument.format(half=max(1, ranks // 2)) for argument in strategy.arguments]
+    if strategy.script == "train.py":  # leave out DeepSpeed's keys
+        plain = PlainTrainConfig.__dataclass_fields__
+        arguments = [a for a in arguments if not a.startswith("--") or a[2:].partition("=")[0] in plain]
+    launcher = ["-m", "launch.ranks", "1"] if ranks == 1 else launcher
+    return Case(name, ranks, [sys.executable, *launcher], [strategy.script, *arguments, *own])
+
+
+def peer_case(checkout: Path, cfg: TrainConfig, ranks: int, folder: Path) -> Case:
+    """Create the folder that nanoGPT is started in. Its DDP needs GPUs; without them it runs in one process."""
+    dataset, data = open_dataset(ROOT / "data" / cfg.dataset), folder / "data" / "same"
+    if not (checkout / "configurator.py").is_file():
+        raise UserError(f"--peer={checkout}: is not a checkout of nanoGPT: it has no configurator.py")
+    if dataset.dtype.itemsize != 2:
+        raise UserError(f"--peer: nanoGPT reads 16-bit token ids; {dataset.path('train')} has {dataset.dtype}")
+    data.mkdir(parents=True)
+    for split in ("train", "val"):
+        (data / f"{split}.bin").symlink_to(dataset.path(split).resolve())
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": cfg.model_config(dataset.vocab_size).vocab_size}))
+    (folder / "configurator.py").symlink_to((checkout / "configurator.py").resolve())
+    on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
+    settings = {key: getattr(cfg, key) for key in PEER_KEYS} | {"dataset": "same", "out_dir": "out"}
+    settings |= {"max_iters": cfg.steps - 1, "log_interval": 1, "eval_interval": 10**9, "eval_iters": 1}
+    settings |= {"device": "cuda" if on_gpu else "cpu"}
+    settings |= {"dtype": cfg.dtype} if cfg.dtype != "auto" else {}  # on GPUs its default is ours
+    ranks = ranks if on_gpu else 1
+    launcher = ["env", "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-u"]  # no caches in the checkout
+    launcher += [str(ROOT / "launch" / "ranks.py"), str(ranks)] if ranks > 1 else []
+    script = [str(checkout.resolve() / "train.py"), *(f"--{key}={value}" for key, value in settings.items())]
+    return Case("nanogpt", ranks, launcher, script, folder)
+
+
+def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, folder: Path) -> None:
+    """Run all launches. A case that fails is skipped from then on; Ctrl-C ends the launches and keeps the results."""
+    turns = [(f"round {number} of {rounds}", time_run, case) for number in range(1, rounds + 1) for case in cases]
+    if with_probe:
+        turns += [("memory and parts of a step", probe, case) for case in cases if not case.peer_folder]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number, (title, launch, case) in enumerate(turns, 1):
+        if case.error:
+            continue
+        print(f"[{number}/{len(turns)}] {title}: {case.name}", flush=True)
+        try:
+            launch(case, cfg, folder / f"{case.name}-{number}")
+        except LaunchFailed as failure:
+            case.status, case.error = failure.args
+            print(f"  {case.status}: {case.error}", flush=True)
+        except KeyboardInterrupt:
+            for _, _, unfinished in turns[number - 1 :]:
+                if not unfinished.error:
+                    unfinished.status, unfinished.error = "stopped", "interrupted before all of its launches were done"
+
+
+def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
+    """Time one run of a train script, or of nanoGPT's."""
+    if case.peer_folder:
+        output, start_s = run_process([*case.launcher, *case.script], "iter 0: loss", case.peer_folder)
+        rows = parse_peer_rows(output, cfg)
+        if len(rows) < cfg.steps:
+            raise LaunchFailed("failed", f"{len(rows)} of {cfg.steps} steps in its output, which is not nanoGPT's")
+    else:
+        settings = ["--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"]
+        _, start_s = run_process([*case.launcher, *case.script, *settings], "step ")
+        rows = read_rows(folder, "train")
+        case.environment = json.loads((folder / "environment.json").read_text())
+        del case.environment["command"]  # it names a temporary folder; benchmark.json has the arguments
+    case.runs.append(rows)
+    case.starts.append(start_s)
+
+
+def probe(case: Case, cfg: TrainConfig, folder: Path) -> None:
+    """One run with the probe in every rank."""
+    run_process([*case.launcher, "-m", "tools.benchmark_probe", *case.script, f"--out_dir={folder}"])
+    case.notes = [json.loads((folder / f"probe_{rank}.json").read_text()) for rank in range(case.ranks)]
+    sizes = [path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file()]
+    save = read_rows(folder, "save")[-1]
+    case.checkpoint = {"checkpoint_s": save["save_ms"] / 1e3, "checkpoint_bytes": sum(sizes)}
+    shutil.rmtree(folder)  # make room for the next one
+
+
+def read_rows(out_dir: Path, kind: str) -> list[dict[str, Any]]:
+    rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == kind]
+
+
+def parse_peer_rows(output: list[str], cfg: TrainConfig) -> list[dict[str, Any]]:
+    """nanoGPT's output as rows of metrics.jsonl. As in our runs, the warm-up steps have no time."""
+    tokens, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, []
+    for match in filter(None, map(PEER_LINE.match, output)):
+        row: dict[str, Any] = {"step": int(match[1]), "loss": float(match[2]), "mfu": None, "peak_memory_bytes": 0}
+        ms = float(match[3]) if row["step"] >= WARM_UP_STEPS else None
+        rows.append({**row, "step_ms": ms, "tokens_per_second": ms and 1e3 * tokens / ms})
+    return rows
+
+
+def run_process(line: list[str], first_step: str = "", cwd: Path | None = None) -> tuple[list[str], float]:
+    """Output lines, and seconds until one starts with first_step. Raises LaunchFailed."""
+    output, since, seconds = [], perf_counter(), 0.0
+    process = subprocess.Popen(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for text in process.stdout or ():
+            output.append(text.rstrip())
+            if not seconds and text.startswith(first_step):
+                seconds = perf_counter() - since
+        process.wait()
+    finally:  # after Ctrl-C, the launcher ends its ranks
+        process.terminate()
+        process.wait()
+    if process.returncode:
+        raise explain(output, process.returncode)
+    return output, seconds
+
+
+def explain(output: list[str], status: int) -> LaunchFailed:
+    """Why a launch failed, in one line: its error message, else an exception, else the launcher's or the last line."""
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in output if line.strip()]
+    lines = lines or [f"exit status {status} without output"]
+    patterns = (r"error: ", r"[\w.]+(Error|Exception|Interrupt): ", r"launch[\w.]*: ")
+    first = next((n for pattern in patterns for n, line in enumerate(lines) if re.match(pattern, line)), -1)
+    if re.match(r"error: \d+ problems", lines[first]):
+        first += 1  # report the first one
+    text = lines[first].removeprefix("error: ")
+    full = any(words in text for words in (*OUT_OF_MEMORY, "SIGKILL"))
+    return LaunchFailed("out of memory" if full else "failed", text)

@@ -1,0 +1,285 @@
+"""Convert checkpoints and weights between formats, and verify the result.
+
+    python -m tools.convert out-gpt2-zero3 gpt2.safetensors
+    python -m tools.convert out-gpt2 gpt2-mine --to=hf --dtype=bfloat16
+    python -m tools.convert nanoGPT/out/ckpt.pt out-from-nanogpt --to=train
+
+docs/convert.md lists what can be read. A target is one file (safetensors), a folder for transformers (hf), a ckpt.pt
+(nanogpt), or a run folder that either train script resumes under any strategy (train).
+"""
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tiktoken.load
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from data.dataset import DATA_FOLDER, open_dataset
+from data.errors import DataError
+from data.tokenizer import END_OF_TEXT, BPETokenizer, tokenizer_from
+from model import GPT, GPTConfig
+from tools.convert_read import ADAMW_KINDS, HEADER, MODEL_ARGS, NANOGPT_FILE, Metadata, open_source, recognize
+from tools.terminal import make_parser
+from training import distributed
+from training.checkpoint import Checkpoints, Saver, disk_errors, sync
+from training.config import TrainConfig
+from training.errors import ConfigError, UserError
+from training.model_state import TIED, WEIGHT, SavedState, states_by_name
+from training.optim import make_optimizer
+from training.pretrained import FIXED_SETTINGS, GELU, SIZES, TRANSPOSED, WEIGHTS, model_shapes
+
+WEIGHTS_ONLY = ("safetensors", "hf")  # without optimizer states, and of any dtype
+OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+GPT2_TOKENIZER = {"vocab.json": f"{OPENAI}/encoder.json", "merges.txt": f"{OPENAI}/vocab.bpe"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to write a target."""
+
+    dtype: torch.dtype = torch.float32  # of the weights in safetensors and hf
+    max_shard_size: str = "5GB"  # largest file of weights in hf
+    verify: bool = True
+    tokenizer: Metadata | None = None  # its describe(), for a source that does not say which one its ids belong to
+    force: bool = False  # overwrite the target
+
+
+def convert(source: str, target: Path, to: str, options: Options) -> list[str]:
+    """Write source to target in a format of WRITERS, verify it, and return lines to print.
+
+    Raises UserError, and leaves no target, on any failure.
+    """
+    check_target(Path(source), target, options.force)
+    if options.dtype != torch.float32 and to not in WEIGHTS_ONLY:
+        raise ConfigError(f"--to={to} stores weights in float32, because AdamW updates those; omit --dtype")
+    saved, metadata = open_source(source, options.tokenizer)
+    if to == "train" and metadata["tokenizer"] is None:
+        fix = "give --dataset=FOLDER, a prepared data set with the same ids"
+        raise ConfigError(f"{source} does not say which tokenizer its {metadata['vocab_size']} ids belong to; {fix}")
+    saved, notes = match_optimizer_state(saved, to)
+    try:
+        with writing(target) as unfinished:
+            notes += WRITERS[to](saved, metadata, unfinished, options)
+            if options.verify:
+                compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], options.dtype)
+            notes.append("verified: every tensor equal" if options.verify else "not verified")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: {getattr(error, 'strerror', None) or error}; nothing was written") from None
+    count, dtype = GPTConfig(**metadata["model"]).parameter_count(), str(options.dtype).removeprefix("torch.")
+    return [f"{target}: {count:,} parameters of {saved.folder}, {dtype}", *notes]
+
+
+def match_optimizer_state(saved: SavedState, to: str) -> tuple[SavedState, list[str]]:
+    """Drop the optimizer state that a format cannot hold, or add that of a new AdamW; return notes for the user."""
+    weights = {(name, WEIGHT): saved.pieces[name, WEIGHT] for name in saved.shapes}
+    if to in WEIGHTS_ONLY:
+        notes = ["the optimizer state is left out: the format stores weights only"] if saved.kinds else []
+        return replace(saved, pieces=weights), notes
+    if set(saved.kinds) == set(ADAMW_KINDS) or (saved.kinds and to == "train"):
+        return saved, []
+    zeros = {name: [torch.zeros(()).expand(shape.numel())] for name, shape in saved.shapes.items()}
+    moments = {(name, kind): zeros[name] for name in zeros for kind in ADAMW_KINDS}
+    note = "AdamW starts at step 0 with zero moments: the source has no state of it"
+    return replace(saved, pieces={**weights, **moments}, step=0.0), [note]
+
+
+def check_target(source: Path, target: Path, force: bool) -> None:
+    """Raises ConfigError if the target must not be written."""
+    here, there = source.resolve(), target.resolve()
+    if source.exists() and (here.is_relative_to(there) or there.is_relative_to(here)):
+        raise ConfigError(f"{target}: must be outside the source {source}, and must not contain it")
+    if not there.parent.is_dir():
+        raise ConfigError(f"{target}: the folder {there.parent} does not exist; create it first")
+    if target.exists() and not force:
+        raise ConfigError(f"{target} exists; --force overwrites it")
+    if target.is_dir() and any(target.iterdir()) and recognize(target) is None:
+        raise ConfigError(f"{target} is a folder without weights, which --force does not overwrite; remove it yourself")
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """Yield a path in a folder beside the target; it becomes the target, or is removed after an error or SIGTERM."""
+    scratch = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed conversion
+    unfinished = scratch / f"new{target.suffix}"
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        scratch.mkdir()
+        yield unfinished
+        for path in [unfinished, *unfinished.rglob("*")]:
+            sync(path)
+        if target.is_dir():  # a folder cannot be replaced in one step
+            target.rename(scratch / "replaced")
+        unfinished.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) -> None:
+    """Compare weights, rounded to dtype, and optimizer states. Biases that only the target has must be zero."""
+    failed = "verification failed, so nothing was written; try again, or on another disk:"
+    if saved.kinds and saved.step != again.step:
+        raise UserError(f"{failed} the optimizer has made {again.step} steps, not {saved.step}")
+    for name, shape in again.shapes.items():
+        known = name in saved.shapes
+        for kind in (WEIGHT, *saved.kinds) if known else (WEIGHT,):
+            expected = saved.whole(name, kind).to(dtype).float() if known else torch.zeros(shape)
+            actual = again.whole(name, kind)
+            # bits, so that NaN equals NaN
+            if expected.shape != shape or not torch.equal(expected.view(torch.int32), actual.view(torch.int32)):
+                raise UserError(f"{failed} the {kind} of {name} differs")
+
+
+def write_run(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
+    """Write a run folder with one checkpoint, as train.py in one process does."""
+    model, optimizer = load(saved, metadata)
+    metadata = {**metadata, "strategy": "single", "world_size": 1, "dtype": "float32"}
+    with Saver(Checkpoints(str(target))).writing(metadata, best=False) as files:
+        files.write("model.pt", dict(model.named_parameters()))
+        files.write("optimizer.pt", {"optimizer": states_by_name(model, optimizer), "scaler": saved.scaler})
+    return []
+
+
+def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
+    """Write nanoGPT's ckpt.pt, to a target named *.pt or into the folder target, as in nanoGPT's out_dir."""
+    path = target if target.suffix == ".pt" else target / NANOGPT_FILE
+    path.parent.mkdir(exist_ok=True)
+    model, optimizer = load(saved, metadata)
+    for group in optimizer.param_groups:
+        group["fused"] = None  # nanoGPT sets it for GPUs alone
+    best_val_loss = metadata["best_val_loss"]
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "model_args": {key: metadata["model"][key] for key in MODEL_ARGS},
+        "iter_num": metadata["step"],
+        "best_val_loss": 1e9 if best_val_loss is None else best_val_loss,  # 1e9: where nanoGPT starts
+        "config": metadata["settings"],
+    }
+    with path.open("wb") as file, disk_errors():
+        torch.save(state, file)
+    if metadata["model"]["gelu"] == "none":
+        return []
+    return ["the weights were trained with the tanh GELU; nanoGPT computes the exact one, so its loss differs slightly"]
+
+
+def load(saved: SavedState, metadata: Metadata) -> tuple[GPT, torch.optim.Optimizer]:
+    """Return a model and its AdamW with the saved weights, moments and step."""
+    model = GPT(GPTConfig(**metadata["model"]))
+    optimizer = make_optimizer(model, TrainConfig(**metadata["settings"]))
+    saved.into(model, optimizer)
+    return model, optimizer
+
+
+def write_weights(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
+    """Write one safetensors file whose header holds the metadata, so that it can be read back."""
+    tensors = {name: cast(name, saved.whole(name), options.dtype) for name in saved.shapes}
+    tensors[TIED] = tensors["transformer.wte.weight"].clone()  # other readers may not know that they are tied
+    header = {key: json.dumps(metadata[key]) for key in HEADER if key in metadata}
+    save_file(tensors, target, header)
+    return []
+
+
+def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Raises UserError if a weight is too large for float16."""
+    if dtype == torch.float16 and weight.abs().max() > torch.finfo(dtype).max:
+        raise UserError(f"{name} has values up to {weight.abs().max():.1e}, too large for float16; use bfloat16")
+    return weight.to(dtype).contiguous()
+
+
+def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
+    """Write a folder for AutoModelForCausalLM and AutoTokenizer."""
+    config, notes = GPTConfig(**metadata["model"]), []
+    target.mkdir()
+    write_shards(saved, config, target, options)
+    if not config.bias:
+        notes.append("zero biases were added, because a Hugging Face GPT-2 always has them; the logits are the same")
+    tokenizer, padding = metadata["tokenizer"], list(range(metadata["vocab_size"], config.vocab_size))
+    end_of_text = tokenizer_from(tokenizer).end_of_text if tokenizer else None
+    special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    about = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "torch_dtype": str(options.dtype).removeprefix("torch."),
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        "activation_function": next(theirs for theirs, ours in GELU.items() if ours == config.gelu),
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+    }
+    write_json(target / "config.json", {**about, **FIXED_SETTINGS, **special})
+    write_json(target / "generation_config.json", {**special, **({"suppress_tokens": padding} if padding else {})})
+    if tokenizer and tokenizer["name"] == "gpt2":
+        return notes + write_tokenizer(target, config.block_size)
+    name = tokenizer["name"] if tokenizer else "unknown"
+    return [*notes, f"no tokenizer files were written: only those of gpt2 are, and the ids are of {name}"]
+
+
+def write_shards(saved: SavedState, config: GPTConfig, target: Path, options: Options) -> None:
+    """Write the weights in Hugging Face's layout, one file at a time, and their index if there are several."""
+    shapes = model_shapes(replace(config, bias=True))
+    empty = {name: torch.empty(shape, dtype=options.dtype, device="meta") for name, shape in shapes.items()}
+    try:
+        split = split_torch_state_dict_into_shards(empty, max_shard_size=options.max_shard_size)
+    except ValueError:
+        raise ConfigError(f"--max_shard_size={options.max_shard_size}: must be a size such as 5GB or 200MB") from None
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            weight = saved.whole(name) if name in saved.shapes else torch.zeros(shapes[name])  # an added bias
+            tensors[name] = cast(name, weight.t() if name.endswith(TRANSPOSED) else weight, options.dtype)
+        save_file(tensors, target / file, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(target / f"{WEIGHTS}.index.json", index)
+
+
+def write_tokenizer(folder: Path, block_size: int) -> list[str]:
+    """Write GPT-2's tokenizer as AutoTokenizer reads it; return notes for the user."""
+    try:
+        _ = BPETokenizer("gpt2").encoding  # downloads OpenAI's files into tiktoken's cache, and checks them
+    except DataError as error:
+        return [f"no tokenizer files were written: {error}"]
+    for name, file in GPT2_TOKENIZER.items():
+        (folder / name).write_bytes(tiktoken.load.read_file_cached(file))
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, **special}
+    write_json(folder / "tokenizer_config.json", settings)
+    return []
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+WRITERS = {"safetensors": write_weights, "hf": write_huggingface, "nanogpt": write_nanogpt, "train": write_run}
+
+
+def main() -> None:
+    parser = make_parser("convert", __doc__)
+    add = parser.add_argument
+    add("source", help="path or hub name to read")
+    add("target", type=Path, help="file or folder to write")
+    add("--to", choices=WRITERS, default="safetensors", help="format to write (default: safetensors)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of safetensors and hf")
+    add("--max_shard_size", default="5GB", help="largest file of weights in hf (default: 5GB)")
+    add("--dataset", help="prepared data set, whose tokenizer is that of a source that does not name one")
+    add("--verify", choices=("tensors", "none"), default="tensors", help="compare all tensors, or nothing")
+    add("--force", action="store_true", help="overwrite the target")
+    args = parser.parse_args()
+    tokenizer = open_dataset(DATA_FOLDER / args.dataset).tokenizer.describe() if args.dataset else None
+    options = Options(getattr(torch, args.dtype), args.max_shard_size, args.verify == "tensors", tokenizer, args.force)
+    print("\n  ".join(convert(args.source, args.target, args.to, options)))
+
+
+if __name__ == "__main__":
+    distributed.run(main)

@@ -1,0 +1,179 @@
+"""Reading of weights and checkpoints for tools.convert: recognize the format, open the model state, find its tokenizer.
+
+Metadata is what a checkpoint.json holds: model, tokenizer, vocab_size, init_from, step, best_val_loss, evaluated; and
+settings, the part of the run's config.json that a checkpoint of nanoGPT repeats.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.serialization import safe_globals
+
+from data.tokenizer import tokenizer_from
+from model import GPTConfig
+from training import pretrained
+from training.checkpoint import METADATA, Checkpoints, find_corruption, find_damage, read_metadata, read_torch_file
+from training.deepspeed_layout import STAND_INS
+from training.errors import CheckpointError, ConfigError
+from training.model_state import TIED, WEIGHT, SavedState, from_whole, open_state
+
+Metadata = dict[str, Any]
+ADAMW_KINDS = ("exp_avg", "exp_avg_sq")
+NANOGPT_FILE = "ckpt.pt"
+MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+SETTINGS = ("dataset", "learning_rate", "weight_decay", "beta1", "beta2")
+HEADER = ("model", "tokenizer", "vocab_size", "step", "best_val_loss", "init_from")  # of our safetensors files
+DEFAULTS: Metadata = {"step": 0, "best_val_loss": None, "evaluated": False, "settings": {}}
+GPT2_VOCABULARIES = (50257, 50304)  # as it is, and padded to a multiple of 64
+READABLE = "a run folder or checkpoint, nanoGPT's ckpt.pt, a safetensors file, a universal checkpoint, a GPT-2 folder"
+
+
+def open_source(source: str, tokenizer: Metadata | None = None) -> tuple[SavedState, Metadata]:
+    """Open the model state and metadata at a path, or of a name on the Hugging Face hub.
+
+    tokenizer: its `describe()`, for a source that does not say which one it was trained with.
+    Raises CheckpointError if the source is of no known format, damaged, or does not fit its own description.
+    """
+    path = pretrained.find_folder(source)
+    if (path / "latest_universal").is_file():  # DeepSpeed names the folder there
+        path /= (path / "latest_universal").read_text().strip()
+    read = recognize(path)
+    if read is None:
+        problem = "is of no known format" if path.exists() else "does not exist"
+        raise CheckpointError(f"{source} {problem}; give {READABLE}, or {', '.join(pretrained.HUB)}")
+    saved, metadata = read(path)
+    try:
+        config = GPTConfig(**metadata["model"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{source} does not describe a GPT: {error}") from None
+    saved = pretrained.check_parameters(saved, config)
+    return saved, add_tokenizer({**DEFAULTS, "init_from": source, **metadata, "model": asdict(config)}, tokenizer)
+
+
+def recognize(path: Path) -> Callable[[Path], tuple[SavedState, Metadata]] | None:
+    """Return the function that reads the format of a path; None if it has none of them."""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(16)
+        if start[8:9] == b"{":  # the header follows its own length
+            return read_safetensors
+        return read_nanogpt if start[:2] in (b"PK", b"\x80\x02") else None  # zip file, or a pickle of torch < 1.6
+    if (path / "zero" / "optimizer_state.pt").is_file():
+        return read_universal
+    if (path / METADATA).is_file() or (path / "checkpoints").is_dir():
+        return read_run
+    if (path / NANOGPT_FILE).is_file():
+        return read_nanogpt
+    return read_huggingface if (path / "config.json").is_file() else None
+
+
+def read_run(folder: Path) -> tuple[SavedState, Metadata]:
+    """Read the newest checkpoint of a run folder, or a folder that is one checkpoint, of any strategy."""
+    if not (folder / METADATA).is_file():
+        if not (finished := Checkpoints(str(folder)).finished()):
+            raise CheckpointError(f"{folder}: the run has not saved a checkpoint yet")
+        folder = finished[-1]
+    check(folder)
+    config = folder.parent.parent / "config.json"
+    settings = json.loads(config.read_text()) if config.is_file() else {}
+    metadata = {"settings": {key: settings[key] for key in SETTINGS if key in settings}, **read_metadata(folder)}
+    return open_state(folder, metadata), metadata
+
+
+def check(folder: Path) -> None:
+    """Check every byte of a checkpoint. Raises CheckpointError."""
+    if damage := find_damage(folder) or find_corruption(folder):
+        raise CheckpointError(f"{folder} is damaged: {damage}; use another checkpoint")
+
+
+def read_nanogpt(path: Path) -> tuple[SavedState, Metadata]:
+    """Read nanoGPT's ckpt.pt, or the one in its out_dir; parameter names and order are those of our model."""
+    path = path / NANOGPT_FILE if path.is_dir() else path
+    state = pretrained.read_pickle(path)
+    if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
+        raise CheckpointError(f"{path} is not from nanoGPT: it lacks 'model' or 'model_args'; give {READABLE}")
+    weights = {}
+    for name, weight in state["model"].items():
+        name = name.replace("_orig_mod.", "").replace("module.", "")  # of torch.compile, DDP
+        if name != TIED and not name.endswith(".attn.bias"):  # the causal mask of attention without flash
+            weights[name] = weight
+    model, settings, loss = state["model_args"], state.get("config") or {}, state.get("best_val_loss")
+    return from_whole(path, weights, state.get("optimizer") or {}, {}), {
+        "model": {key: model[key] for key in MODEL_ARGS if key in model},
+        "step": int(state.get("iter_num", 0)),
+        "best_val_loss": None if loss is None else float(loss),
+        "evaluated": True,
+        "settings": {key: settings[key] for key in SETTINGS if key in settings},
+    }
+
+
+def read_safetensors(path: Path) -> tuple[SavedState, Metadata]:
+    """Read a file of weights that tools.convert wrote: its header holds the metadata."""
+    tensors, header = pretrained.read_safetensors(path)
+    if "model" not in header:
+        fix = "for a Hugging Face model, give the folder with its config.json"
+        raise CheckpointError(f"{path} was not written by tools.convert: it has no model's dimensions; {fix}")
+    try:
+        metadata = {key: json.loads(header[key]) for key in HEADER if key in header}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error}); take another copy") from None
+    tensors.pop(TIED, None)
+    return from_whole(path, tensors, {}, {}), metadata
+
+
+def read_huggingface(folder: Path) -> tuple[SavedState, Metadata]:
+    config, saved = pretrained.open_weights(str(folder))
+    return saved, {"model": asdict(config)}
+
+
+def read_universal(folder: Path) -> tuple[SavedState, Metadata]:
+    """Read what DeepSpeed's ds_to_universal made of a run's checkpoint: a file for each parameter and moment.
+
+    ds_to_universal leaves out the model's shape, so the run's checkpoint.json has to be copied into the folder.
+    """
+    try:
+        metadata = read_metadata(folder)
+        expected = pretrained.model_shapes(GPTConfig(**metadata["model"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        file = folder / METADATA
+        raise CheckpointError(f"{file} cannot be read ({error}); copy that of the run's checkpoint") from None
+    if metadata.get("strategy") == "universal":  # earlier versions of this tool wrote it, with checksums
+        check(folder)
+    with safe_globals(STAND_INS):
+        state = pretrained.read_pickle(folder / "zero" / "optimizer_state.pt")
+    step = state.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
+    saved = SavedState(folder, {}, {})
+    for file in sorted(folder.glob("zero/*/fp32.pt")):
+        name = file.parent.name
+        if name == TIED:
+            continue
+        for kind in (WEIGHT, *ADAMW_KINDS):
+            content = pretrained.read_pickle(file if kind == WEIGHT else file.with_stem(kind))
+            tensor = content["param"] if isinstance(content, dict) else content
+            saved.pieces[name, kind] = [tensor.flatten()]
+            shape = expected.get(name, tensor.shape)
+            saved.shapes[name] = shape if shape.numel() == tensor.numel() else tensor.shape  # flat under ZeRO-3
+        if step is None:
+            step = read_torch_file(file.with_stem("step"))
+    saved.step = float(step or 0)
+    return saved, metadata
+
+
+def add_tokenizer(metadata: Metadata, tokenizer: Metadata | None) -> Metadata:
+    """Add the tokenizer, and vocab_size, the number of its ids.
+
+    It is the source's own; else the given one; else GPT-2's if the vocabulary has its size; else None.
+    """
+    own, rows = metadata.get("tokenizer"), metadata["model"]["vocab_size"]
+    if own and tokenizer and own != tokenizer:
+        raise ConfigError(f"the source was trained with the tokenizer {own['name']!r}, not {tokenizer['name']!r}")
+    tokenizer = own or tokenizer or ({"name": "gpt2"} if rows in GPT2_VOCABULARIES else None)
+    ids = tokenizer_from(tokenizer).vocab_size if tokenizer else rows
+    if tokenizer and ids > rows:
+        problem = f"the embedding has {rows} rows, fewer than the {ids} ids of {tokenizer['name']!r}"
+        raise CheckpointError(f"{metadata['init_from']}: {problem}; give another tokenizer")
+    keys = ("model", "init_from", *DEFAULTS)  # the rest of a checkpoint.json describes its files
+    return {**{key: metadata[key] for key in keys}, "tokenizer": tokenizer, "vocab_size": ids}

@@ -1,0 +1,194 @@
+"""Check this machine, or every host of a hostfile, before a long run: what is missing, too small or too slow.
+
+    python -m tools.doctor
+    python -m tools.doctor config/train_gpt2.py --out_dir=out-gpt2
+    python -m tools.doctor --hostfile=hostfile config/train_gpt2_deepspeed_zero3.py
+
+Recipes and --key=value are those of both train scripts. With them, memory, disks and data are compared with what the
+run needs. Exit status: 0 all checks passed, 1 some failed, 2 wrong option.
+"""
+
+import json
+import os
+import secrets
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import repeat
+
+import torch
+
+from launch import hosts, machine
+from launch.hosts import Host
+from launch.ranks import END_NOW, watch
+from model import GPTConfig
+from tools.doctor_host import Finding
+from tools.plan import GPT2_VOCABULARY, MODELS, RecipeConfig
+from tools.terminal import make_parser, underscored
+from training import deepspeed_config, distributed
+from training.config import ROOT, parse
+from training.deepspeed_config import describe_json, nvme_blocks
+from training.deepspeed_ops import needed
+from training.errors import UserError
+from training.strategies import model_state_bytes
+
+CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
+CLOCK_SECONDS = 1.0  # file times and logs of several hosts are compared
+SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
+PATIENCE_SECONDS, END_SECONDS = 60.0, 15.0  # for an all-reduce; to end its ranks: launch.ranks takes up to 10
+NETWORK = "or name another network in GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME)"
+SLOW = f"check the cable and the switch, {NETWORK}"
+UNREACHED = f"each host must reach the other at every port: open the firewall between them, {NETWORK}"
+
+
+def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict[str, str]:
+    """What a run needs of each host, as JSON. known: whether settings were given; else no parameters."""
+    config = deepspeed_config.read(cfg.deepspeed_config)
+    stage, optimizer, weights = describe_json(config)
+    strategy = f"zero{stage}"
+    if cfg.strategy == "fsdp":
+        strategy, config = "fsdp", {}
+        optimizer = weights = "cpu" if cfg.cpu_offload else "gpu"
+    model = GPTConfig(*MODELS[cfg.init_from]) if cfg.init_from in MODELS else cfg.model_config(GPT2_VOCABULARY)
+    parameters = model.parameter_count() if known else 0
+    ranks = sum(len(host.slots) for host in all_hosts)
+    state = model_state_bytes(strategy, cfg.shard_ranks or ranks, parameters, torch.float32)  # bf16 takes less
+    state_bytes = dict.fromkeys(("gpu", "cpu", "nvme"), 0.0)
+    state_bytes[weights] += state.parameters
+    state_bytes["gpu" if optimizer == "gpu" else "cpu"] += state.gradients  # where they are accumulated
+    state_bytes[optimizer] += state.optimizer_states
+    request = {
+        "device": cfg.device,  # auto, cpu, cuda
+        "environment": hosts.forwarded_environment(os.environ),  # of the ranks
+        "ops": list(needed(config, "cpu")),  # DeepSpeed's C++ ops
+        "state_bytes": state_bytes,  # model state of a rank
+        "nvme_path": next((cfg.nvme_path or disk.get("nvme_path", "/local_nvme") for disk in nvme_blocks(config)), ""),
+        "out_dir": cfg.out_dir,
+        "kept_bytes": (cfg.keep_checkpoints + 2) * CHECKPOINT_BYTES * parameters,  # the best and the one written, too
+        "dataset": str(ROOT / "data" / cfg.dataset) if known else "",
+        "hosts": len(all_hosts),
+        "marker": f".doctor-{secrets.token_hex(4)}-",  # of the files by which the hosts see that they share out_dir
+    }
+    return {host.name: json.dumps({**request, "slots": host.slots}) for host in all_hosts}
+
+
+def compare(answers: hosts.Answers) -> Iterator[Finding]:
+    """What the hosts found about themselves, and whether they agree with the first one that answered."""
+    one = next((name for name, facts in answers.items() if not isinstance(facts, str)), "")
+    for name, facts in answers.items():
+        if isinstance(facts, str):
+            problem, _, fix = facts.partition("; ")
+            yield Finding("ssh", problem, False, fix or f"make `ssh {name}` work without a password", name)
+            continue
+        yield from (replace(Finding(**finding), host=name) for finding in facts["findings"])
+        if len(answers) == 1:
+            return
+        for what in ("code", "python", "packages", "data", "device"):
+            problem, _, fix = hosts.difference(what, facts[what], answers[one][what], one).partition("; ")
+            yield Finding(f"{what} of all hosts", problem or "same", not problem, fix, name)
+        skew = facts["clock"] - facts["arrived"]
+        yield Finding("clock", f"{skew:+.3f} s", abs(skew) <= CLOCK_SECONDS, "run chrony or ntpd there", name)
+        shared = not answers[one]["marker"] or answers[one]["marker"] in facts["markers"]
+        fix = "put --out_dir on a disk that all hosts share"
+        yield Finding("out_dir, shared", "yes" if shared else f"not the one of {one}", shared, fix, name)
+
+
+def check_links(reachable: list[Host], all_reduce: Callable[[list[Host], list[int]], float | str]) -> Iterator[Finding]:
+    """One rank per host: neighbors in two rounds, then all hosts together. On a single host, all its ranks."""
+    results: list[tuple[list[Host], float | str]] = []
+    each = [replace(host, slots=host.slots[:1]) for host in reachable]
+    rounds = [[each[i : i + 2] for i in range(first, len(each) - 1, 2)] for first in (0, 1)]
+    if len(each) > 2:
+        rounds.append([each])
+    elif len(each) == 1 and len(reachable[0].slots) > 1:
+        rounds = [[reachable]]
+    for groups in filter(None, rounds):
+        signals: list[int] = []
+        timer = threading.Timer(PATIENCE_SECONDS, signals.append, [END_NOW])
+        timer.start()
+        with ThreadPoolExecutor(len(groups)) as threads:
+            try:
+                results += zip(groups, threads.map(all_reduce, groups, repeat(signals)), strict=False)
+            finally:  # also after Ctrl-C
+                timer.cancel()
+                signals.append(END_NOW)
+    fastest = max((gbit for _, gbit in results if not isinstance(gbit, str)), default=0.0)
+    for group, gbit in results:
+        name = " - ".join(host.name for host in group) if len(group) < 3 else f"all {len(group)} hosts"
+        if isinstance(gbit, str):
+            yield Finding("all-reduce", gbit, False, UNREACHED, name)
+        else:
+            slow = len(group) < 3 and gbit < max(MIN_GBIT, SLOW_LINK * fastest)
+            yield Finding("all-reduce", f"{gbit:,.3f} Gbit/s each way", not slow, SLOW, name)
+
+
+def all_reduce(
+    answers: hosts.Answers, ssh: str, address: str, command: list[str], group: list[Host], signals: list[int]
+) -> float | str:
+    """Bus bandwidth in Gbit/s of a group, or why there is none. address: of the first host, if not that of its name."""
+    address = address if group[0].name == next(iter(answers)) else ""
+    try:
+        master = hosts.master_address(group, answers, address)
+    except UserError as error:  # the name is that of the loopback interface
+        return str(error)
+    with tempfile.TemporaryFile("a+b") as output:  # a pipe could fill up: NCCL_DEBUG=INFO
+        variables = {"MASTER_ADDR": master, "MASTER_PORT": answers[group[0].name]["port"]}
+        plan = {"environment": hosts.forwarded_environment(os.environ), "variables": variables, "command": command}
+        nodes = hosts.start(group, answers, ssh, plan, output)
+        watch(nodes, signals, lambda code: 0.0, END_SECONDS)
+        output.seek(0)
+        lines = output.read().decode(errors="replace").strip().splitlines()
+    if measured := [line for line in lines if line.startswith("{") and "gbit_per_second" in line]:
+        return json.loads(measured[0])["gbit_per_second"]
+    if END_NOW in signals:
+        return f"no all-reduce within {PATIENCE_SECONDS:.0f} s"
+    errors = [line for line in reversed(lines) if not line.startswith("launch.ranks: ")]
+    return next(iter(errors), "the ranks ended without a message").removeprefix("error: ")
+
+
+def report(findings: list[Finding], verbose: bool) -> str:
+    """Failures and their fixes first. Hosts that pass the same check share a line, with the value of the first."""
+    failed, passed = [f for f in findings if f.ok is False], dict[tuple[str, str], list[Finding]]()
+    lines = [f"FAIL  {f.check:<20}  {f.host:<18}  {f.value}\n      {f.fix}" for f in failed]
+    for f in (finding for finding in findings if finding.ok or (verbose and finding.ok is None)):
+        passed.setdefault((f.check, f.host if f.check == "all-reduce" else ""), []).append(f)
+    for (check, _), group in passed.items():
+        names = group[0].host if len(group) == 1 else f"{len(group)} hosts"
+        lines.append(f"{'ok  ' if group[0].ok else '-   '}  {check:<20}  {names:<18}  {group[0].value}")
+    count = f"{len(failed)} check{'s' if len(failed) > 1 else ''} failed"
+    return "\n".join([*lines, count if failed else "all checks passed"])
+
+
+def main() -> None:
+    parser = make_parser("doctor", __doc__)
+    hosts.add_arguments(parser)
+    parser.add_argument("--ranks", "--gpus", type=int, default=0, help="on this machine; default: all GPUs, else 2")
+    parser.add_argument("--verbose", action="store_true", help="also list what is not needed here")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    args, settings = parser.parse_known_args(underscored(sys.argv[1:]))
+    if args.ranks < 0:
+        raise UserError(f"--ranks={args.ranks}: must be 1 or more, or 0 for the default")
+    cfg = parse(RecipeConfig, settings, "")
+    gpus = machine.count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if cfg.device in ("auto", "cuda") else 0
+    all_hosts, ssh = [Host("localhost", tuple(range(args.ranks or gpus or 2)))], ""
+    where = f"--ranks={args.ranks or f'{gpus or 2} (default)'}"
+    if args.hostfile:
+        all_hosts, ssh = hosts.read_hostfile(args.hostfile, args.include, args.exclude), args.ssh
+        where = f"--hostfile={args.hostfile}"
+    if not args.json:
+        print(where, *(settings or ["without a recipe (default): only the machine is checked"]), flush=True)
+    answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], make_requests(cfg, all_hosts, bool(settings)))
+    findings = list(compare(answers))
+    if reachable := [host for host in all_hosts if not isinstance(answers[host.name], str)]:
+        command = ["-m", "tools.all_reduce", f"--device={cfg.device}", f"--backend={cfg.backend}"]
+        findings += check_links(reachable, partial(all_reduce, answers, ssh, args.master_addr, command))
+    print(json.dumps([asdict(f) for f in findings], indent=1) if args.json else report(findings, args.verbose))
+    sys.exit(any(finding.ok is False for finding in findings))
+
+
+if __name__ == "__main__":
+    distributed.run(main)

@@ -1,0 +1,333 @@
+"""Memory of a rank, what it sends, how long a step takes, by formulas with their sources; the best candidates.
+
+P: parameters; b: sequences per rank and micro-step; s: tokens per sequence; h: width; V: vocabulary; c: bytes per
+number in matmuls (2 or 4); n: ranks that take part. Sizes are bytes of one rank.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from model import GPTConfig
+from training.config import ROOT
+from training.errors import ConfigError
+from training.strategies import Strategy, model_state_bytes, strategies
+
+FP32, TOKEN_BYTES = 4, 16  # bytes of a number; of a token and its target, int64 each
+LOSS_ROWS, LOSS_ELEMENTS = 2048, 2**21  # logits in fp32 at a time: rows on a GPU, elements on a CPU (model.py)
+FORWARD, RECOMPUTED = 1 / 3, 4 / 3  # of a micro-step's work: forward; everything, with activation checkpointing
+ZERO0_BUCKET = 5e8  # elements, fixed in DeepSpeed's engine
+UPDATE_BYTES = 28 + 12  # per parameter: AdamW reads 16 and writes 12, clipping reads 8 and writes 4
+SWAP_BYTES = 12  # per parameter: fp32 parameter and two moments, read from NVMe and written back
+# Bytes per second, assumed: memory and NVMe of a node's host, shared by its ranks; PCIe 4 x16 less a fifth, of a GPU.
+HOST_BANDWIDTH, NVME_BANDWIDTH, HOST_LINK = 100e9, 3e9, 25e9
+ROOM = 0.05  # of the device, left free where there is a choice: predictions are not better than that
+ALIKE = 0.02  # of a step's time: less is no reason for the more complicated strategy, or the smaller micro-batch
+
+
+@dataclass(frozen=True)
+class System:
+    """The machines. Sizes and rates are those of one rank, in bytes and bytes/s, unless a comment says otherwise."""
+
+    device: str
+    on_gpu: bool
+    gpus: int  # ranks per node
+    nodes: int
+    dtype: torch.dtype
+    memory: float
+    flops: float  # FLOP/s: the matmul peak of the data sheet, or the measured ceiling
+    memory_bandwidth: float
+    node_link: float  # between the GPUs of a node
+    link: float  # from a node to the others, per node
+    achievable: float  # shares, explained in tools/plan.py
+    link_share: float
+    overlap: float
+    fragmentation: float
+    baseline: float
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+
+@dataclass
+class Candidate:
+    """A model under a strategy with a micro-batch, on a system, and what is predicted for it."""
+
+    model: GPTConfig
+    strategy: Strategy
+    system: System
+    batch: int  # sequences per rank and micro-step
+    micro_steps: int
+    checkpointing: bool
+
+    def __post_init__(self) -> None:
+        model, strategy, system = self.model, self.strategy, self.system
+        self.parameters = model.parameter_count()
+        self.head = model.vocab_size * model.n_embd  # the largest matrix, which embeds tokens and projects to logits
+        self.block = (self.parameters - self.head - model.block_size * model.n_embd) // model.n_layer
+        self.deepspeed = strategy.script == "train_deepspeed.py"
+        self.zero = {k: model.n_embd**2 if v == "auto" else v for k, v in zero_block(strategy).items()}  # as HF Trainer
+        self.offloads = strategy.optimizer_device != "gpu" and system.on_gpu  # CPU ranks have only one memory
+        self.shards = system.gpus if strategy.hybrid else system.ranks  # ranks that share one copy of the model state
+        self.compute_bytes = FP32 if system.dtype == torch.float32 else 2
+        # parameters, norms and the residual stream stay in fp32 while matmuls are in half precision
+        self.autocast = strategy.stage == 0 and self.compute_bytes < FP32
+        # whether stages 1 to 3 communicate beside computing; FSDP2 always does
+        self.overlap_comm = system.on_gpu and (not self.deepspeed or bool(self.zero.get("overlap_comm")))
+        # how often a micro-step gathers the parameters; FSDP2's root unit keeps the head until backward
+        again = 0.0 if strategy.keeps_parameters else 1.0 if self.deepspeed else 1 - self.head / self.parameters
+        self.gathers = 1 + again if strategy.stage == 3 else 0.0
+        self.memory = memory(self)
+        self.time = step_time(self)
+
+    def spare(self) -> float:
+        """Bytes of the device that stay free; negative if the candidate does not fit."""
+        return self.system.memory - self.memory.total()
+
+    def tokens_per_second(self) -> float:
+        return self.batch * self.micro_steps * self.system.ranks * self.model.block_size / self.time.total()
+
+    def mfu(self) -> float:
+        """Model FLOP/s, without recomputation, over the matmul peak or the measured ceiling."""
+        return self.tokens_per_second() * self.model.flops_per_token() / (self.system.ranks * self.system.flops)
+
+
+@cache
+def zero_block(strategy: Strategy) -> dict[str, Any]:
+    """zero_optimization of the strategy's JSON; empty for train.py's strategies."""
+    paths = [argument.partition("=")[2] for argument in strategy.arguments if "deepspeed_config=" in argument]
+    return json.loads((ROOT / paths[0]).read_text()).get("zero_optimization", {}) if paths else {}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at peak; host and nvme are per node."""
+
+    model_state: float  # parameters, gradients, optimizer states
+    activations: float
+    buffers: float  # gathered parameters, and gradients in flight
+    other: float  # fragmentation, and what the process holds besides tensors
+    host: float
+    nvme: float
+
+    def total(self) -> float:
+        return self.model_state + self.activations + self.buffers + self.other
+
+
+def memory(case: Candidate) -> Memory:
+    """Model state: (2 + 2 + 12) P bytes less what is partitioned (ZeRO, arXiv:1910.02054, section 3.1).
+
+    DDP, FSDP2 and fp32 have 4 + 4 + 8. DDP's buckets, 4 P, lie beside gradients that several micro-steps add up.
+    """
+    strategy, system = case.strategy, case.system
+    name = f"zero{strategy.stage}" if case.deepspeed else strategy.name  # whatever the JSON is called
+    state = model_state_bytes(name, case.shards, case.parameters, system.dtype)
+    held = {"gpu": 0.0, "cpu": 0.0, "nvme": 0.0}
+    gradient_device = "cpu" if strategy.optimizer_device == "nvme" else strategy.optimizer_device
+    devices = (strategy.parameter_device, gradient_device, strategy.optimizer_device)
+    for device, size in zip(devices, (state.parameters, state.gradients, state.optimizer_states), strict=True):
+        held[device if system.on_gpu or device == "nvme" else "gpu"] += size
+    activations = peak_activations(case)
+    buffers = gathered_parameters(case) + gradient_buffers(case, activations)
+    other = system.baseline + system.fragmentation * (activations + buffers)
+    buffers += FP32 * case.parameters if strategy.name == "ddp" and case.micro_steps > 1 else 0
+    host, nvme = system.gpus * held["cpu"], system.gpus * held["nvme"]
+    return Memory(held["gpu"], activations, buffers, other, host, nvme)
+
+
+def block_activations(model: GPTConfig, tokens: int, compute: int, residual: int) -> float:
+    """A block saves 16 c s b h bytes for backward, 36 s b h under autocast, whose residual stream is fp32.
+
+    Korthikanti et al. (arXiv:2205.05198, section 4.1) count s b h (34 + 5 a s / h) in half precision for a heads. The
+    5 a s² b are the attention matrix, which FlashAttention (arXiv:2205.14135) never stores; 2 s b h are dropout masks.
+    """
+    # inputs of 2 norms | c_attn, attention (3), its c_proj, c_fc, GELU (4), the MLP's c_proj (4)
+    saved = (2 * residual + 14 * compute) * model.n_embd
+    masks = 2 * model.n_embd if model.dropout else 0  # one byte per element
+    statistics = FP32 * (4 + model.n_head)  # mean and deviation of two norms, logsumexp of each head
+    return tokens * (saved + masks + statistics)
+
+
+def head_activations(model: GPTConfig, tokens: int, compute: int, residual: int) -> float:
+    """The last norm, the output projection, and c s b V of logits, whose gradient takes their place (model.py)."""
+    per_token = model.n_embd * (residual + compute) + model.vocab_size * compute
+    return tokens * (per_token + 2 * FP32 + TOKEN_BYTES)
+
+
+def saved_activations(model: GPTConfig, tokens: int, compute: int, residual: int, checkpointing: bool) -> float:
+    """At the end of forward. With activation checkpointing a block saves its input only (section 5 of that paper)."""
+    block = tokens * model.n_embd * residual if checkpointing else block_activations(model, tokens, compute, residual)
+    return model.n_layer * block + head_activations(model, tokens, compute, residual)
+
+
+def peak_activations(case: Candidate) -> float:
+    """The larger of two moments: in the loss, and in backward of the last block, when the logits are gone."""
+    model, compute, tokens = case.model, case.compute_bytes, case.batch * case.model.block_size
+    sizes = (model, tokens, compute, FP32 if case.autocast else compute)
+    rows = LOSS_ROWS if case.system.on_gpu else max(1, LOSS_ELEMENTS // model.vocab_size)
+    in_loss = FP32 * model.vocab_size * min(tokens, rows)
+    gradients = tokens * compute * 9 * model.n_embd  # of the MLP's hidden layer, twice, and the residual stream
+    recomputed = block_activations(*sizes) if case.checkpointing else 0
+    # the gradient of the output projection waits for that of the embedding until the end of backward
+    in_backward = recomputed + gradients + case.head * compute - head_activations(*sizes)
+    return saved_activations(*sizes, case.checkpointing) + max(in_loss, in_backward)
+
+
+def gathered_parameters(case: Candidate) -> float:
+    """FSDP2 holds the head and three blocks, or all; ZeRO-3 stage3_max_live_parameters; autocast a 16-bit copy."""
+    count: float = case.parameters
+    if case.strategy.stage == 3 and case.deepspeed:
+        count = min(count, case.zero.get("stage3_max_live_parameters", 1e9))
+    elif case.strategy.stage == 3 and not case.strategy.keeps_parameters:
+        count = min(count, case.head + 3 * case.block)
+    return case.compute_bytes * count if case.autocast or (case.gathers and case.shards > 1) else 0.0
+
+
+def gradient_buffers(case: Candidate, activations: float) -> float:
+    """ZeRO: buckets and a flat copy, or in the optimizer step a partition's fp32 gradients; FSDP2: those of a block."""
+    compute, stage = case.compute_bytes, case.strategy.stage
+    if not case.deepspeed:
+        return case.block * (compute + FP32) if stage == 3 else 0.0
+    if stage == 0:
+        return max(0.0, FP32 * min(case.parameters, ZERO0_BUCKET) - activations)
+    bucket = case.zero.get("reduce_bucket_size", 5e8)
+    copied: float = compute * min(case.parameters, case.block if stage == 3 else max(bucket, case.head))
+    in_backward = copied + compute * min(case.parameters, bucket * (1 + case.overlap_comm))
+    in_step = 0.0 if case.offloads else FP32 * min(case.parameters / case.shards, case.zero.get("sub_group_size", 1e9))
+    if stage == 1 and not case.overlap_comm:  # reduces when backward is done
+        in_backward, in_step = 0.0, max(in_step, copied)
+    return max(in_backward, in_step - activations)
+
+
+def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[float, float, float]]:
+    """Bytes sent in a step, the seconds that takes, and the seconds of computing beside it, per kind of transfer.
+
+    A ring sends 2 (n - 1) / n of an all-reduce's bytes, half as much of an all-gather's or a reduce-scatter's (Patarasu
+    & Yuan, J. Parallel Distrib. Comput. 69, 2009). DDP all-reduces 4 P a step beside the last backward, ZeRO-0 after
+    it. ZeRO-1 all-reduces and gathers c P a step, ZeRO-2 reduces in each micro-step (DeepSpeed all-reduces where the
+    ZeRO paper, section 7, scatters). ZeRO-3 moves c P three times a micro-step: parameters for forward and backward,
+    and gradients. FSDP2 does the same with gradients in fp32; HSDP also all-reduces shards between nodes.
+    """
+    system, stage, steps = case.system, case.strategy.stage, case.micro_steps
+    ring, between = (case.shards - 1) / case.shards, system.link_share * min(system.node_link, system.link)
+    bandwidth = system.link_share * system.node_link if case.shards <= system.gpus else between
+    gradients, weights = FP32 * case.parameters, case.compute_bytes * case.parameters
+    if stage == 0:
+        sent = 2 * ring * gradients
+        return [(sent, sent / bandwidth, 0.0 if case.deepspeed else backward)]
+    if stage < 3:
+        times, gathered = 1 if stage == 1 else steps, ring * weights
+        reduced, beside = 2 * gathered * times, backward * times if case.overlap_comm else 0.0
+        return [(reduced, reduced / bandwidth, beside), (gathered, gathered / bandwidth, 0.0)]
+    sent = steps * ring * (case.gathers * weights + (weights if case.deepspeed else gradients))
+    copies = system.ranks // case.shards
+    crossing = steps * 2 * (copies - 1) / copies * gradients / case.shards
+    seconds = sent / bandwidth + crossing * system.gpus / between  # all ranks of a node share its link
+    return [(sent + crossing, seconds, steps * (forward + backward) if case.overlap_comm else 0.0)]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step; communication: the part that computing does not hide."""
+
+    computing: float
+    communication: float
+    update: float
+    sent: float  # bytes of a rank
+
+    def total(self) -> float:
+        return self.computing + self.communication + self.update
+
+
+def step_time(case: Candidate) -> StepTime:
+    """s b (6 P + 12 L h s) FLOPs a micro-step (PaLM, arXiv:2204.02311, appendix B), a third more to recompute.
+
+    Communication counts where it is longer than the `overlap` share of the computing beside it. The update moves 40
+    bytes a parameter of the shard; offload moves weights and gradients over PCIe in each micro-step.
+    """
+    system, strategy, work = case.system, case.strategy, RECOMPUTED if case.checkpointing else 1.0
+    once = case.batch * case.model.block_size * case.model.flops_per_token() / (system.flops * system.achievable)
+    found = transfers(case, FORWARD * once, (work - FORWARD) * once)
+    communication = sum(max(0.0, seconds - system.overlap * beside) for _, seconds, beside in found)
+    shard = case.parameters / (case.shards if strategy.stage else 1)
+    update = shard * UPDATE_BYTES / (HOST_BANDWIDTH / system.gpus if case.offloads else system.memory_bandwidth)
+    if case.offloads:
+        slowest = NVME_BANDWIDTH / system.gpus if strategy.parameter_device == "nvme" else HOST_LINK
+        seconds = case.micro_steps * (1 / HOST_LINK + case.gathers / slowest) + 1 / HOST_LINK
+        communication += seconds * case.compute_bytes * case.parameters / case.shards
+    if strategy.optimizer_device == "nvme":
+        update += 2 * SWAP_BYTES * shard * system.gpus / NVME_BANDWIDTH
+    return StepTime(case.micro_steps * work * once, communication, update, sum(sent for sent, _, _ in found))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, the machines, and what a step and a run are to be."""
+
+    name: str
+    model: GPTConfig
+    system: System
+    strategies: tuple[Strategy, ...]  # empty: all that are possible
+    global_batch: int  # sequences per step
+    tokens: float  # of the run
+    batch_size: int  # 0: the best
+    checkpointing: tuple[bool, ...]
+    recipes: list[str]  # and settings
+
+    def candidates(self) -> list[Candidate]:
+        """All strategies and micro-batches, also those that do not fit; ConfigError if the batch is not divisible."""
+        ranks = self.system.ranks
+        sequences, rest = divmod(self.global_batch, ranks)
+        if rest or not sequences:
+            rule = f"must be divisible by the {ranks} ranks; set {ranks * max(1, sequences)}"
+            raise ConfigError(f"global_batch = {self.global_batch}: {rule}")
+        batches = [n for n in range(1, sequences + 1) if sequences % n == 0 and self.batch_size in (0, n)]
+        if not batches:
+            raise ConfigError(f"batch_size = {self.batch_size}: must divide the {sequences} sequences per rank")
+        return [
+            Candidate(self.model, strategy, self.system, batch, sequences // batch, checkpointing)
+            for strategy in filter(self.possible, self.strategies or strategies().values())
+            for batch in batches
+            for checkpointing in self.checkpointing
+        ]
+
+    def possible(self, strategy: Strategy) -> bool:
+        """One process cannot be DDP, and HSDP needs several nodes of several GPUs."""
+        if strategy.hybrid:
+            return self.system.nodes > 1 and self.system.gpus > 1
+        return strategy.name != ("ddp" if self.system.ranks == 1 else "single")
+
+    def at(self, ranks: int) -> "Request":
+        """The same on so many ranks, nodes filled first; the global batch is rounded up to a multiple of them."""
+        gpus = math.gcd(ranks, self.system.gpus)
+        batch = math.ceil(self.global_batch / ranks) * ranks
+        system = replace(self.system, gpus=gpus, nodes=ranks // gpus)
+        return replace(self, system=system, global_batch=batch, batch_size=0)
+
+
+def fast(candidates: list[Candidate]) -> list[Candidate]:
+    """The fastest that fits, and those about as fast; only those that leave ROOM, if there are any."""
+    fitting = [candidate for candidate in candidates if candidate.spare() >= 0]
+    fitting = [c for c in fitting if c.spare() >= ROOM * c.system.memory] or fitting
+    fastest = min((candidate.time.total() for candidate in fitting), default=0.0)
+    return [candidate for candidate in fitting if candidate.time.total() <= fastest * (1 + ALIKE)]
+
+
+def best_of_each(candidates: list[Candidate]) -> list[Candidate]:
+    """Per strategy the largest micro-batch of the fast ones that fit; if none fits, the one that needs least memory."""
+    bests = []
+    for name in dict.fromkeys(candidate.strategy.name for candidate in candidates):
+        group = [candidate for candidate in candidates if candidate.strategy.name == name]
+        bests.append(max(fast(group), key=lambda c: c.batch, default=max(group, key=Candidate.spare)))
+    return bests
+
+
+def recommend(bests: list[Candidate]) -> Candidate | None:
+    """The simplest of the fast ones that fit, which offloads least and partitions least; None if none fits."""
+    places = ("gpu", "cpu", "nvme")
+    return min(fast(bests), key=lambda c: (places.index(c.strategy.optimizer_device), c.strategy.stage), default=None)
