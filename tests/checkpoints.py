@@ -8,25 +8,31 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from model import GPT, GPTConfig
-from training import checkpoint
-from training.checkpoint import Checkpoints
-from training.model_state import SavedState
-from training.optim import adamw, parameter_groups
-from training.saving import Saver
-from training.train_config import TrainConfig
+from model import GPT, GPTConfig, initial_value
+from training.checkpoint import Checkpoints, Saver
+from training.config import TrainConfig
+from training.model_state import SavedState, states_by_name
+from training.optim import make_optimizer
 
 SMALL = GPTConfig(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=32, bias=True)
 BYTES = {"name": "byte"}
 STEPS = 3
 
 
+@torch.no_grad()
+def initialized(model: GPT, seed: int) -> GPT:
+    """The model, with its initial weights."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+    return model
+
+
 @torch.enable_grad()
 def trained(config: GPTConfig = SMALL) -> tuple[GPT, Optimizer]:
     """A model and its AdamW after STEPS steps on random tokens."""
     torch.manual_seed(0)
-    model = GPT(config).init_weights(0)
-    optimizer = adamw(parameter_groups(model, 0.1), TrainConfig(learning_rate=1e-3))
+    model = initialized(GPT(config), 0)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-3))
     for _ in range(STEPS):
         tokens = torch.randint(config.vocab_size, (2, config.block_size + 1))
         model(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -45,7 +51,7 @@ def run_folder(
     about |= {"strategy": "single", "world_size": 1, "dtype": "float32"}
     with Saver(Checkpoints(str(folder))).writing(about, best=False) as files:
         files.write("model.pt", dict(model.named_parameters()))
-        files.write("optimizer.pt", {"optimizer": optimizer.state_dict(), "scaler": {}})
+        files.write("optimizer.pt", {"optimizer": states_by_name(model, optimizer), "scaler": {}})
     return model, optimizer
 
 
@@ -78,5 +84,9 @@ def assert_same(saved: SavedState, model: GPT, optimizer: Optimizer | None) -> N
 def logits(saved: SavedState, config: GPTConfig, tokens: Tensor) -> Tensor:
     """(B, V), of our model."""
     model = GPT(config)
-    checkpoint.fill(model, saved.weights())
+    saved.into(model)
     return model.eval()(tokens)
+
+
+def weights(saved: SavedState) -> dict[str, Tensor]:
+    return {name: saved.whole(name) for name in saved.shapes}

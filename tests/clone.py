@@ -20,7 +20,7 @@ class Clone:
 
     def __init__(self, folder: Path):
         self.folder, self.bin = folder / "clone", folder / "bin"
-        for source in [*SCRIPTS, ROOT / "launch.py", *ROOT.glob("requirements*.txt")]:
+        for source in [*SCRIPTS, *(ROOT / "launch").glob("*.*"), *ROOT.glob("requirements*.txt")]:
             target = self.folder / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)

@@ -1,15 +1,24 @@
 """What several tests need."""
 
+import fcntl
+import hashlib
 import json
 import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
-from tests import cluster
+from tests import cluster, needs
 from tests.clone import Clone
-from tests.running import ROOT
+from tests.running import ROOT, train
 from tests.words import words
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -19,6 +28,50 @@ os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     return words(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): a folder that `make(folder)` fills, once for the tests of all workers. Do not write to it."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "once"
+    shared.mkdir(exist_ok=True)
+
+    def find_or_make(name: str, make: Callable[[Path], object]) -> Path:
+        done = shared / f"{name}.done"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(shared / name, ignore_errors=True)  # left by a failed attempt
+                (shared / name).mkdir()
+                make(shared / name)
+                done.touch()
+        return shared / name
+
+    return find_or_make
+
+
+@pytest.fixture(scope="session")
+def reference(once, data):
+    """reference(**settings): the folder of a run of one process. Many tests compare with the same one."""
+
+    def find_or_train(**settings: Any) -> Path:
+        name = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
+        return once(f"reference_{name}", lambda folder: train(folder, data, **settings))
+
+    return find_or_train
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The tracked files that training needs."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folder = tmp_path / "copy"
+    for name in names:
+        if not name.startswith(("tests/", "results/", "docs/")) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 @pytest.fixture
@@ -70,23 +123,74 @@ def trio(tmp_path):
         yield made
 
 
-LONG = [
-    "zero",
-    "hosts",
-    "stopping",
-    "readme",
-    "zero_runs",
-    "benchmark",
-    "deepspeed_errors",
-    "doctor",
-    "crossing",
-    "kill",
-    "launch",
-    "runs",
-]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="the core only: the tests of QUICK in tests/conftest.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first, so that no worker is left with one at the end."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*names): skip where the machine lacks one of them; see tests/needs.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --quick, do not even import other files."""
+    is_test = collection_path.name.startswith("test_")
+    return True if config.getoption("quick") and is_test and collection_path.stem[5:] not in QUICK else None
+
+
+class Scheduling(LoadScopeScheduling):
+    """Spread the tests of some files over the workers; those of any other share one, and its fixtures."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if Path(file).stem[5:] in SPREAD else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first."""
     order = {f"test_{name}.py": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    if config.getoption("quick"):
+        kept = [item for item in items if re.search(QUICK.get(item.path.stem[5:], "^$"), item.name)]
+        unmatched = {item.path.stem[5:] for item in items} & QUICK.keys() - {item.path.stem[5:] for item in kept}
+        assert not unmatched, f"--quick: no test of {unmatched} matches its pattern in QUICK"
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        needs.require(*marker.args)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """List what was skipped, by reason, and what to install for it."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.line(f"{count} test{'s' * (count > 1)}: {reason}")
+    if packages := {name for reason in reasons for name in reason.partition("apt-get install ")[2].split()}:
+        terminalreporter.line(f"To run all of them: apt-get install {' '.join(sorted(packages))}")
+
+
+# Files that take longest, in the order in which they start, and those of them whose tests need not share a worker.
+LONG = ["benchmark", "guides", "changes", "fork_server", "stragglers", "fsdp", "hosts", "stopping", "readme"]
+LONG += ["examples", "zero", "zero_runs", "deepspeed_errors", "doctor", "crossing", "kill", "launch", "runs"]
+SPREAD = {*LONG[LONG.index("hosts") :]} - {"examples", "doctor"}
+# For --quick: the files whose tests run, and which of their tests, as a pattern.
+QUICK = {
+    **dict.fromkeys(["architecture", "config", "model", "data_errors", "training", "bad_input"], ""),
+    **dict.fromkeys(["deepspeed_config", "devices", "plan"], ""),
+    "deepspeed_errors": "errors_have_the_fix|all_problems",
+    "fork_server": "state|test_a_script_ends",
+    "fsdp": r"\[full-2\]",
+    "launch": "variables|status|dies|signals_reach",
+    "runs": "two_ranks|killed_run|run_folder|eval_only",
+    "zero": r"trains_as_one_process\[zero[123]\]",
+}

@@ -24,12 +24,10 @@ from tqdm import tqdm
 
 from tests.running import ROOT, TINY, losses, run, strategy_settings
 from tests.words import words
-from training import files
-from training.checkpoint import Checkpoints
-from training.distributed import ALONE
+from training import checkpoint
+from training.checkpoint import Checkpoints, Saver
+from training.distributed import SINGLE_PROCESS
 from training.run_folder import environment
-from training.saving import Saver
-from training.sharding import MOMENTS
 
 HALF, END = 15, 30
 SETTINGS: dict[str, Any] = {**TINY, "gradient_accumulation_steps": 4, "log_interval": 1}
@@ -83,12 +81,12 @@ class Matrix:
     def forgotten(self) -> Cell:
         """One process goes on without its moments."""
         path, about = Checkpoints(str(self.folder(SINGLE) / "half")).newest()
-        state = files.read(path / "optimizer.pt")
-        for moments in state["optimizer"]["state"].values():
-            moments |= {kind: torch.zeros_like(moments[kind]) for kind in ("step", *MOMENTS)}
+        state = checkpoint.read_torch_file(path / "optimizer.pt")
+        for moments in state["optimizer"].values():
+            moments |= {kind: torch.zeros_like(value) for kind, value in moments.items()}
         forgotten = Checkpoints(str(self.folder(SINGLE) / "forgotten"))
         with Saver(forgotten).writing({**about, "files": {}, "crc32": {}}, best=False) as written:
-            written.write("model.pt", files.read(path / "model.pt"))
+            written.write("model.pt", checkpoint.read_torch_file(path / "model.pt"))
             written.write("optimizer.pt", state)
         shutil.copy(self.folder(SINGLE) / "half" / "metrics.jsonl", forgotten.out_dir)
         return self.cell(SINGLE, SINGLE, {"single": SINGLE}, "forgotten")
@@ -140,7 +138,10 @@ def main() -> None:
         forgotten = matrix.forgotten()
         found["bfloat16"] = replace(matrix, dtype="bfloat16").cells(SOURCES, own=True)
     about = {"settings": {**SETTINGS, "dataset": "tests/words.py"}, "forgotten": forgotten}
-    about["environment"] = {**environment(ALONE), "command": ["python", "-m", "tests.resume_matrix", *sys.argv[1:]]}
+    about["environment"] = {
+        **environment(SINGLE_PROCESS),
+        "command": ["python", "-m", "tests.resume_matrix", *sys.argv[1:]],
+    }
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "matrix.json").write_text(json.dumps({**about, **found}, indent=1) + "\n")
     (args.results / "matrix.md").write_text(report(found))

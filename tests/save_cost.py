@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data.prepare import Writer
 from data.tokenizer import tokenizer_from
-from data.writer import Writer
 from tests.running import rows, run
-from training.benchmark.strategies import of
-from training.distributed import ALONE
+from training.distributed import SINGLE_PROCESS
 from training.run_folder import environment
+from training.strategies import find_strategy
 
 STRATEGIES = "single,ddp,fsdp,zero1,zero2,zero3,zero3_offload"
 EVERY, SAVES = 6, 2
@@ -39,10 +39,10 @@ SETTINGS: dict[str, Any] = {
 def one(strategy: str, later: bool, scratch: Path, extra: list[str]) -> dict[str, Any]:
     """Seconds of a run's saves and of its steps, and the bytes of a checkpoint."""
     ranks, out = 0 if strategy == "single" else 2, scratch / "out"
-    script, *arguments = of(strategy, ranks or 1).script
+    chosen = find_strategy(strategy)
     settings = {**SETTINGS, "dataset": scratch / "data", "out_dir": out, "async_save": later}
-    given = [*arguments, *(f"--{key}={value}" for key, value in settings.items()), *extra]
-    done = run(script, "config/train_gpt2.py", *given, ranks=ranks, env={"OMP_NUM_THREADS": "2" if not ranks else "1"})
+    given = ["config/train_gpt2.py", *chosen.arguments, *(f"--{k}={v}" for k, v in settings.items()), *extra]
+    done = run(chosen.script, *given, ranks=ranks, env={"OMP_NUM_THREADS": "2" if not ranks else "1"})
     if done.returncode:
         sys.exit(f"{strategy}: {done.stderr}")
     saves = [row["save_ms"] / 1e3 for row in rows(out, "save")][:SAVES]
@@ -97,7 +97,7 @@ def main() -> None:
             found[strategy][way].append(one(strategy, way == "later", Path(scratch), extra))
     table = [row(strategy, runs) for strategy, runs in found.items()]
     args.write.mkdir(parents=True, exist_ok=True)
-    about = {"settings": SETTINGS, "extra": extra, "rounds": args.rounds, "environment": environment(ALONE)}
+    about = {"settings": SETTINGS, "extra": extra, "rounds": args.rounds, "environment": environment(SINGLE_PROCESS)}
     (args.write / "save_cost.json").write_text(json.dumps({**about, "rows": table}, indent=1) + "\n")
     (args.write / "save_cost.md").write_text(markdown(table))
     print(markdown(table))

@@ -13,13 +13,13 @@ from train import Trainer
 from training import distributed
 from training.batches import Batches
 from training.config import parse
-from training.origin import Origin
-from training.sharding import PlainTrainConfig
+from training.init import InitState
+from training.config import PlainTrainConfig
 
 cfg = parse(PlainTrainConfig, sys.argv[1:], "")
 with distributed.start("cpu", "auto") as ranks:
     batches = Batches(cfg, ranks)
-    trainer = Trainer(cfg, ranks, batches, Origin(cfg.model_config(257)), torch.float32)
+    trainer = Trainer(cfg, ranks, batches, InitState(cfg.model_config(257)), torch.float32)
     for step in range(2):
         trainer.train_step(step)
     with torch.profiler.profile() as profile:

@@ -24,7 +24,7 @@ SETTINGS = {
     "no such file": (["{}/sintax.py"], "{0}/sintax.py: no such config file; did you mean {0}/syntax.py?"),
     "a syntax error": (["{}/syntax.py"], "{}/syntax.py:2: invalid syntax"),
     "an error in a file": (["{}/raises.py"], "{}/raises.py:2: ZeroDivisionError: integer division or modulo by zero"),
-    "heads": (["--n_embd=66", "--n_head=4"], "n_embd = 66 (command line): must be divisible by n_head = 4; 64 is"),
+    "heads": (["--n_embd=66", "--n_head=4"], "n_embd = 66 (command line): must be divisible by n_head = 4; set 64"),
 }
 
 
@@ -51,18 +51,18 @@ def test_several_problems_are_told_at_once(configs):
 
 def test_accumulation_that_the_ranks_cannot_share(tmp_path, data):
     told = refused(tmp_path, data, ranks=2, gradient_accumulation_steps=3)
-    rule = "must be divisible by the 2 ranks that share it; set 2 or 4"
+    rule = "must be divisible by the number of ranks, 2; set 2 or 4"
     assert told.endswith(f"gradient_accumulation_steps = 3 (command line): {rule}")
 
 
 @pytest.mark.parametrize(
     "settings, told",
     [
-        ({"dtype": "float16"}, "dtype = 'float16': a CPU lacks it; use bfloat16 or float32"),
+        ({"dtype": "float16"}, "dtype = 'float16': not supported on CPUs; use bfloat16 or float32"),
         ({"device": "cuda:7"}, "device = 'cuda:7': 0 GPUs are visible; use fewer ranks, or --device=cpu"),
         ({"device": "tpu"}, "device = 'tpu': unknown; write auto, cpu, cuda, cuda:1 or mps"),
-        ({"device": "mps"}, "device = 'mps': this machine has none; use --device=cpu"),
-        ({"backend": "nccl"}, "backend = 'nccl': needs GPUs, this run is on cpu; leave it at auto"),
+        ({"device": "mps"}, "device = 'mps': not available on this machine; use --device=cpu"),
+        ({"backend": "nccl"}, "backend = 'nccl': needs GPUs, this run is on cpu; set --backend=auto"),
     ],
 )
 def test_what_the_machine_lacks(tmp_path, data, settings, told):
@@ -73,9 +73,9 @@ def test_what_the_machine_lacks(tmp_path, data, settings, told):
 
 
 def test_resume_without_a_checkpoint(tmp_path, data):
-    fix = "start with --init_from=scratch, or name the run's --out_dir"
+    fix = "start with --init_from=scratch, or set --out_dir to the run's folder"
     told = refused(tmp_path, data, ranks=2, gradient_accumulation_steps=2, init_from="resume")
-    assert told == f"init_from = 'resume': {tmp_path} holds no checkpoint; {fix}"
+    assert told == f"init_from = 'resume': {tmp_path} has no checkpoint; {fix}"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_offered(tmp_path, da
     told = refused(copy, data, ranks=2, gradient_accumulation_steps=2, init_from="resume")
     before = copy / "checkpoints" / "step_000015"
     what = f"model.pt has {size // 2:,} of {size:,} bytes"
-    assert told == f"{newest} is damaged: {what}; remove that folder ({before} is whole and is taken then)"
+    assert told == f"{newest} is damaged: {what}; remove that folder (the run then resumes from {before.name})"
     shutil.rmtree(newest)
     assert "step_000015" in train(copy, data, init_from="resume")
 
@@ -107,8 +107,8 @@ def test_bytes_that_rotted_in_a_checkpoint(tmp_path, data, finished):
     path.write_bytes(content)
     for ranks in (0, 2):
         told = refused(copy, data, ranks=ranks, gradient_accumulation_steps=2, init_from="resume")
-        assert told.startswith(f"{path.parent} is damaged: model.pt is not what was written (its CRC-32 is ")
-        assert told.endswith("step_000015 is whole and is taken then)")
+        assert told.startswith(f"{path.parent} is damaged: model.pt does not match its checksum (CRC-32 ")
+        assert told.endswith("(the run then resumes from step_000015)")
 
 
 def test_resume_with_another_shape(data, finished):
@@ -131,10 +131,10 @@ def small_disk(tmp_path):
 def test_a_disk_that_gets_full_leaves_what_was_saved(small_disk, data, ranks):
     settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "eval_interval": 5}
     told = refused(small_disk, data, ranks=ranks, **settings)
-    whole = Checkpoints(str(small_disk)).whole()
+    whole = Checkpoints(str(small_disk)).intact()
     assert whole and Checkpoints(str(small_disk)).newest()[0] == whole[-1]
-    kept = f"({whole[-1]} is whole, --init_from=resume goes on from it)"
-    assert "No space left on device; make room or choose another --out_dir" in told and told.endswith(kept)
+    kept = f"(--init_from=resume continues from {whole[-1]})"
+    assert "No space left on device; free some space or choose another --out_dir" in told and told.endswith(kept)
 
 
 def test_a_disk_that_became_read_only(small_disk, data):
@@ -142,7 +142,7 @@ def test_a_disk_that_became_read_only(small_disk, data):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     told = refused(small_disk, data, init_from="resume", max_iters=40)
     assert told.startswith(str(small_disk))
-    assert told.endswith(": Read-only file system; make room or choose another --out_dir")
+    assert told.endswith(": Read-only file system; free some space or choose another --out_dir")
     assert Checkpoints(str(small_disk)).newest()[1]["step"] == 30
 
 
@@ -150,9 +150,8 @@ def test_another_vocabulary_than_the_checkpoints(finished, make_data):
     other = make_data([i % 50 for i in range(400)], vocab_size=50)
     told = refused(finished, other, init_from="resume")
     folder = finished / "checkpoints" / "step_000030"
-    what = f"dataset = '{other}' has those of 'char' (50 ids) or another vocabulary"
-    fix = "name the data set that the run started with"
-    assert told == f"{folder} was trained on tokens of 'byte' (257 ids), {what}; {fix}"
+    rule = f"trained with tokenizer 'byte' (257 ids), which is not that of dataset = '{other}' ('char', 50 ids)"
+    assert told == f"{folder} was {rule}; use the run's own data set"
 
 
 def test_data_that_is_not_there_or_too_short(tmp_path, data, make_data):

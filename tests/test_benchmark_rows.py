@@ -1,13 +1,11 @@
-"""The arithmetic of a benchmark: parts of a step from a trace, verdicts, memory, and what a failure said."""
+"""The arithmetic of a benchmark: parts of a step from a trace, verdicts, memory, and the reason of a failure."""
 
 from typing import Any
 
 import pytest
 
-from training.benchmark import breakdown, launches, report, rows, strategies, table
-from training.benchmark.launches import Ended, Failure
-from training.benchmark.rounds import Case
-from training.errors import UserError
+from tools import benchmark_launches, benchmark_page, benchmark_probe, benchmark_report
+from tools.benchmark_launches import Case, strategy_case
 
 STEPS: list[dict[str, Any]] = [
     {"step": n, "loss": 5 - n / 10, "grad_norm": 1.0, "mfu": None, "peak_memory_bytes": 9} for n in range(6)
@@ -19,33 +17,29 @@ RUN: list[dict[str, Any]] = [
 
 
 def event(name: str, start: float, end: float, cat: str = "cpu_op", tid: int = 1) -> dict:
-    """Milliseconds."""
-    return {"name": name, "cat": cat, "ts": start * 1e3, "dur": (end - start) * 1e3, "tid": tid}
+    """start and end in milliseconds."""
+    return {"ph": "X", "name": name, "cat": cat, "ts": start * 1e3, "dur": (end - start) * 1e3, "tid": tid}
 
 
-MARKS = [
-    event(name, start, end, "user_annotation")
-    for name, start, end in (("step", 0, 100), ("forward", 5, 30), ("backward", 30, 70))
-]
+STEP = event("step 5", 0, 100, "user_annotation")
 ON_A_CPU = [
-    *MARKS,
+    STEP,
+    event("aten::mm", -10, -5),  # before the step
     event("aten::mm", 6, 29),
-    event("gloo:all_reduce", 20, 25, tid=2),  # beside a matmul: hidden
+    event("gloo:all_reduce", 20, 25, tid=2),  # hidden by a matmul
     event("aten::mm", 31, 50),
-    event("gloo:all_reduce", 45, 65, tid=2),  # from 50 on nothing is computed
-    event("autograd::engine::evaluate_function", 31, 65),  # around the waiting: no computing itself
-    event("aten::mm", 60, 62, tid=2),  # of another thread
+    event("gloo:all_reduce", 45, 65, tid=2),  # nothing is computed from 50 on
+    event("autograd::engine::evaluate_function", 31, 65),  # includes the wait, so it is not computation
+    event("aten::mm", 60, 62, tid=2),  # another thread
     event("aten::add_", 71, 90),
-    event("swap", 90, 98, "user_annotation"),
 ]
 ON_A_GPU = [
-    *MARKS,
+    STEP,
     event("aten::mm", 5, 70),  # waits for its kernel
     event("kernel_mm", 6, 30, "kernel", 7),
     event("ncclDevKernel_AllGather", 10, 34, "kernel", 13),
     event("kernel_mm", 34, 60, "kernel", 7),
     event("Memcpy DtoH (Device -> Pinned)", 55, 68, "gpu_memcpy", 9),
-    event("Memcpy HtoD (Pageable -> Device)", 1, 3, "gpu_memcpy", 9),  # of the batch: not in a part
     event("Memcpy DtoD (Device -> Device)", 80, 81, "gpu_memcpy", 9),
 ]
 
@@ -53,23 +47,20 @@ ON_A_GPU = [
 @pytest.mark.parametrize(
     "trace, expected",
     [
-        (ON_A_CPU, {"forward": 25, "backward": 25, "communication": 15, "optimizer": 22, "offload": 8, "other": 5}),
-        (ON_A_GPU, {"forward": 25, "backward": 28, "communication": 4, "optimizer": 30, "offload": 8, "other": 5}),
+        (ON_A_CPU, {"computation": 61, "communication": 15, "offload": 0, "other": 24}),
+        (ON_A_GPU, {"computation": 51, "communication": 4, "offload": 8, "other": 37}),
     ],
     ids=["CPU", "GPU"],
 )
 def test_the_parts_of_a_step(trace, expected):
-    (found,) = breakdown.parts(trace)
-    assert found == pytest.approx(expected) and sum(found.values()) == pytest.approx(100)
-    assert breakdown.mean([found, dict.fromkeys(breakdown.PARTS, 0.0)]) == pytest.approx(
-        {name: ms / 2 for name, ms in expected.items()}
-    )
+    assert benchmark_probe.break_down(trace) == pytest.approx(expected)
+    assert tuple(expected) == benchmark_probe.PARTS
 
 
 def case(name: str, shift: float = 0, slower: float = 1) -> Case:
-    """Of a run like RUN, its losses moved and its steps slower."""
+    """A case whose run is like RUN, with other losses and slower steps."""
     run = [{**row, "loss": row["loss"] + shift, "step_ms": row["step_ms"] and row["step_ms"] * slower} for row in RUN]
-    return Case(name, 2, strategies.of(name, 2), [run], [1.5])
+    return Case(name, 2, [], [], runs=[run], starts=[1.5])
 
 
 @pytest.mark.parametrize(
@@ -80,67 +71,96 @@ def case(name: str, shift: float = 0, slower: float = 1) -> Case:
     ],
 )
 def test_the_verdict(dtype, shift, verdict):
-    base, other = rows.of_cases([case("ddp"), case("zero2", shift, slower=2)], dtype)
+    base, other = benchmark_report.make_rows([case("ddp"), case("zero2", shift, slower=2)], dtype)
     assert base["verdict"] == "baseline" and other["verdict"] == verdict
     assert base["step_ms"] == 100 and other["steps_per_second_ratio"] == 0.5
     assert base["tokens_per_second"] == 1000 and base["tokens_per_second_quartiles"] == pytest.approx([11e3 / 12, 1125])
 
 
-def test_what_fails_first_is_no_baseline():
-    broken = Case("ddp", 2, strategies.of("ddp", 2), failure=Failure("failed", "no disk"))
-    found = rows.of_cases([broken, case("zero1"), case("zero2")], "float32")
-    assert [row.get("verdict") for row in found] == [None, "baseline", "same"]
-    assert table.failures(found) == ["ddp: failed: no disk"]
-    told = report.summary({"rows": found})
-    assert told == "2 of 3 ran to their end. 1 of 1 have the loss of zero1; the largest difference is 0.0e+00."
+def test_a_strategy_that_differs_fails_and_says_where():
+    rows = benchmark_report.make_rows([case("ddp"), case("zero2", 0.5)], "float32")
+    (last,) = benchmark_page.failures(rows)
+    assert (rows[1]["status"], rows[1]["tokens_per_second"]) == ("DIFFERS", 1000)
+    assert last.startswith(f"zero2: DIFFERS: at step {RUN[0]['step']}, loss {RUN[0]['loss'] + 0.5:.6f}, gradient norm ")
 
 
-def note(optimizer_states: int, peak: int, host: int = 0) -> dict:
-    """Of a GPU rank, all of whose other model state is 100 bytes of parameters and 100 of gradients."""
-    held = {"buffers": 10, "parameters": 100, "gradients": 100, "optimizer_states": optimizer_states}
-    on_host = {"buffers": 0, "parameters": 0, "gradients": 0, "optimizer_states": host}
-    whole = {"memory": {"cuda": held, "cpu": on_host}, "device": "cuda", "interpreter_bytes": 5000}
-    peaks = {"peak_device_bytes": peak, "peak_host_bytes": 7000}
-    return {**whole, **peaks, "expected_bytes": 1000, "parameter_count": 50}
+NORMS = [("float32", 1.0002, "DIFFERS"), ("float32", 1.00005, "same"), ("bfloat16", 1.5, "same within bfloat16")]
 
 
-def test_memory_is_of_the_rank_that_has_most():
-    found = rows.of_memory([note(300, 900), note(400, 800, host=400)])
-    assert found["memory"]["activations"] == 800 - 610 and found["memory"]["interpreter"] == 0
-    assert (found["peak_device_bytes"], found["peak_bytes_by_rank"]) == (900, [900, 800])
-    assert (found["model_state_bytes"], found["measured_to_expected"], found["buffer_bytes"]) == (1000, 1.0, 10)
-    assert found["host_memory"]["optimizer_states"] == 400
+@pytest.mark.parametrize("dtype, scale, verdict", NORMS)
+def test_a_gradient_norm_that_is_too_far(dtype, scale, verdict):
+    other = case("zero2")
+    other.runs[0][4]["grad_norm"] *= scale
+    row = benchmark_report.make_rows([case("ddp"), other], dtype)[1]
+    assert row["verdict"] == verdict
+    if verdict == "DIFFERS":
+        assert row["error"].startswith("at step 4, loss 4.600000, gradient norm 1.0002; ddp has 4.600000 and 1.0; ")
+
+
+def test_the_baseline_is_the_first_strategy_that_works():
+    broken = Case("ddp", 2, [], [], status="failed", error="no disk")
+    rows = benchmark_report.make_rows([broken, case("zero1"), case("zero2")], "float32")
+    assert [row["verdict"] for row in rows] == ["failed", "baseline", "same"]
+    lines = benchmark_page.text_table(rows, benchmark_page.COMPARED).splitlines()
+    assert lines[1].split() == ["ddp", "2", "failed"] and lines[-1] == "ddp: failed: no disk"
+
+
+def note(model_state: int, peak: int, **rates: float) -> dict:
+    """What the probe of a GPU rank measured."""
+    peaks = {"peak_device_bytes": peak, "peak_host_bytes": 7000, "process_bytes": 5000}
+    rates = {"matmul_flops": 1e12, "flops_per_token": 1e8, **rates}
+    return {"model_state_bytes": model_state, **peaks, **rates, "breakdown_ms": {"other": peak / 100}}
+
+
+def test_a_probed_row_is_that_of_the_rank_with_the_largest_model_state():
+    measured = case("ddp")
+    measured.notes = [note(300, 900), note(400, 800)]
+    (row,) = benchmark_report.make_rows([measured], "bfloat16")
+    assert (row["model_state_bytes"], row["peak_device_bytes"], row["breakdown_ms"]) == (400, 900, {"other": 8.5})
+    assert row["ceiling_flops"] == 2e12 and row["ceiling_share"] == 1000 * 1e8 / 2e12
+
+
+def test_model_state_is_all_but_buffers_on_both_devices():
+    census = {"cuda": {"buffers": 10, "parameters": 100, "gradients": 20}, "cpu": {"optimizer_states": 400}}
+    assert benchmark_probe.model_state(census) == 520
+
+
+def test_the_machine_is_measured_by_the_cases_with_most_ranks():
+    single, ddp = case("single"), case("ddp")
+    single.notes = [note(1, 1, matmul_flops=9e12)]
+    ddp.notes = [note(1, 1, matmul_flops=flops, link_bytes_per_second=1e9) for flops in (1e12, 3e12)]
+    flops = {"matmul_flops": {"bfloat16": 2e12}, "link_bytes_per_second": 1e9}
+    assert benchmark_report.machine([single, ddp], "bfloat16") == {"process_bytes": 5000, **flops}
+    one = {"process_bytes": 5000, "matmul_flops": {"bfloat16": 9e12}}
+    assert benchmark_report.machine([single], "bfloat16") == one
+    assert benchmark_report.machine([case("ddp")], "bfloat16") == {}
+
+
+KILLED = "launch.ranks: rank 0 ended with signal 9 (SIGKILL): killed by hand, or out of memory (see dmesg)"
 
 
 @pytest.mark.parametrize(
-    "said, told",
+    "output, status, error",
     [
-        (["x", "error: no disk", "launch.py: rank 1 ended"], Failure("failed", "no disk")),
-        (["error: 2 problems in the settings", "  a = 1: bad", "  b = 2: bad"], Failure("failed", "a = 1: bad")),
-        (["Traceback", "[rank1]: ValueError: x", "launch.py: rank 1 ended"], Failure("failed", "ValueError: x")),
-        (
-            ["error: rank 0: CUDA out of memory. Tried to", "  by formula", "  to try, in this order:", "    --a=1"],
-            Failure("out of memory", "rank 0: CUDA out of memory. Tried to; try --a=1"),
-        ),
-        (
-            ["launch.py: rank 0 ended with signal 9 (SIGKILL): killed by hand, or for memory (see dmesg)"],
-            Failure(
-                "out of memory",
-                "launch.py: rank 0 ended with signal 9 (SIGKILL): killed by hand, or for memory (see dmesg)",
-            ),
-        ),
-        ([], Failure("failed", "ended with status 9, without a word")),
+        (["x", "error: no disk", "launch.ranks: rank 1 ended"], "failed", "no disk"),
+        (["error: 2 problems in the settings", "  a = 1: bad", "  b = 2: bad"], "failed", "a = 1: bad"),
+        (["Traceback", "[rank1]: ValueError: x", "launch.ranks: rank 1 ended"], "failed", "ValueError: x"),
+        (["x", "error: rank 0: CUDA out of memory. Tried"], "out of memory", "rank 0: CUDA out of memory. Tried"),
+        (["error: no disk", KILLED], "failed", "no disk"),
+        ([KILLED], "out of memory", KILLED),
+        ([], "failed", "exit status 9 without output"),
     ],
 )
-def test_a_failed_launch_in_a_line(said, told):
-    assert launches.failure(Ended(9, said)) == told and launches.failure(Ended(0, said)) is None
+def test_the_reason_of_a_failed_launch(output, status, error):
+    assert benchmark_launches.explain(output, 9).args == (status, error)
 
 
-def test_strategies_are_scripts_and_arguments():
-    assert strategies.of("single", 8).ranks == 1
-    hsdp, zero = strategies.of("fsdp_hsdp", 8), strategies.of("zero3_offload", 8)
-    assert hsdp.script == ("train.py", "--strategy=fsdp", "--shard_ranks=4")
-    assert zero.script[1] == "--deepspeed_config=deepspeed_configs/zero3_offload_config.json"
-    assert zero.takes("--nvme_path=/x") and not hsdp.takes("--nvme_path=/x") and hsdp.takes("config/train_debug.py")
-    with pytest.raises(UserError, match="did you mean fsdp_offload"):
-        strategies.find(["ddp", "fsdp_ofload"], 2)
+def test_the_command_of_a_launch():
+    launcher, arguments = ["-m", "LAUNCHER"], ["config/x.py", "--nvme_path=/x", "--seed=1"]
+    hsdp = strategy_case("fsdp_hsdp", 8, launcher, arguments)
+    assert hsdp.launcher[1:] == launcher
+    assert hsdp.script == ["train.py", "config/x.py", "--seed=1", "--strategy=fsdp", "--shard_ranks=4"]
+    json = "--deepspeed_config=deepspeed_configs/zero3_offload_config.json"
+    assert strategy_case("zero3_offload", 8, launcher, arguments).script == ["train_deepspeed.py", *arguments, json]
+    single = strategy_case("single", 1, launcher, arguments)
+    assert single.launcher[1:] + single.script == ["-m", "launch.ranks", "1", "train.py", "config/x.py", "--seed=1"]

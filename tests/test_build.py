@@ -1,4 +1,4 @@
-"""ZeRO-3 and FSDP2 build a model that no rank ever holds whole, bit for bit the one of a single process."""
+"""Under ZeRO-3 and FSDP2 no rank ever holds the whole model, and its weights are bit-identical to one process's."""
 
 import json
 import os
@@ -9,19 +9,19 @@ import pytest
 
 from tests.running import ROOT, TINY, command, zero_json
 
-# On every rank: the peak of its memory while the model is built, above what it had before; the main one prints all.
+# Every rank measures its peak memory while the model is built, minus its memory before; rank 0 prints all of them.
 CODE = """
 import dataclasses, gc, importlib, json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from model import initial_value
-from training import deepspeed_config, distributed, ending
+from training import deepspeed_config, distributed
 from training.batches import Batches
-from training.config import parse
+from training.config import PlainTrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig
-from training.origin import Origin
-from training.sharding import PlainTrainConfig, own
+from training.init import InitState
+from training.fsdp import local_part
 
 BEFORE = [0]
 script = importlib.import_module(sys.argv.pop(1))
@@ -32,65 +32,65 @@ def memory(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 class Trainer(script.Trainer):
-    def fill(self, origin):
-        super().fill(origin)
+    def fill(self, init):
+        super().fill(init)
         gc.collect()
         self.peak = memory("VmHWM") - BEFORE[0]
 
 def main():
     cfg = parse(DeepSpeedTrainConfig if zero else PlainTrainConfig, sys.argv[1:], "")
-    with distributed.start("cpu", "auto", alone=True) as ranks:
+    with distributed.start("cpu", "auto", process_group=True) as ranks:
         batches = Batches(cfg, ranks)
-        origin, config = Origin(cfg.model_config(257)), []
+        init, config = InitState(cfg.model_config(257)), []
         if zero:
             json_file = deepspeed_config.read(cfg.deepspeed_config)
-            config = [deepspeed_config.resolve(cfg, ranks, origin.model, json_file, torch.float32)]
-        small = Origin(dataclasses.replace(origin.model, n_layer=1, n_embd=16))
-        Trainer(cfg, ranks, batches, small, torch.float32, *config)  # what it imports is no part of the model
+            config = [deepspeed_config.resolve(cfg, ranks, init.model, json_file, torch.float32)]
+        small = InitState(dataclasses.replace(init.model, n_layer=1, n_embd=16))
+        Trainer(cfg, ranks, batches, small, torch.float32, *config)  # so that imports do not count as the model
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
         BEFORE[0] = memory("VmRSS")
-        trainer = Trainer(cfg, ranks, batches, origin, torch.float32, *config)
+        trainer = Trainer(cfg, ranks, batches, init, torch.float32, *config)
         whole = initial = 0
         for name, parameter in trainer.model.named_parameters():
             if zero:
                 assert parameter.numel() == 0 or parameter.ds_persist, name
                 with trainer.deepspeed.zero.GatheredParameters(parameter):
-                    value = initial_value(name, parameter.shape, origin.model, cfg.seed)
+                    value = initial_value(name, parameter.shape, init.model, cfg.seed)
                     initial += torch.equal(parameter, value)
             else:
-                value, (mine, start) = initial_value(name, parameter.shape, origin.model, cfg.seed), own(parameter)
+                value, (mine, start) = initial_value(name, parameter.shape, init.model, cfg.seed), local_part(parameter)
                 assert mine.numel() <= -(-len(value) // ranks.world_size) * value[0].numel(), name
                 initial += torch.equal(mine.flatten(), value.flatten()[start : start + mine.numel()])
             whole += value.numel() * 4
         peaks = [None] * ranks.world_size
         dist.all_gather_object(peaks, trainer.peak)
         if ranks.main:
-            print(json.dumps({"whole": whole, "peaks": peaks, "same": initial}))
+            print(json.dumps({"whole": whole, "peaks": peaks, "identical": initial}))
 
-ending.run(main)
+distributed.run(main)
 """
 
 
-OF: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"strategy": "fsdp"},
     "train_deepspeed": {"deepspeed_config": zero_json("zero3")},
 }
 
 
-@pytest.mark.parametrize("name", OF)
-def test_the_model_is_never_whole_and_its_weights_are_those_of_one_process(data, tmp_path, name):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_model_is_never_whole_and_has_the_weights_of_one_process(data, tmp_path, name):
     script = tmp_path / "script.py"
     script.write_text(CODE)
     settings = {**TINY, "dataset": data, "out_dir": tmp_path, "n_layer": 12, "n_head": 8, "n_embd": 512}
-    settings |= {**OF[name], "gradient_accumulation_steps": 4}
+    settings |= {**SETTINGS[name], "gradient_accumulation_steps": 4}
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is given back: fragments would count as the model
+    env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # return freed memory to the system: fragments would count as the model
     arguments = command(str(script), name, ranks=4, **settings)
     done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["same"] == 12 * 6 + 3, "a parameter starts from other values"
+    assert found["identical"] == 12 * 6 + 3, "a parameter has different initial values"
     assert found["whole"] > 150e6
-    for peak in found["peaks"]:  # a quarter is its own; a few parameters are in the air
+    for peak in found["peaks"]:  # its own quarter, and a few gathered parameters
         assert peak < 0.5 * found["whole"], found

@@ -1,4 +1,4 @@
-"""The hosts of tests go away, whatever happens."""
+"""Hosts made for tests are removed, even when a test is killed."""
 
 import signal
 import subprocess
@@ -8,7 +8,7 @@ from tests import cluster
 from tests.running import ROOT
 
 
-def test_hosts_of_a_test_that_was_killed_are_gone_with_the_next(tmp_path):
+def test_the_hosts_of_a_killed_test_are_removed_by_the_next(tmp_path):
     cluster.require()
     for name in ("killed", "next"):
         (tmp_path / name).mkdir()

@@ -1,17 +1,19 @@
 """Settings: nanoGPT's files and command lines, --help, and the recipes."""
 
 import dataclasses
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from model import GPTConfig
 from tests.running import ROOT, run
-from training.config import parse
+from training.config import PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig, read, strategy_of
 from training.errors import ConfigError
-from training.sharding import PlainTrainConfig
-from training.train_config import TrainConfig
 
 RECIPES = sorted((ROOT / "config").glob("*.py"))
 # in the manner of nanoGPT's config files
@@ -51,6 +53,28 @@ def test_nanogpts_files_and_command_lines(tmp_path):
     assert (cfg.block_size, cfg.dropout, cfg.compile, cfg.wandb_run_name[:3]) == (64, 0.0, False, "ft-")
 
 
+def test_what_deepspeeds_launcher_and_its_users_add():
+    file = str(ROOT / "deepspeed_configs" / "zero1_config.json")
+    argv = ["--local_rank=1", str(RECIPES[0]), "--deepspeed", "--deepspeed_config", file]
+    assert parse(DeepSpeedTrainConfig, argv, "").deepspeed_config == file
+    assert settings("--local-rank=0", "--batch-size=3").batch_size == 3
+    assert "belongs to train_deepspeed.py" in problems("--deepspeed", "--deepspeed_config", "a.json")
+
+
+def test_a_json_is_not_a_config_file(tmp_path):
+    (tmp_path / "ds.json").write_text("{}")
+    path = tmp_path / "ds.json"
+    fix = f"{path}: is not a config file; write train_deepspeed.py --deepspeed_config={path}"
+    assert fix in problems(str(path))
+
+
+def test_a_config_file_that_overrides_the_command_line_says_so(tmp_path, capsys):
+    (tmp_path / "x.py").write_text("batch_size = 4\nblock_size = 8\n")
+    assert settings("--batch_size=2", str(tmp_path / "x.py"), "--block_size=16").batch_size == 4
+    note = f"note: {tmp_path / 'x.py'}:1 sets batch_size = 4 after the command line did; the later one wins\n"
+    assert capsys.readouterr().out == note
+
+
 def test_nanogpts_keys_have_its_defaults():
     """As its train.py gives them; those that it detects from the machine are `auto` here."""
     theirs = {
@@ -87,6 +111,17 @@ def test_help_lists_every_key_with_type_default_and_meaning():
         lines = re.findall(r"^  --\w+ +(?:str|int|float|bool) +\S* +\S.*$", done.stdout, re.M)
         assert len(lines) == count
         assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("script", ["train.py", "train_deepspeed.py", "sample.py"])
+def test_help_whose_reader_has_gone_ends_without_a_traceback(script):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 ABOVE_0 = "eval_interval eval_iters log_interval keep_checkpoints gradient_accumulation_steps batch_size block_size"
@@ -154,7 +189,7 @@ def test_a_setting_without_its_dashes():
 
 def test_accumulation_is_divided_by_the_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "must be divisible by the 3 ranks that share it; set 39 or 42" in problems()
+    assert "must be divisible by the number of ranks, 3; set 39 or 42" in problems()
     assert settings("--gradient_accumulation_steps=42").gradient_accumulation_steps == 42
 
 

@@ -1,12 +1,15 @@
-"""The prepare scripts, run as users run them, and data sets as training opens them."""
+"""The prepare scripts, run as users run them, and opening the data sets that they write."""
 
 import json
-import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow
@@ -15,9 +18,10 @@ import pytest
 
 from data.dataset import open_dataset
 from data.errors import DataError
+from data.openwebtext import prepare as openwebtext
+from data.prepare import Writer, run
 from data.tokenizer import TIKTOKEN, BPETokenizer, ByteTokenizer, CharTokenizer, tokenizer_from
-from data.writer import Writer, dtype_of
-from tests.running import ROOT, prepare, started_with
+from tests.running import ROOT, prepare
 
 TEXT = "To be, or not to be:\nthat is the question — Ωmega 🙂.\n"
 
@@ -30,7 +34,7 @@ def test_shakespeare_by_character_has_nanogpts_counts(tmp_path, shakespeare):
     output = prepare("shakespeare_char", "--input", shakespeare, "--out", tmp_path)
     assert "train 1,003,854 tokens, val 111,540 tokens, vocabulary 65" in output
     dataset = open_dataset(tmp_path)
-    assert (dataset.train_tokens, dataset.val_tokens, dataset.vocab_size) == (1003854, 111540, 65)
+    assert (dataset.tokens, dataset.vocab_size) == ({"train": 1003854, "val": 111540}, 65)
     ids = np.concatenate([ids_of(tmp_path, "train"), ids_of(tmp_path, "val")])
     assert dataset.tokenizer.decode(ids.tolist()) == shakespeare.read_text()
 
@@ -42,14 +46,18 @@ def test_shakespeare_by_bpe_has_nanogpts_counts(tmp_path, shakespeare, bpe_files
     assert dataset.tokenizer.decode(ids_of(tmp_path, "val").tolist()).startswith("?\n\nGREMIO:")
 
 
-def test_the_standard_library_is_the_same_each_time_and_split_by_file(tmp_path):
+def test_pythons_documentation_is_prose_and_the_same_each_time(tmp_path):
     for name in ("one", "two"):
-        prepare("python_stdlib", "--out", tmp_path / name)
+        prepare("python_docs", "--out", tmp_path / name)
     for file in ("train.bin", "val.bin", "meta.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    train, val = (ids_of(tmp_path / "one", split) for split in ("train", "val"))
-    assert len(train) > 5_000_000 and 0.02 < len(val) / len(train) < 0.1
-    assert train[-1] == val[-1] == 256 and (val == 256).sum() > 20
+    decode = open_dataset(tmp_path / "one").tokenizer.decode
+    train, val = (decode(ids_of(tmp_path / "one", split).tolist()) for split in ("train", "val"))
+    assert len(train) > 500_000 and 0.02 < len(val) / len(train) < 0.1
+    paragraphs = [text.removesuffix("\n\n").split("\n\n") for text in (train, val)]
+    assert not set(paragraphs[0]) & set(paragraphs[1]) and len(set(paragraphs[0])) == len(paragraphs[0]) > 3000
+    assert all(re.fullmatch("[A-Z].{59,}[.]", paragraph) for paragraph in chain(*paragraphs))
+    assert (train + val).isascii() and not re.search("  |[^\n]\n[^\n]|[0-9<>={}@`*]", train + val)
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer(TEXT), BPETokenizer("gpt2")])
@@ -72,8 +80,14 @@ def test_the_table_of_bpe_vocabularies_is_tiktokens(bpe_files):
     assert TIKTOKEN["gpt2"] == (encoding.n_vocab, encoding.eot_token)
 
 
-def test_ids_are_as_wide_as_the_vocabulary_needs():
-    assert [dtype_of(size).name for size in (257, 50257, 65536, 65537, 200019)] == ["uint16"] * 3 + ["uint32"] * 2
+@pytest.mark.parametrize("vocab_size, dtype", [(257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, vocab_size, dtype):
+    tokenizer = CharTokenizer("".join(chr(2**16 + i) for i in range(vocab_size)))  # beyond the surrogates
+    with Writer(tmp_path, tokenizer, "made") as writer:
+        for split in ("train", "val"):
+            writer.write(split, np.array([vocab_size - 1]))
+    assert open_dataset(tmp_path).dtype.name == dtype
+    assert ids_of(tmp_path, "val").tolist() == [vocab_size - 1]
 
 
 def test_wide_ids_survive_and_ids_out_of_range_do_not(tmp_path):
@@ -84,7 +98,7 @@ def test_wide_ids_survive_and_ids_out_of_range_do_not(tmp_path):
     assert open_dataset(tmp_path).dtype == "<u4"
     assert ids_of(tmp_path, "train").tolist() == [*ids, 199999]
     with (
-        pytest.raises(DataError, match="ids from 0 to 300: 'byte' has those from 0 to 256"),
+        pytest.raises(AssertionError, match="ids to 300, vocabulary of 257"),
         Writer(tmp_path, ByteTokenizer(), "made") as writer,
     ):
         writer.write("train", np.array([0, 300]))
@@ -103,60 +117,81 @@ def parquet(tmp_path) -> Path:
     return folder
 
 
-def test_web_text_does_not_depend_on_the_workers_and_is_whole(tmp_path, parquet, bpe_files):
-    for workers in (1, 3):
-        out = tmp_path / str(workers)
-        prepare("fineweb_edu", "--input", parquet, "--out", out, "--workers", workers)
-        assert {path.name for path in out.iterdir()} == {"train.bin", "val.bin", "meta.json"}
-    for file in ("train.bin", "val.bin", "meta.json"):
-        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "3" / file).read_bytes()
-    ids = np.concatenate([ids_of(tmp_path / "1", split) for split in ("train", "val")])
+def test_web_text_is_complete_and_in_order(tmp_path, parquet, bpe_files):
+    prepare("fineweb_edu", "--input", parquet, "--out", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.bin", "val.bin", "meta.json"}
+    ids = np.concatenate([ids_of(tmp_path / "out", split) for split in ("train", "val")])
     assert (ids == 50256).sum() == 2000
-    assert 1 <= (ids_of(tmp_path / "1", "val") == 50256).sum() < 10
+    assert 1 <= (ids_of(tmp_path / "out", "val") == 50256).sum() < 10
+    text = open_dataset(tmp_path / "out").tokenizer.decode(ids_of(tmp_path / "out", "train").tolist())
+    places = [(int(file), int(row)) for row, file in re.findall(r"<\|endoftext\|>Document (\d+) of file (\d)", text)]
+    assert len(places) > 1980 and places == sorted(places)
 
 
-def test_a_killed_preparation_goes_on_where_it_was(tmp_path, parquet, bpe_files):
-    prepare("openwebtext", "--input", parquet, "--out", tmp_path / "whole", "--workers", 1)
+def test_files_of_the_hub_are_downloaded_and_deleted_at_the_end(tmp_path, parquet, bpe_files, monkeypatch):
+    """The hub's own parquet conversion is used if the authors published another format."""
+    out = tmp_path / "out"
+
+    def list_repo_files(repository: str, repo_type: str, revision: str) -> list[str]:
+        return ["README.md"] if revision == "main" else [f"plain_text/{path.name}" for path in parquet.iterdir()]
+
+    def snapshot_download(repository: str, allow_patterns: list[str], revision: str, local_dir: str, **_: str) -> None:
+        assert (repository, revision) == ("Skylion007/openwebtext", "refs/convert/parquet")
+        for name in allow_patterns:
+            (Path(local_dir) / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(parquet / Path(name).name, Path(local_dir) / name)
+
+    monkeypatch.setattr("huggingface_hub.get_session", MagicMock())
+    monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("sys.argv", ["prepare.py", "--out", str(out), "--files", "4"])
+    run(lambda parser: openwebtext.main(parser, "Skylion007/openwebtext", "plain_text"), openwebtext.__file__, "")
+    prepare("openwebtext", "--input", parquet, "--out", tmp_path / "local", "--files", 4)
+    assert {path.name for path in out.iterdir()} == {"train.bin", "val.bin", "meta.json"}
+    for file in ("train.bin", "val.bin", "meta.json"):
+        assert (out / file).read_bytes() == (tmp_path / "local" / file).read_bytes()
+
+
+def test_a_killed_preparation_resumes(tmp_path, parquet, bpe_files):
+    prepare("openwebtext", "--input", parquet, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    arguments = ["--input", str(parquet), "--out", str(out), "--workers", "1"]
-    command, env = [sys.executable, "data/openwebtext/prepare.py", *arguments], {**os.environ, "MARK": str(out)}
-    process = subprocess.Popen(command, cwd=ROOT, env=env)
-    while len(list(out.glob("shards/*.json"))) < 2:
+    arguments = ["--input", str(parquet), "--out", str(out)]
+    command = [sys.executable, "data/openwebtext/prepare.py", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while len(list(out.glob("shards/*/meta.json"))) < 2:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.001)
     process.kill()
     process.wait()
     assert not (out / "train.bin").exists()
-    end = time.monotonic() + 5
-    while started_with(f"MARK={out}"):
-        assert time.monotonic() < end, "a worker outlives its parent"
-        time.sleep(0.05)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "of 5 files were tokenized before" in done.stderr
-    for file in ("train.bin", "val.bin"):
-        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    finished = next(out.glob("shards/*/train.bin"))
+    tokens = finished.read_bytes()
+    finished.write_bytes(tokens[::-1])  # to be recognized
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    expected = (tmp_path / "whole" / "train.bin").read_bytes().replace(tokens, tokens[::-1])
+    assert (out / "train.bin").read_bytes() == expected, "the finished file was tokenized again"
+    assert (out / "val.bin").read_bytes() == (tmp_path / "whole" / "val.bin").read_bytes()
 
 
 def test_ones_own_text_of_all_kinds(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(TEXT)
-    (tmp_path / "in" / "b.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(200)))
+    (tmp_path / "in" / "b.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(3000)))
     pyarrow.parquet.write_table(pyarrow.table({"text": ["in", "parquet"]}), tmp_path / "in" / "c.parquet")
     prepare("text", "--input", tmp_path / "in", "--tokenizer", "byte", "--name", "mine", "--out", tmp_path / "out")
     tokenizer = open_dataset(tmp_path / "out").tokenizer
     train, val = (
         tokenizer.decode(ids_of(tmp_path / "out", s).tolist()).split("<|endoftext|>")[:-1] for s in ("train", "val")
     )
-    assert sorted(train + val) == sorted([TEXT, *(f"row {i}" for i in range(200)), "in", "parquet"])
-    assert 10 < len(val) < 35
+    assert sorted(train + val) == sorted([TEXT, *(f"row {i}" for i in range(3000)), "in", "parquet"])
+    assert 200 < len(val) < 400
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "gpt2"])
 def test_a_long_text_is_cut_without_a_trace(tmp_path, tokenizer, bpe_files):
-    """It is read in parts of 4 MiB."""
-    text = "".join(f"Line {i}, of no great length.\n" + "  \n\n\tIndented.\n" * (i % 7 == 0) for i in range(300_000))
+    """Its last tenth, from the beginning of a line, is for validation."""
+    text = "".join(f"Line {i}, of no great length.\n" + "  \n\n\tIndented.\n" * (i % 7 == 0) for i in range(50_000))
     (tmp_path / "long.txt").write_text(text)
-    assert len(text) > 2 * 2**22
     out = tmp_path / "out"
     prepare("text", "--input", tmp_path / "long.txt", "--tokenizer", tokenizer, "--name", "x", "--out", out)
     one = tokenizer_from({"name": tokenizer})
@@ -170,7 +205,7 @@ def test_nanogpts_folders_are_read_as_they_are(tmp_path):
     for split in ("train", "val"):
         np.array([0, 2, 1], "<u2").tofile(tmp_path / f"{split}.bin")
     bare = open_dataset(tmp_path)
-    assert (bare.vocab_size, bare.train_tokens, bare.tokenizer.name) == (50257, 3, "gpt2")
+    assert (bare.vocab_size, bare.tokens["train"], bare.tokenizer.name) == (50257, 3, "gpt2")
     itos = dict(enumerate("abc"))
     meta = {"vocab_size": 3, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
@@ -187,6 +222,6 @@ def test_no_code_in_a_pickle_is_run(tmp_path, capsys):
     for split in ("train", "val"):
         np.array([0, 2, 1], "<u2").tofile(tmp_path / f"{split}.bin")
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": Evil()}))
-    with pytest.raises(DataError, match=r"meta\.pkl is not nanoGPT's: it wants to call builtins\.print"):
+    with pytest.raises(DataError, match=r"meta\.pkl is not a meta\.pkl of nanoGPT: refused to call builtins\.print"):
         open_dataset(tmp_path)
     assert capsys.readouterr().out == ""

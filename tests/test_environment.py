@@ -7,35 +7,31 @@ from pathlib import Path
 
 import pytest
 
-SUDO = "" if os.geteuid() == 0 else "sudo "
 
-
-def test_all_that_debian_has_to_give_is_asked_for_at_once(clone):
-    clone.stub("python", f'case "$*" in *INCLUDEPY*) echo /none ;; *) exec {sys.executable} "$@" ;; esac')
+def test_the_tests_need_a_compiler(clone):
     clone.without("c++")
     status, _, errors = clone.run("./run_tests.sh")
-    fix = f"{SUDO}apt-get install g++ python3-dev libaio-dev"
-    assert (status, errors) == (2, f"run_tests.sh: missing: g++, Python headers, libaio. Install with: {fix}\n")
-    assert clone.ddp("1")[0] == 0  # needs neither
-    clone.env["CXX"] = "python -x"
-    assert "missing: Python headers" in clone.run("./run_tests.sh")[2]
+    assert (status, errors) == (2, "run_tests.sh: no C++ compiler (c++); sudo apt-get install g++ python3-dev\n")
+    assert clone.ddp("1")[0] == 0  # needs none
+
+
+@pytest.mark.parametrize("tests, types, status", [(0, 0, 0), (0, 1, 1), (5, 0, 5), (5, 1, 1)])
+def test_run_tests_fails_where_the_tests_or_the_types_do(clone, tests, types, status):
+    run = f'*" pytest --quick -k x") echo tested; exit {tests} ;; *" mypy "*) echo typed; exit {types} ;;'
+    clone.stub("python", f'case "$*" in {run} *" ruff "*) ;; *) exec {sys.executable} "$@" ;; esac')
+    ended, output, _ = clone.run("./run_tests.sh", "--quick", "-k", "x")
+    assert (ended, output) == (status, "tested\ntyped\n")
 
 
 @pytest.mark.parametrize(
-    "python, message",
-    [
-        ("exit 1", "missing: Python 3.10 or newer. Install with: {}apt-get install python3 python3-venv"),
-        (
-            'case "$*" in *find_spec* | -\\ *) exit 1 ;; *ensurepip*) exit 1 ;; esac',
-            "missing: Python's venv module. Install with: {}apt-get install python3-venv",
-        ),
-    ],
+    "python", ["exit 1", 'case "$*" in *find_spec* | -\\ *) exit 1 ;; *ensurepip*) exit 1 ;; esac']
 )
-def test_a_python_that_cannot_make_an_environment_is_one_message(clone, python, message):
+def test_a_python_that_cannot_make_an_environment_is_one_message(clone, python):
     for name in ("python", "python3"):
         clone.stub(name, python)
     status, _, errors = clone.ddp()
-    assert (status, errors) == (2, f"launch_traditional_ddp.sh: {message.format(SUDO)}\n")
+    message = "Python 3.10 or newer with venv is missing; sudo apt-get install python3 python3-venv"
+    assert (status, errors) == (2, f"launch_traditional_ddp.sh: {message}\n")
     assert not (clone.folder / ".venv").exists()
 
 

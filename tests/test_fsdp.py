@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoints import weights
 from tests.running import TINY, difference, losses, message, run, train, zero_json
-from training import files
+from training import checkpoint
 from training.checkpoint import Checkpoints
-from training.saved_state import open_state
+from training.model_state import open_state
 
 SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 4, "dropout": 0.1, "strategy": "fsdp", "bias": True}
 FORMS: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ def test_every_form_trains_as_one_process(tmp_path, data, single, form, ranks):
     assert len(list(newest.glob("shard_*.pt"))) == 2, "a copy too many, or none"
     ours, theirs = open_state(newest, about), open_state(*Checkpoints(str(single)).newest())
     assert ours.shapes == theirs.shapes
-    for name, weight in theirs.weights().items():
+    for name, weight in weights(theirs).items():
         torch.testing.assert_close(ours.whole(name), weight, rtol=0, atol=1e-5)
 
 
@@ -64,14 +65,16 @@ def test_bf16_stays_near_ddp(tmp_path, data):
     train(ddp, data, ranks=2, **{**settings, "strategy": "auto"})
     train(fsdp, data, ranks=2, **settings)
     assert 0 < difference(ddp, fsdp) < 0.02
-    newest = Checkpoints(str(fsdp)).whole()[-1] / "shard_0000.pt"
-    assert {tensor.dtype for tensor in files.read(newest)["weight"].values()} == {torch.float32}
+    newest = Checkpoints(str(fsdp)).intact()[-1] / "shard_0000.pt"
+    assert {tensor.dtype for tensor in checkpoint.read_torch_file(newest)["weight"].values()} == {torch.float32}
 
 
 def test_what_fsdp_cannot_do_is_said(tmp_path, data):
     wrong = {"strategy": "fdsp", "shard_ranks": 3}
     told = message(run("train.py", ranks=2, **{**TINY, "dataset": data, "out_dir": tmp_path, **wrong}))
     assert "strategy = 'fdsp' (command line): must be one of auto, ddp, fsdp" in told
-    assert "shard_ranks = 3 (command line): must divide the 2 ranks: 0, or one of 1, 2" in told
+    assert "shard_ranks = 3 (command line): must divide the number of ranks, 2: 0, or one of [1, 2]" in told
     told = message(run("train.py", **{**TINY, "dataset": data, "out_dir": tmp_path, "cpu_offload": True}))
-    assert "cpu_offload = True (command line): is FSDP's, strategy is 'auto'; set --strategy=fsdp" in told
+    assert (
+        "cpu_offload = True (command line): applies to FSDP only, and strategy is 'auto'; set --strategy=fsdp" in told
+    )

@@ -1,10 +1,12 @@
-"""launch.py: exit statuses, signals, nothing left behind. Small scripts stand in for train.py."""
+"""launch.ranks: exit statuses, signals, no process left behind. Small scripts stand in for train.py."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,11 @@ def launch(tmp_path):
     """launch(N, code, *arguments): a launcher whose ranks run the code and note their pids in tmp_path."""
     launchers = []
 
-    def start(ranks: int, code: str, *arguments: str) -> subprocess.Popen:
+    def start(ranks: int, code: str, *arguments: str, options: Sequence[str] = ()) -> subprocess.Popen:
         script = tmp_path / "script.py"
         note = f"open({str(tmp_path)!r} + f'/pid-{{os.getpid()}}', 'w').close()\n"
         script.write_text(RANK + note + code)
-        command = [sys.executable, "launch.py", str(ranks), str(script), *arguments]
+        command = [sys.executable, "-m", "launch.ranks", *options, str(ranks), str(script), *arguments]
         pipe = subprocess.PIPE
         launchers.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
         return launchers[-1]
@@ -51,7 +53,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_ranks_get_what_torchrun_gives_them(launch):
+def test_ranks_get_the_variables_of_torchrun(launch):
     names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"]
     launcher = launch(3, f"os.write(1, (' '.join(os.environ[n] for n in {names}) + chr(10)).encode())")
     output, errors = launcher.communicate(timeout=10)
@@ -59,27 +61,27 @@ def test_ranks_get_what_torchrun_gives_them(launch):
     assert (errors, launcher.returncode) == ("", 0)
 
 
-def test_one_rank_gets_the_variables_too(launch):
+def test_a_single_rank_gets_the_variables_too(launch):
     output, _ = launch(1, "print(os.environ['RANK'], os.environ['WORLD_SIZE'])").communicate(timeout=10)
     assert output == "0 1\n"
 
 
-@pytest.mark.parametrize("given, ranks, threads", [(None, 2, max(1, len(os.sched_getaffinity(0)) // 2)), ("5", 2, 5)])
-def test_the_cores_are_shared_out_unless_the_user_has_said_otherwise(launch, monkeypatch, given, ranks, threads):
+@pytest.mark.parametrize("setting, ranks, threads", [(None, 2, max(1, len(os.sched_getaffinity(0)) // 2)), ("5", 2, 5)])
+def test_cores_are_divided_unless_omp_num_threads_is_set(launch, monkeypatch, setting, ranks, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    if setting:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
     output, _ = launch(ranks, "rank or print(os.environ['OMP_NUM_THREADS'])").communicate(timeout=10)
     assert int(output) == threads
 
 
-def test_arguments_pass_through_unharmed(launch):
+def test_arguments_are_passed_unchanged(launch):
     arguments = ["--start=two words", "", "it's $HOME", "-h"]
     output, _ = launch(1, "print(sys.argv[1:])", *arguments).communicate(timeout=10)
     assert output.strip() == str(arguments)
 
 
-def test_a_users_error_is_told_once_and_keeps_its_status(launch):
+def test_a_users_error_is_printed_once_and_keeps_its_status(launch):
     # Rank 1 is there first, and rank 0 must still get to print.
     launcher = launch(2, "rank or (time.sleep(0.5), print('error: value, rule, fix', file=sys.stderr))\nsys.exit(2)")
     _, errors = launcher.communicate(timeout=10)
@@ -87,22 +89,22 @@ def test_a_users_error_is_told_once_and_keeps_its_status(launch):
 
 
 @pytest.mark.parametrize(
-    "end, status, words",
+    "end, status, message",
     [
-        ("raise RuntimeError('broken')", 1, "RuntimeError: broken\nlaunch.py: rank 1 ended with status 1\n"),
-        ("os._exit(7)", 7, "launch.py: rank 1 ended with status 7\n"),
+        ("raise RuntimeError('broken')", 1, "RuntimeError: broken\nlaunch.ranks: rank 1 ended with status 1\n"),
+        ("os._exit(7)", 7, "launch.ranks: rank 1 ended with status 7\n"),
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
             137,
-            "launch.py: rank 1 ended with signal 9 (SIGKILL): killed by hand, or for memory (see dmesg)\n",
+            "launch.ranks: rank 1 ended with signal 9 (SIGKILL): killed by hand, or out of memory (see dmesg)\n",
         ),
     ],
 )
-def test_a_rank_that_dies_ends_the_others(launch, tmp_path, end, status, words):
+def test_a_rank_that_dies_ends_the_others(launch, tmp_path, end, status, message):
     start = time.monotonic()
     launcher = launch(3, f"if rank == 1:\n    time.sleep(0.3)\n    {end}\ntime.sleep(60)")
     _, errors = launcher.communicate(timeout=10)
-    assert errors.endswith(words)
+    assert errors.endswith(message)
     assert launcher.returncode == status
     assert time.monotonic() - start < 5
     assert not any(map(alive, pids(tmp_path)))
@@ -111,13 +113,13 @@ def test_a_rank_that_dies_ends_the_others(launch, tmp_path, end, status, words):
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(monkeypatch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(RANK + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nrank and sys.exit(3)\ntime.sleep(60)")
-    code = f"import sys, launch; launch.GRACE = 0.5; sys.exit(launch.main(['2', {str(script)!r}]))"
+    code = f"from launch import ranks; ranks.GRACE_SECONDS = 0.5; exit(ranks.main(['2', {str(script)!r}]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=10, capture_output=True, text=True)
-    assert (done.stderr, done.returncode) == ("launch.py: rank 1 ended with status 3\n", 3)
+    assert (done.stderr, done.returncode) == ("launch.ranks: rank 1 ended with status 3\n", 3)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_signals_reach_every_rank_and_a_clean_stop_is_no_error(launch, tmp_path, signum):
+def test_signals_reach_every_rank_and_a_clean_stop_is_not_an_error(launch, tmp_path, signum):
     launcher = launch(
         2,
         f"signal.signal({int(signum)}, lambda *_: (os.write(1, b'saved '), sys.exit(0)))\n"
@@ -177,9 +179,53 @@ def test_two_launches_at_once_have_their_own_ports(launch):
     assert port != other_port
 
 
-@pytest.mark.parametrize("arguments", [[], ["2"], ["0", "train.py"], ["two", "train.py"], ["2", "no_such.py"]])
-def test_what_cannot_be_started_is_one_message(arguments):
-    command = [sys.executable, "launch.py", *arguments]
+def test_a_module_is_started_with_m():
+    command = [sys.executable, "-m", "launch.ranks", "1", "-m", "platform"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
-    assert done.returncode == 2
-    assert done.stderr.startswith("launch.py: ") and done.stderr.count("\n") == 1
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
+
+
+def test_ranks_of_several_machines_are_numbered_by_node_rank(launch):
+    options = ["--nnodes=2", "--node_rank=1", "--master_addr=host1", "--master_port=29500"]
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    launcher = launch(2, f"os.write(1, (' '.join(os.environ[n] for n in {names}) + chr(10)).encode())", options=options)
+    output, _ = launcher.communicate(timeout=10)
+    assert sorted(output.splitlines()) == ["2 0 4 2 host1 29500", "3 1 4 2 host1 29500"]
+
+
+INVALID = {
+    (): "no arguments: must be RANKS SCRIPT",
+    ("2",): "2: must be RANKS SCRIPT",
+    ("0", "train.py"): "0 train.py: must be RANKS SCRIPT",
+    ("two", "train.py"): "two train.py: must be RANKS SCRIPT",
+    ("2", "no_such.py"): "no_such.py: no such script",
+    ("--nnodes=2", "2", "train.py"): "several machines need all of",
+    (
+        "--nnodes=2",
+        "--node_rank=2",
+        "--master_addr=a",
+        "--master_port=1",
+        "2",
+        "train.py",
+    ): "--node_rank from 0, below --nnodes",
+    ("--nnodes=x", "2", "train.py"): "invalid int value",
+}
+
+
+@pytest.mark.parametrize("arguments", INVALID)
+def test_invalid_arguments_are_one_message(arguments):
+    command = [sys.executable, "-m", "launch.ranks", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("launch.ranks: ") and INVALID[arguments] in done.stderr
+
+
+def test_a_port_in_use_is_one_message(tmp_path, data):
+    """Rank 0 of a run over several machines, whose port another process listens on."""
+    with socket.create_server(("", 0)) as server:
+        node = ["--nnodes=2", "--node_rank=0", "--master_addr=127.0.0.1", f"--master_port={server.getsockname()[1]}"]
+        script = ["1", "train.py", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+        command = [sys.executable, "-m", "launch.ranks", *node, *script]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "another run uses the port; give the launcher another one with --master_port" in done.stderr

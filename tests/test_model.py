@@ -1,4 +1,4 @@
-"""The model: its weights, its loss, its arithmetic of itself, and what it generates."""
+"""The model: initial weights, loss, parameter and FLOP counts, generation."""
 
 import math
 from dataclasses import replace
@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, CrossEntropy, GPTConfig, draw, initial_value
+from model import GPT, CrossEntropy, GPTConfig, initial_value, sample
+from sample import SampleConfig
+from tests.checkpoints import initialized
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=2, n_embd=32, bias=True)
 
 
 def make(config: GPTConfig = SMALL, seed: int = 1) -> GPT:
-    return GPT(config).init_weights(seed).eval()
+    return initialized(GPT(config), seed).eval()
 
 
 def text(batch: int = 2, length: int = 16) -> torch.Tensor:
@@ -32,7 +34,7 @@ def test_a_weight_is_a_function_of_its_name_and_the_seed():
     model, other = make(), make(seed=2)
     with torch.device("meta"):
         late = GPT(SMALL)
-    late.materialise(torch.device("cpu")).init_weights(1)
+    initialized(late.materialize(torch.device("cpu")), 1)
     for name, parameter in reversed(list(model.named_parameters())):
         assert torch.equal(parameter, initial_value(name, parameter.shape, SMALL, 1)), name
         assert torch.equal(parameter, late.get_parameter(name)), name
@@ -44,10 +46,58 @@ def test_a_weight_is_a_function_of_its_name_and_the_seed():
     assert len({p.sum().item() for p in model.parameters() if p.dim() == 2}) == 2 + 3 * 4, "the name does not matter"
 
 
+@pytest.mark.parametrize(
+    "name", ["transformer.h.0.norm.weight", "transformer.h.0.norm.bias", "transformer.h.0.attn.c_attn.scale", "scale"]
+)
+def test_a_parameter_without_a_rule_has_no_initial_value(name):
+    with pytest.raises(ValueError, match=f"parameter '{name}' has no initial value: add a rule for"):
+        initial_value(name, torch.Size([3]), SMALL, 1)
+
+
+class Rotary(torch.nn.Module):
+    """A module with buffers: one in the state dict, one not."""
+
+    def __init__(self):
+        super().__init__()
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        # not linspace, which transformers, in the same process, can hide from `with torch.device("meta")`
+        angles = torch.outer(torch.arange(16.0), 10000 ** -(torch.arange(8.0) / 7))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin())
+
+
+def test_buffers_of_a_model_built_on_meta_hold_their_values():
+    with torch.device("meta"):
+        late = GPT(SMALL)
+        late.get_submodule("transformer.h.1.attn").add_module("rotary", Rotary())
+    assert late.get_buffer("transformer.h.1.attn.rotary.cos").is_meta
+    for buffer_device in (None, torch.device("cpu")):
+        late.materialize(torch.device("cpu"), buffer_device)
+        for name, expected in Rotary().named_buffers():
+            assert torch.equal(late.get_buffer(f"transformer.h.1.attn.rotary.{name}"), expected)
+    assert [name for name in late.state_dict() if "rotary" in name] == ["transformer.h.1.attn.rotary.sin"]
+
+
+def test_a_buffer_that_cannot_be_computed_again_is_an_error():
+    late = GPT(SMALL)
+    late.transformer.register_buffer("mask", torch.ones(3))
+    with pytest.raises(AssertionError, match=r"transformer has buffers: compute them in reset_buffers"):
+        late.materialize(torch.device("cpu"))
+
+
+def test_building_a_model_draws_no_random_numbers():
+    """Parameters are not initialized twice, which takes seconds for a large model."""
+    before = torch.get_rng_state()
+    GPT(SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_embedding_and_output_are_one_matrix_also_of_a_model_built_on_meta():
     with torch.device("meta"):
         late = GPT(SMALL)
-    for model in (make(), late.materialise(torch.device("cpu"))):
+    for model in (make(), late.materialize(torch.device("cpu"))):
         assert model.lm_head.weight is model.transformer.wte.weight
         assert "lm_head.weight" not in dict(model.named_parameters())
 
@@ -99,20 +149,12 @@ def test_the_loss_keeps_one_copy_of_the_logits_in_the_dtype_of_the_matmul():
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_training_and_evaluation_give_the_same_loss(mixed):
-    """With gradients the linears take oneDNN's way and the loss its own function; without, PyTorch's."""
+    """With gradients the loss is CrossEntropy, without it is PyTorch's."""
     model = make()
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         with torch.no_grad():
             expected = model(text(), text().roll(1))
         torch.testing.assert_close(model(text(), text().roll(1)).detach(), expected, rtol=1e-6, atol=0)
-
-
-def test_gradients_are_those_of_plain_linears(monkeypatch):
-    model = make()
-    ours = gradients(model)
-    monkeypatch.setattr("model.ONEDNN", False)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -173,26 +215,36 @@ def test_padding_ids_are_never_drawn():
     assert model.generate(text(length=4) % 50, 100, temperature=2.0, vocab_size=50).max() < 50
 
 
-def draws(logits: list[float], **options) -> dict[int, float]:
+def frequencies(logits: list[float], **options) -> dict[int, float]:
     torch.manual_seed(0)
-    found = draw(
+    ids = sample(
         torch.tensor([logits]).repeat(20_000, 1), **{"temperature": 1.0, "top_k": None, "top_p": 1.0, **options}
     )
-    ids, counts = found.unique(return_counts=True)
+    ids, counts = ids.unique(return_counts=True)
     return dict(zip(ids.tolist(), (counts / 20_000).tolist(), strict=True))
 
 
-def test_drawing():
+def test_sampling():
     logits = [math.log(p) for p in (0.1, 0.5, 0.15, 0.25)]
-    assert draws(logits) == pytest.approx({0: 0.1, 1: 0.5, 2: 0.15, 3: 0.25}, abs=0.015)
-    assert draws(logits, top_k=2) == pytest.approx({1: 2 / 3, 3: 1 / 3}, abs=0.015)
-    assert draws(logits, top_k=9).keys() == {0, 1, 2, 3}
-    assert draws(logits, top_p=0.6) == pytest.approx({1: 2 / 3, 3: 1 / 3}, abs=0.015)  # the one that crosses stays
-    assert draws(logits, top_p=0.4) == {1: 1.0}
-    assert draws(logits, temperature=0) == {1: 1.0}
+    assert frequencies(logits) == pytest.approx({0: 0.1, 1: 0.5, 2: 0.15, 3: 0.25}, abs=0.015)
+    assert frequencies(logits, top_k=2) == pytest.approx({1: 2 / 3, 3: 1 / 3}, abs=0.015)
+    assert frequencies(logits, top_k=9).keys() == {0, 1, 2, 3}
+    assert frequencies(logits, top_p=0.6) == pytest.approx(
+        {1: 2 / 3, 3: 1 / 3}, abs=0.015
+    )  # keeps the token that crosses 0.6
+    assert frequencies(logits, top_p=0.4) == {1: 1.0}
+    assert frequencies(logits, temperature=0) == {1: 1.0}
     squares = {0: 0.01, 1: 0.25, 2: 0.0225, 3: 0.0625}
     cold = {i: p / sum(squares.values()) for i, p in squares.items()}
-    assert draws(logits, temperature=0.5) == pytest.approx(cold, abs=0.015)
+    assert frequencies(logits, temperature=0.5) == pytest.approx(cold, abs=0.015), "sharper"
+    roots = {i: p**0.25 for i, p in squares.items()}
+    hot = {i: p / sum(roots.values()) for i, p in roots.items()}
+    assert frequencies(logits, temperature=2) == pytest.approx(hot, abs=0.015), "more random"
+
+
+def test_help_of_sample_says_what_the_temperature_does():
+    meaning = SampleConfig.__dataclass_fields__["temperature"].metadata["meaning"]
+    assert meaning == "below 1 sharper, above 1 more random, 0 greedy"  # as test_sampling proves
 
 
 def test_a_text_longer_than_block_size_is_an_error_in_training():

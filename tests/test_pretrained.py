@@ -2,19 +2,22 @@
 
 import json
 import math
+import re
 import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig
 from tests.running import TINY, difference, losses, message, run, train, zero_json
-from training import checkpoint, files, pretrained
-from training.config import parse
+from training import checkpoint, pretrained
+from training.config import TrainConfig, parse
 from training.errors import UserError
-from training.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def gpt2(tmp_path_factory):
 def load(source: str) -> GPT:
     config, weights = pretrained.open_weights(source)
     model = GPT(config)
-    checkpoint.fill(model, weights.weights())
+    weights.into(model)
     return model.eval()
 
 
@@ -45,11 +48,13 @@ def test_logits_and_text_are_those_of_transformers(gpt2):
     assert torch.equal(ours.generate(tokens, 20, temperature=0), expected)
 
 
-def test_a_bin_file_of_weights_works_too(gpt2, tmp_path):
+def test_an_older_file_with_masks_works_too(gpt2, tmp_path):
+    """And with names as OpenAI's own weights have them."""
     folder, theirs = gpt2
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    masks = {f"transformer.h.0.attn.{name}": torch.ones(1) for name in ("bias", "masked_bias")}  # older files' masks
-    torch.save({**theirs.state_dict(), **masks}, tmp_path / "pytorch_model.bin")
+    masks = {f"h.0.attn.{name}": torch.ones(1) for name in ("bias", "masked_bias")}
+    state = {name.removeprefix("transformer."): tensor.clone() for name, tensor in theirs.state_dict().items()}
+    save_file({**state, **masks}, tmp_path / "model.safetensors")
     for (name, one), other in zip(load(str(tmp_path)).named_parameters(), load(str(folder)).parameters(), strict=True):
         assert torch.equal(one, other), name
 
@@ -57,7 +62,7 @@ def test_a_bin_file_of_weights_works_too(gpt2, tmp_path):
 def test_fine_tuning_starts_at_the_weights_with_a_shorter_context(gpt2, data, tmp_path):
     folder, theirs = gpt2
     train(tmp_path, data, init_from=folder, block_size=32, max_iters=2, learning_rate=1e-9)
-    saved = files.read(tmp_path / "checkpoints" / "step_000002" / "model.pt")
+    saved = checkpoint.read_torch_file(tmp_path / "checkpoints" / "step_000002" / "model.pt")
     assert saved["transformer.wpe.weight"].shape == (32, 32)
     torch.testing.assert_close(saved["transformer.wte.weight"], theirs.transformer.wte.weight, rtol=0, atol=1e-6)
     output = train(tmp_path, data, init_from="resume", block_size=32, max_iters=3)
@@ -81,13 +86,26 @@ def test_the_recipe_is_the_same_by_both_scripts(data, tmp_path):
     assert len(found) == 5 and abs(found[0] - math.log(50257)) < 0.5 and found[4] < found[0]
 
 
+def test_an_evaluation_recipe_evaluates_the_weights(gpt2, data, tmp_path):
+    """Its val loss is that of the model of `transformers` on the same data, within the noise of random batches."""
+    settings = {"init_from": gpt2[0], "dataset": data, "block_size": 32, "eval_iters": 20, "device": "cpu"}
+    done = run("train.py", "config/eval_gpt2.py", out_dir=tmp_path / "out", compile=False, **settings)
+    found = re.search(r"val loss ([\d.]+)", done.stdout)
+    assert done.returncode == 0 and found, done.stderr
+    tokens = torch.from_numpy(np.fromfile(data / "val.bin", "<u2").astype(np.int64))
+    tokens = tokens[: len(tokens) // 33 * 33].view(-1, 33)[:300]
+    with torch.no_grad():
+        expected = F.cross_entropy(gpt2[1](tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(float(found[1]) - float(expected)) < 0.05 * float(expected)
+
+
 @pytest.mark.parametrize("script", ["train.py", "train_deepspeed.py"])
 @pytest.mark.parametrize(
     "wrong, told",
     [
         ("nothing", "must be scratch, resume, gpt2, gpt2-medium"),
-        ("llama", "is of a 'llama' model"),
-        ("gpt2", "name their folder instead of gpt2"),
+        ("llama", "describes a 'llama' model"),
+        ("gpt2", "give their folder instead of gpt2"),
     ],
 )
 def test_either_script_says_what_to_do_once(gpt2, data, tmp_path, script, wrong, told):
@@ -105,13 +123,19 @@ def test_either_script_says_what_to_do_once(gpt2, data, tmp_path, script, wrong,
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"model_type": "llama"}, "is of a 'llama' model with 'gelu_new'; only GPT-2 with GELU can be read"),
-        ({"activation_function": "relu"}, "is of a 'gpt2' model with 'relu'; only GPT-2 with GELU can be read"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True; only GPT-2 with False"),
-        ({"scale_attn_weights": False}, "scale_attn_weights = False; only GPT-2 with True there can be read"),
-        ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon = 0.001; only GPT-2 with 1e-05 there can be read"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings = False; only GPT-2 with True there can be read"),
-        ({"n_inner": 64}, "n_inner = 64; only GPT-2 with 128 there can be read"),
+        ({"model_type": "llama"}, "describes a 'llama' model with 'gelu_new'; only GPT-2 with GELU can be read"),
+        ({"activation_function": "relu"}, "describes a 'gpt2' model with 'relu'; only GPT-2 with GELU can be read"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx = True; only GPT-2 with .* = False can be read",
+        ),
+        ({"scale_attn_weights": False}, "scale_attn_weights = False; only GPT-2 with .* = True can be read"),
+        (
+            {"layer_norm_epsilon": 1e-3},
+            "layer_norm_epsilon = 0.001; only GPT-2 with .* = 1e-05 can be read",
+        ),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False; only GPT-2 with .* = True can be read"),
+        ({"n_inner": 64}, "n_inner = 64; only GPT-2 with n_inner = 128 can be read"),
     ],
 )
 def test_another_architecture_is_refused(gpt2, tmp_path, change, told):
@@ -122,13 +146,14 @@ def test_another_architecture_is_refused(gpt2, tmp_path, change, told):
 
 
 def test_damaged_files_are_named(gpt2, tmp_path):
-    for name, told in [("model.safetensors", "cannot be read"), ("config.json", "is not a GPT-2's: JSONDecodeError")]:
+    messages = {"model.safetensors": "cannot be read", "config.json": "does not describe a GPT-2 .JSONDecodeError"}
+    for name, told in messages.items():
         folder = shutil.copytree(gpt2[0], tmp_path / name)
         (folder / name).write_bytes((folder / name).read_bytes()[:-9])
         with pytest.raises(UserError, match=f"{name} {told}"):
             pretrained.open_weights(str(folder))
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="is not a GPT-2's: KeyError: 'n_positions'"):
+    with pytest.raises(UserError, match=r"does not describe a GPT-2 .KeyError: 'n_positions'"):
         pretrained.open_weights(str(folder))
 
 
@@ -138,7 +163,7 @@ def test_the_run_decides_on_dropout_and_context_and_the_weights_on_the_rest(gpt2
     config, weights = pretrained.start_from(cfg, 300)
     assert config == GPTConfig(32, 300, 2, 2, 32, 0.3, True, "tanh", True)
     assert weights.whole("transformer.wpe.weight").shape == (32, 32)
-    with pytest.raises(UserError, match=r"has 301 ids, the weights of .* know 300"):
+    with pytest.raises(UserError, match=r"has 301 ids, but the weights of .* have 300"):
         pretrained.start_from(cfg, 301)
 
 
@@ -151,4 +176,4 @@ def test_weights_that_do_not_fit_the_run(gpt2, data, tmp_path):
         "train.py", env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}, **{**settings, "init_from": "gpt2"}
     )
     assert offline.returncode == 2
-    assert "'gpt2' cannot be downloaded" in offline.stderr and "name their folder instead of gpt2" in offline.stderr
+    assert "'gpt2' cannot be downloaded" in offline.stderr and "give their folder instead of gpt2" in offline.stderr

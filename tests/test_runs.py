@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import ROOT, TINY, command, difference, losses, rows, train
+from tests.running import ROOT, TINY, command, difference, losses, message, rows, run, start_process, train
 from training.checkpoint import Checkpoints
 
 
@@ -43,7 +45,7 @@ def killed(tmp_path_factory, data):
     settings |= {"gradient_accumulation_steps": 2}
     train(whole, data, **settings)
     tiny = {**TINY, **settings, "dataset": data, "out_dir": killed}
-    process = subprocess.Popen(command("train.py", **tiny), cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = start_process(command("train.py", **tiny), stdout=subprocess.DEVNULL)
     while not (killed / "metrics.jsonl").exists() or len(rows(killed, "train")) < 50:
         time.sleep(0.005)
         assert process.poll() is None, "it ended before it could be killed"
@@ -117,19 +119,78 @@ def test_eval_only_evaluates_and_changes_nothing(tmp_path, data):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     last = rows(tmp_path, "eval")[-1]
     output = train(tmp_path, data, init_from="resume", eval_only=True)
-    assert f"step 30: train loss {last['train_loss']:.4f}, val loss {last['val_loss']:.4f}" in output
-    assert "step 0: train loss" in train(tmp_path, data, eval_only=True, wandb_log=True)
+    assert f"step 30/30 (100 %) train loss {last['train_loss']:.4f} val loss {last['val_loss']:.4f}" in output
+    assert "step  0/30 (  0 %) train loss" in train(tmp_path, data, eval_only=True, wandb_log=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_run_that_starts_anew_keeps_the_one_before(tmp_path, data):
     train(tmp_path, data)
     metrics = (tmp_path / "metrics.jsonl").read_text()
-    assert "was moved to" in train(tmp_path, data, max_iters=2)
+    assert "moved the earlier run in" in train(tmp_path, data, max_iters=2)
     (previous,) = (tmp_path / "previous").iterdir()
     assert (previous / "metrics.jsonl").read_text() == metrics
     assert Checkpoints(str(previous)).newest()[1]["step"] == 30
     assert len(losses(tmp_path)) == 2
+
+
+def test_a_run_says_how_far_it_is_and_how_to_go_on(tmp_path, data):
+    output = train(tmp_path, data, max_iters=12, lr_decay_iters=12, log_interval=5, device="auto")
+    row = rows(tmp_path, "train")[-1]
+    speed = f"{row['step_ms']:>6,.1f} ms {row['tokens_per_second']:>6,.0f} tok/s ETA 0 s"
+    evaluations = rows(tmp_path, "eval")
+    best = f"{min(row['val_loss'] for row in evaluations):.4f}"
+    start, cpu, first, step_0, _, step_10, last, end, sample, resume = output.splitlines()
+    assert start.endswith("128 tokens per step = 1 rank x 1 micro-step x 4 sequences x 32 tokens")
+    assert cpu.startswith("no GPU found") and "block_size" in cpu
+    assert first.startswith(f"step  0/12 (  0 %) train loss {evaluations[0]['train_loss']:.4f} val loss ")
+    assert re.fullmatch(r"step  0/12 \(  0 %\) loss \d\.\d{4} lr 1.7e-04 norm \d\.\d\d", step_0)  # no speed: warm-up
+    assert re.match(rf"step 10/12 \( 83 %\) loss {row['loss']:.4f} lr .* norm .*{speed}$", step_10)
+    assert last.startswith("step 12/12 (100 %) train loss")
+    assert re.match(rf"finished step 12 after \d+ s; best val loss {best}; everything is in {tmp_path}, ", end)
+    assert sample == f"  sample:   python sample.py --out_dir={tmp_path}"
+    assert resume == f"  continue: python train.py --init_from=resume --out_dir={tmp_path} --max_iters=24"
+    again = run("train.py", init_from="resume", out_dir=tmp_path)
+    assert f"the run was at step 12 = max_iters already; best val loss {best}" in again.stdout
+    assert max(len(line) for line in output.splitlines() if line.startswith("step ")) <= 100
+
+
+def test_a_folder_alone_resumes_its_run(tmp_path, data):
+    """With the settings of the run, but for those that are given."""
+    settings: dict[str, Any] = {"learning_rate": 3e-3, "dropout": 0.1, "keep_checkpoints": 5}
+    train(tmp_path / "whole", data, max_iters=20, **settings)
+    train(tmp_path / "parts", data, max_iters=10, **settings)
+    done = run("train.py", init_from="resume", out_dir=tmp_path / "parts", max_iters=20)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    config = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert config["keep_checkpoints"] == 5 and config["init_from"] == "resume"
+
+
+def test_a_launch_script_resumes_a_folder_alone(tmp_path, data):
+    """With the settings of the run in place of its default recipe, GPT-2 124M."""
+    train(tmp_path / "whole", data, max_iters=20, gradient_accumulation_steps=2)
+    train(tmp_path / "parts", data, max_iters=10, gradient_accumulation_steps=2)
+    line = f"./launch_deepspeed_zero2.sh 2 --init_from=resume --out_dir={tmp_path / 'parts'} --max_iters=20"
+    subprocess.run(line.split(), cwd=ROOT, check=True, timeout=300)
+    assert len(losses(tmp_path / "parts")) == 20
+    assert difference(tmp_path / "whole", tmp_path / "parts") <= 1e-5
+
+
+def test_a_named_strategy_replaces_that_of_the_run(tmp_path, data):
+    settings: dict[str, Any] = {"ranks": 2, "gradient_accumulation_steps": 2}
+    train(tmp_path, data, max_iters=4, strategy="fsdp", reshard_after_forward=False, **settings)
+    for arguments, name in (([], "fsdp"), (["--strategy=ddp"], "ddp")):
+        done = run("train.py", *arguments, ranks=2, init_from="resume", out_dir=tmp_path, max_iters=6)
+        assert done.returncode == 0, done.stderr
+        assert Checkpoints(str(tmp_path)).newest()[1]["strategy"] == name
+        shutil.rmtree(tmp_path / "checkpoints" / "step_000006")
+
+
+def test_a_damaged_config_of_a_run_to_resume(tmp_path, data):
+    train(tmp_path, data, max_iters=2)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json: is damaged; remove it" in message(run("train.py", init_from="resume", out_dir=tmp_path))
 
 
 def test_a_machine_without_git_can_train(tmp_path, data):
@@ -139,14 +200,15 @@ def test_a_machine_without_git_can_train(tmp_path, data):
 
 def test_other_ranks_are_quiet_and_plain_lines_have_no_control_characters(tmp_path, data):
     output = train(tmp_path, data, ranks=2, gradient_accumulation_steps=2, max_iters=4)
-    assert output.count("step 3:") == 1
+    assert output.count("step 3/4 ( 75 %)") == 1
     assert "\r" not in output and "\x1b" not in output
 
 
 def test_wandb_offline_gets_the_metrics_and_keeps_its_run_when_resumed(tmp_path, data):
     env = {"WANDB_MODE": "offline", "WANDB_API_KEY": "0123456789" * 4}
     settings: dict[str, Any] = {"wandb_log": True, "wandb_project": "tests", "env": env}
-    train(tmp_path, data, max_iters=6, **settings)
+    output = train(tmp_path, data, max_iters=6, **settings)
+    assert f"W&B: offline; to upload: wandb sync {tmp_path}/wandb/offline-run-" in output
     train(tmp_path, data, max_iters=8, init_from="resume", **settings)
     logs = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     (identity,) = {path.stem.removeprefix("run-") for path in logs}

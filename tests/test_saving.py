@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.running import TINY, command, difference, message, rows, run, train, wait_for_step, zero_json
-from training import files
-from training.checkpoint import Checkpoints, damage, flipped, read_about
+from tests.running import TINY, command, difference, message, rows, run, start_process, train, wait_for_step, zero_json
+from training import checkpoint
+from training.checkpoint import Checkpoints, Saver, find_corruption, find_damage, read_metadata
 from training.errors import CheckpointError
-from training.saved_state import open_state
-from training.saving import Saver
+from training.model_state import open_state
 
 SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_iters": 12, "eval_interval": 4, "ranks": 2}
 SETTINGS |= {"keep_checkpoints": 9}
@@ -36,25 +35,25 @@ def test_they_hold_what_others_hold(tmp_path, data, strategy):
     exact = "nvme" not in strategy
     assert difference(later, now) <= (0 if exact else 1e-6)
     assert [row["step"] for row in rows(later, "save")] == [row["step"] for row in rows(now, "save")] == [4, 8, 12, 16]
-    both = list(zip(Checkpoints(str(later)).whole(), Checkpoints(str(now)).whole(), strict=True))
+    both = list(zip(Checkpoints(str(later)).intact(), Checkpoints(str(now)).intact(), strict=True))
     assert len(both) == 4
     for one, other in both if exact else both[:3]:
-        assert one.name == other.name and flipped(one) is None
-        saved, expected = (open_state(path, read_about(path)) for path in (one, other))
+        assert one.name == other.name and find_corruption(one) is None
+        saved, expected = (open_state(path, read_metadata(path)) for path in (one, other))
         for name, kind in expected.pieces:
             assert torch.equal(saved.whole(name, kind), expected.whole(name, kind)), f"{one.name}: {kind} of {name}"
 
 
 def test_a_copy_is_written_not_what_became_of_it(tmp_path):
     weights = torch.zeros(2**22)
-    saver = Saver(Checkpoints(str(tmp_path)), later=True)
+    saver = Saver(Checkpoints(str(tmp_path)), background=True)
     for step in (1, 2, 3):
         with saver.writing({"step": step}, best=False) as writing:
             writing.write("model.pt", {"weights": weights, "tied": weights})
         weights += 1
-    saver.settle()
-    for step, path in enumerate(Checkpoints(str(tmp_path)).whole(), 2):
-        found = files.read(path / "model.pt")
+    saver.wait(last=True)
+    for step, path in enumerate(Checkpoints(str(tmp_path)).intact(), 2):
+        found = checkpoint.read_torch_file(path / "model.pt")
         assert torch.equal(found["weights"], torch.full((2**22,), step - 1.0))
         assert found["tied"].data_ptr() == found["weights"].data_ptr()  # written once
 
@@ -74,9 +73,9 @@ def small_disk(tmp_path):
 def test_one_that_failed_is_told_and_the_one_before_kept(small_disk, data, ranks):
     settings = {**TINY, **SETTINGS, "ranks": ranks, "out_dir": small_disk.parent, "dataset": data, "async_save": True}
     done = run("train.py", **settings)
-    told = [line for line in done.stderr.splitlines() if "training goes on, the next save is another try" in line]
-    whole = Checkpoints(str(small_disk.parent)).whole()
-    kept = f"({whole[-1]} is whole, --init_from=resume goes on from it)"
+    told = [line for line in done.stderr.splitlines() if "training continues, the next save tries again" in line]
+    whole = Checkpoints(str(small_disk.parent)).intact()
+    kept = f"(--init_from=resume continues from {whole[-1]})"
     assert told and all("No space left on device" in line and kept in line for line in told)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: cannot save step_000012: ")
     assert max(row["step"] for row in rows(small_disk.parent, "train")) == 11, "training did not go on"
@@ -84,24 +83,24 @@ def test_one_that_failed_is_told_and_the_one_before_kept(small_disk, data, ranks
 
 
 def test_a_failure_of_the_last_one_is_the_runs(tmp_path):
-    saver = Saver(Checkpoints(str(tmp_path / "out")), later=True)
+    saver = Saver(Checkpoints(str(tmp_path / "out")), background=True)
     with saver.writing({"step": 1}, best=False) as writing:
-        writing.write("no_such_folder/model.pt", {})
-    with pytest.raises(CheckpointError, match=r"cannot save step_000001: .*nothing was saved before"):
-        saver.settle()
+        writing.write("", {})  # a folder
+    with pytest.raises(CheckpointError, match=r"cannot save step_000001: .*no earlier checkpoint exists"):
+        saver.wait(last=True)
 
 
 def test_a_rank_that_is_killed_while_others_write_ends_the_run(tmp_path, data):
     """The thread of the other one waits for it: it must not keep its process."""
     settings = {**TINY, **SETTINGS, "out_dir": tmp_path, "dataset": data, "async_save": True, "max_iters": 10**6}
-    with subprocess.Popen(command("train.py", **settings), stdout=-1, stderr=-1, text=True) as process:
+    with start_process(command("train.py", **settings), stdout=-1, stderr=-1, text=True) as process:
         wait_for_step(tmp_path, process, 20)
         (victim,) = [pid for pid in ranks_of(process.pid) if "RANK=1" in environment(pid)]
         subprocess.run(["kill", "-KILL", victim], check=True)
         since = time.monotonic()
         process.communicate(timeout=30)
     assert process.returncode == 137 and time.monotonic() - since < 20
-    assert Checkpoints(str(tmp_path)).whole()
+    assert Checkpoints(str(tmp_path)).intact()
 
 
 def ranks_of(launcher: int) -> list[str]:
@@ -125,6 +124,6 @@ def test_what_a_killed_save_left_is_no_part_of_the_next(tmp_path):
         (left / name).write_text("{}")
     checkpoints = Checkpoints(str(tmp_path))
     with Saver(checkpoints).writing({"step": 3}, best=True) as files:
-        (files.folder / "model.pt").write_text("weights")
+        files.write("model.pt", {})
     path, about = checkpoints.newest()
-    assert damage(path) is None and list(about["files"]) == ["model.pt"]
+    assert find_damage(path) is None and list(about["files"]) == ["model.pt"]

@@ -13,10 +13,10 @@ from tests.clone import SCRIPTS
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_parse_and_are_executable(script):
     subprocess.run(["bash", "-n", script], check=True)
-    assert os.access(script, os.X_OK) == (script.name != "launch_common.sh")  # that one is sourced
+    assert os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize("script", [s.name for s in SCRIPTS if s.suffix == ".sh" and s.name != "launch_common.sh"])
+@pytest.mark.parametrize("script", [s.name for s in SCRIPTS if s.suffix == ".sh"])
 def test_help_is_the_head_of_the_script(clone, script):
     status, output, errors = clone.run(f"./{script}", "--help")
     assert (status, errors) == (0, "")
@@ -40,7 +40,7 @@ def test_an_active_python_with_the_packages_is_used_as_it_is(clone):
         (["--max_iters=3", "config/mine.py"], "--max_iters=3 config/mine.py"),
     ],
 )
-def test_the_recipe_is_for_when_no_config_file_is_named(clone, arguments, passed_on):
+def test_the_default_config_is_used_when_none_is_named(clone, arguments, passed_on):
     assert clone.ddp("1", *arguments)[1] == f"0 1 {passed_on}\n"
 
 
@@ -58,7 +58,7 @@ def test_the_recipe_is_for_when_no_config_file_is_named(clone, arguments, passed
         (0, None, ["3"], 3),
     ],
 )
-def test_one_rank_for_every_gpu_or_two_cpu_ranks(clone, gpus, visible, arguments, ranks):
+def test_one_rank_per_gpu_or_two_cpu_ranks(clone, gpus, visible, arguments, ranks):
     if gpus:
         clone.gpus(gpus)
     if visible is not None:
@@ -66,30 +66,28 @@ def test_one_rank_for_every_gpu_or_two_cpu_ranks(clone, gpus, visible, arguments
     status, output, errors = clone.ddp(*arguments)
     assert status == 0
     assert sorted(line.split()[:2] for line in output.splitlines()) == [[str(r), str(ranks)] for r in range(ranks)]
-    on_cpu = not gpus or visible == "" or "--device=cpu" in arguments
-    assert ("so ranks on the CPU" in errors) == on_cpu
+    assert not errors
 
 
 @pytest.mark.parametrize(
-    "wanted, message",
+    "count, message",
     [
-        ("8", "8 GPUs wanted, 2 visible: "),
-        ("0", "0 ranks: must be a whole number from 1 on"),
-        ("-1", "-1 ranks: must be a whole number from 1 on"),
-        ("1.5", "1.5 ranks: must be a whole number from 1 on"),
-        ("config/mine", "config/mine ranks: must be a whole number from 1 on"),
+        ("0", "0 ranks: must be a whole number, at least 1"),
+        ("-1", "-1 ranks: must be a whole number, at least 1"),
+        ("1.5", "1.5 ranks: must be a whole number, at least 1"),
+        ("config/mine", "config/mine ranks: must be a whole number, at least 1"),
     ],
 )
-def test_a_number_of_ranks_that_cannot_be_is_one_message(clone, wanted, message):
+def test_an_invalid_number_of_ranks_is_one_message(clone, count, message):
     clone.gpus(2)
-    status, output, errors = clone.ddp(wanted)
+    status, output, errors = clone.ddp(count)
     assert (status, output) == (2, "")
     assert errors.startswith(f"launch_traditional_ddp.sh: {message}") and errors.count("\n") == 1
 
 
 @pytest.fixture
 def quickstart(clone):
-    clone.write("data/python_stdlib/prepare.py", "open('data/python_stdlib/meta.json', 'w'); print('prepared')")
+    clone.write("data/python_docs/prepare.py", "open('data/python_docs/meta.json', 'w'); print('prepared')")
     clone.write("sample.py", "import sys; print('sampled', *sys.argv[1:])")
     return clone
 
@@ -97,17 +95,16 @@ def quickstart(clone):
 def test_quickstart_prepares_once_trains_and_samples(quickstart):
     status, output, _ = quickstart.run("./launch_quickstart.sh", "1")
     assert status == 0
-    prepared, trained, _, sampled, _, end = output.splitlines()
+    prepared, trained, _, sampled, *_ = output.splitlines()
     assert (prepared, trained) == ("prepared", "0 1 config/train_quickstart.py")
     assert sampled.startswith("sampled --out_dir=out-quickstart ")
-    assert "out-quickstart/loss.png" in end
 
     status, output, _ = quickstart.run("./launch_quickstart.sh", "1", "--out_dir=out my run")
     assert "prepared" not in output
-    assert "sampled --out_dir=out my run " in output and "out my run/loss.png" in output
+    assert "sampled --out_dir=out my run " in output
 
 
-def test_quickstart_ends_where_training_fails(quickstart):
+def test_quickstart_ends_when_training_fails(quickstart):
     quickstart.write("train_deepspeed.py", "import sys; sys.exit('error: no')")
     status, output, errors = quickstart.run("./launch_quickstart.sh", "1")
     assert status == 1
@@ -122,7 +119,7 @@ def test_quickstart_passes_sigterm_on_and_does_not_sample(quickstart, handler):
         f"signal.signal(signal.SIGTERM, {handler})\n"
         "print(os.getpid(), flush=True)\ntime.sleep(60)",
     )
-    quickstart.write("data/python_stdlib/meta.json", "{}")
+    quickstart.write("data/python_docs/meta.json", "{}")
     with subprocess.Popen(
         ["./launch_quickstart.sh", "1"], cwd=quickstart.folder, env=quickstart.env, stdout=subprocess.PIPE, text=True
     ) as script:

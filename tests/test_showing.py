@@ -1,12 +1,20 @@
-"""sample.py and plot.py on a real run."""
+"""sample.py and tools.plot on a real run."""
 
 import json
 import os
+import shutil
+import subprocess
+from itertools import pairwise
 
+import numpy as np
 import pytest
+from matplotlib.text import Text
+from PIL import Image
 
-from tests.running import rows, run, train
-from training.figures import positions, read_run
+from tests.running import ROOT, command, message, rows, run, train
+from tools.plot import step_size
+from training import figures
+from training.figures import read_run
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +53,10 @@ def test_greedy_text_is_one_text(finished):
     [
         ({"start": ""}, "start = '': is empty; give at least one character"),
         ({"start": f"FILE:{os.devnull}"}, f"start = 'FILE:{os.devnull}': is empty; give at least one character"),
-        ({"start": "FILE:none.txt"}, "start = 'FILE:none.txt': cannot read none.txt"),
+        ({"start": "FILE:none.txt"}, "start = 'FILE:none.txt': cannot be read"),
         ({"top_p": 0}, "top_p = 0.0 (command line): must be above 0 and at most 1"),
-        ({"temperature": -1}, "temperature = -1.0 (command line): must not be negative"),
-        ({"dtype": "float16"}, "dtype = 'float16': a CPU lacks it"),
+        ({"temperature": -1}, "temperature = -1.0 (command line): must be at least 0"),
+        ({"dtype": "float16"}, "dtype = 'float16': not supported on CPUs"),
     ],
 )
 def test_what_cannot_be_sampled(finished, settings, told):
@@ -61,22 +69,59 @@ def test_characters_that_the_tokenizer_lacks(make_data, tmp_path):
     train(tmp_path / "out", folder, max_iters=1)
     done = sample(tmp_path / "out", start="ABC éü")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: start = 'ABC éü': the tokenizer lacks 'éü'; it knows only ' !\"#$")
+    assert done.stderr.startswith(
+        "error: start = 'ABC éü': characters 'éü' are not in the vocabulary; use only ' !\"#$"
+    )
 
 
-def test_sampling_an_empty_folder(tmp_path):
-    done = run("sample.py", out_dir=tmp_path)
-    assert done.returncode == 2 and f"{tmp_path} holds no checkpoint" in done.stderr
+def test_sampling_without_a_run_names_the_runs_beside_it(finished, tmp_path):
+    lacking = f"out_dir = '{finished.parent / 'out'}': no checkpoint in {finished.parent / 'out' / 'checkpoints'}"
+    assert message(sample(finished.parent / "out")) == f"{lacking}; sample from --out_dir={finished}"
+    (tmp_path / "out").mkdir()
+    assert "; train a model with ./launch_quickstart.sh, or" in message(sample(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("against", ["steps", "tokens", "seconds"])
 def test_plots_of_one_and_of_several_runs(finished, tmp_path, data, against):
     for folders in ([finished], [finished, finished]):
         out = tmp_path / f"{len(folders)}.png"
-        done = run("plot.py", *map(str, folders), x=against, output=out)
+        done = run("-m", "tools.plot", *map(str, folders), x=against, output=out)
         assert done.returncode == 0, done.stderr
         assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
     assert len(rows(finished, "eval")) == 5
+
+
+def test_several_runs_have_a_file_of_their_own(finished, tmp_path):
+    """In the current folder, never loss.png of the first run."""
+    for name in ("a", "b"):
+        shutil.copytree(finished, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+    before = (tmp_path / "a" / "loss.png").read_bytes()
+    sizes = []
+    for panels in ("", "grad_norm,lr,tokens_per_second"):
+        line = command("-m", "tools.plot", "a", "b", panels=panels)
+        done = subprocess.run(line, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+        assert done.returncode == 0 and done.stdout == b"loss_a_b.png\n", done.stderr
+        sizes.append(np.array(Image.open(tmp_path / "loss_a_b.png")).shape)
+    assert sizes[1][0] > 1.5 * sizes[0][0] and sizes[1][1] == sizes[0][1], "no panels below"
+    assert (tmp_path / "a" / "loss.png").read_bytes() == before
+    text = message(run("-m", "tools.plot", str(finished), panels="norm", output=tmp_path / "x.png"))
+    assert text.startswith(f"--panels=norm: {finished / 'metrics.jsonl'} has no such numbers; it has grad_norm, kind, ")
+
+
+def test_labels_are_at_the_ends_of_lines_and_do_not_overlap():
+    figure = figures.new_figure(8, 5)
+    axes = figure.add_subplot()
+    ends = {"a": 1.0, "b": 1.001, "c": 1.002, "d": 5.0}
+    for number, (name, end) in enumerate(ends.items()):
+        axes.plot([0, 1], [3, end], **figures.line_style(number), label=name)
+    axes.plot([0, 1], [2, 2])  # without a label
+    figures.label_ends(axes)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the line that leads to it
+    assert [text.get_text() for text in axes.texts] == list(ends)
+    assert [text.get_color() for text in axes.texts] == list(figures.COLORS[:4])
+    assert all(low.y1 <= high.y0 for low, high in pairwise(boxes)) and boxes[0].x0 > axes.bbox.x1
+    assert abs((boxes[3].y0 + boxes[3].y1) / 2 - axes.transData.transform((1, 5))[1]) < 2, "moved without need"
 
 
 def test_the_axis_is_steps_tokens_or_seconds_of_training(tmp_path):
@@ -85,11 +130,10 @@ def test_the_axis_is_steps_tokens_or_seconds_of_training(tmp_path):
     steps = [("eval", 0, None), ("train", 0, None), ("train", 10, 100), ("other", 11, None), ("train", 20, 300)]
     lines = [json.dumps({"kind": kind, "step": step, "step_ms": ms}) for kind, step, ms in steps]
     (tmp_path / "metrics.jsonl").write_text("\n".join(['{"kind": "memory"}', *lines, '{"kind": "eval", "st']))
-    expected = {"steps": [0, 10, 20], "tokens": [0, 300, 600], "seconds": [0, 1, 4]}
-    for x, places in expected.items():
-        assert positions(*read_run(tmp_path), x) == dict(zip([0, 10, 20], places, strict=True))
+    for x, size in {"steps": 1, "tokens": 30, "seconds": 0.2}.items():
+        assert step_size(*read_run(tmp_path), x) == size
 
 
 def test_nothing_to_plot(tmp_path):
-    done = run("plot.py", str(tmp_path), output=tmp_path / "x.png")
+    done = run("-m", "tools.plot", str(tmp_path), output=tmp_path / "x.png")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, or to save, or cannot go on: on all ranks at once, with everything saved."""
+"""Runs that are asked to stop or to save, or that cannot continue: all ranks act together, and nothing is lost."""
 
 import os
 import random
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.running import (
-    ROOT,
     TINY,
     command,
     difference,
@@ -20,6 +19,7 @@ from tests.running import (
     refused,
     rows,
     run,
+    start_process,
     started_with,
     train,
     wait_for_step,
@@ -34,24 +34,24 @@ SCRIPTS: dict[str, dict[str, Any]] = {"train.py": {}, "train_deepspeed.py": {"de
 both_scripts = pytest.mark.parametrize("script", SCRIPTS)
 
 
-def start(script: str, data: Path, folder: Path, mark: str = "", **settings) -> subprocess.Popen:
+def start(script: str, data: Path, folder: Path, mark: str = "", fresh: bool = False, **settings) -> subprocess.Popen:
+    """A run on 2 ranks; fresh: not forked (see tests/fork_server.py)."""
     given = {**TINY, **SETTINGS, **SCRIPTS[script], "dataset": data, "out_dir": folder, **settings}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MARK": mark}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command(script, ranks=2, **given), cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    )
+    line = command(script, ranks=2, **given)
+    return start_process(line, fresh, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 WAYS = {"train.py": ["SIGTERM", "max_minutes", "stop", "SIGINT", "SIGUSR1"], "train_deepspeed.py": ["SIGTERM", "stop"]}
 
 
 @both_scripts
-def test_a_run_stopped_again_and_again_loses_no_step_and_no_bit(tmp_path, data, script):
+def test_a_run_stopped_again_and_again_loses_no_step(tmp_path, data, script):
     folder, chance, saved = tmp_path / "stopped", random.Random(0), 0
-    for how in WAYS[script]:  # what listens is in the loop, which both scripts share
-        deadline: dict[str, Any] = {"max_minutes": 0.15} if how == "max_minutes" else {}
-        process = start(script, data, folder, max_iters=100_000, **deadline)
+    for how in WAYS[script]:  # few for DeepSpeed: the loop that reads the requests is the same
+        deadline: dict[str, Any] = {"max_minutes": 0.05} if how == "max_minutes" else {}
+        process = start(script, data, folder, fresh=not saved, max_iters=100_000, **deadline)
         wait_for_step(folder, process, saved)
         time.sleep(chance.uniform(0, 0.4))
         if how == "stop":
@@ -61,9 +61,9 @@ def test_a_run_stopped_again_and_again_loses_no_step_and_no_bit(tmp_path, data, 
         output, _ = process.communicate(timeout=60)
         assert process.returncode == STOPPED, output
         _, about = Checkpoints(str(folder)).newest()
-        why = f"the file {folder}/stop" if how == "stop" else "max_minutes = 0.15" if deadline else how
-        assert f"stopped by {why}: saved at step {about['step']}; --resume=auto goes on from there" in output
-        assert about["step"] == max(losses(folder)) + 1 > saved, "a step was lost, or none was made"
+        why = f"the file {folder}/stop" if how == "stop" else "max_minutes = 0.05" if deadline else how
+        assert f"stopped by {why}: saved at step {about['step']}; --resume=auto continues from there" in output
+        assert about["step"] == max(losses(folder)) + 1 > saved, "a step was lost, or no step was made"
         assert not (folder / "stop").exists()
         saved = about["step"]
     resume = {**SETTINGS, **SCRIPTS[script], "max_iters": saved + 5}
@@ -76,10 +76,10 @@ def test_a_run_stopped_again_and_again_loses_no_step_and_no_bit(tmp_path, data, 
 
 
 @both_scripts
-def test_a_scheduler_may_ask_for_a_stop_while_the_run_starts(tmp_path, data, script):
+def test_a_stop_signal_during_startup_is_obeyed(tmp_path, data, script):
     mark = f"start-{tmp_path}"
-    process = start(script, data, tmp_path, mark, max_iters=100_000)
-    while len(started_with(mark)) < 3:  # the launcher and 2 ranks, long before these listen
+    process = start(script, data, tmp_path, mark, fresh=True, max_iters=100_000)
+    while len(started_with(mark)) < 3:  # the launcher and 2 ranks, which do not handle signals yet
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
@@ -97,7 +97,7 @@ def test_a_stop_in_the_first_evaluation_has_nothing_to_save(tmp_path, data):
 
 
 @both_scripts
-def test_a_save_that_is_asked_for_is_made_and_the_run_goes_on(tmp_path, data, script):
+def test_a_requested_save_is_made_and_the_run_continues(tmp_path, data, script):
     folder = tmp_path / "out"
     process = start(script, data, folder, eval_interval=100_000, max_iters=100_000)
     wait_for_step(folder, process, 3)
@@ -113,19 +113,19 @@ def test_a_save_that_is_asked_for_is_made_and_the_run_goes_on(tmp_path, data, sc
 
 
 @both_scripts
-def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path, data, script):
+def test_a_nan_loss_ends_the_run_and_is_not_saved(tmp_path, data, script):
     settings = {**SETTINGS, **SCRIPTS[script], "eval_interval": 50}
     train(tmp_path / "out", data, ranks=2, **settings, max_iters=4)
     path, about = Checkpoints(str(tmp_path / "out")).newest()
-    told = refused(tmp_path / "out", data, ranks=2, **settings, max_iters=50, learning_rate=1e18)
-    assert re.match(r"step [4-9]: loss .*(nan|inf) on rank \d, .*gradient norm ", told), told
-    assert "stopped, nothing of it was saved" in told and about["step"] == 4
+    error = refused(tmp_path / "out", data, ranks=2, **settings, max_iters=50, learning_rate=1e18)
+    assert re.match(r"step [4-9]: loss .*(nan|inf) on rank \d, .*gradient norm ", error), error
+    assert "stopped without saving this step" in error and about["step"] == 4
     assert Checkpoints(str(tmp_path / "out")).newest()[0] == path
-    assert f"{path} is whole: go on from it with --init_from=resume and a lower --learning_rate" in told
+    assert f"resume from {path} with --init_from=resume and a lower --learning_rate" in error
 
 
 @both_scripts
-def test_a_rank_that_stands_still_is_named_and_the_run_ends(tmp_path, data, script):
+def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path, data, script):
     folder, mark = tmp_path / "out", f"MARK={tmp_path}"
     process = start(script, data, folder, str(tmp_path), max_iters=100_000, hang_minutes=0.1)
     wait_for_step(folder, process, 4)
@@ -135,7 +135,7 @@ def test_a_rank_that_stands_still_is_named_and_the_run_ends(tmp_path, data, scri
     output, _ = process.communicate(timeout=60)
     assert time.monotonic() - stopped < 60 and process.returncode == HUNG
     assert output.count("error: ") == 1 and "no progress for 6 s" in output, output
-    assert "rank 1 silent: stopped, or the machine or the network is; waiting for it: rank 0 in " in output
+    assert "no sign of life from rank 1 (process, machine or network); waiting: rank 0 in " in output, output
     assert "Thread" in (folder / "hang" / "rank_00000.txt").read_text()
     assert not started_with(mark)
 
@@ -144,30 +144,30 @@ def variables(pid: str) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
 
 
-def test_a_rank_that_is_stuck_in_python_is_named_with_its_line(tmp_path, data):
+def test_a_rank_stuck_in_python_is_named_with_its_line(tmp_path, data):
     folder = tmp_path / "out"
     process = start("train.py", data, folder, max_iters=100_000, eval_interval=100_000, hang_minutes=0.1)
     wait_for_step(folder, process, 4)
-    os.mkfifo(folder / "pipe")  # that nobody reads: rank 0 waits when it opens it
+    os.mkfifo(folder / "pipe")  # without a reader: rank 0 blocks when it opens it
     (folder / "pipe").replace(folder / "metrics.jsonl")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == HUNG, output
-    assert "rank 0 stuck in open (metrics.py:" in output and "waiting for it: rank 1 in " in output, output
+    assert "rank 0 stuck in open (metrics.py:" in output and "waiting: rank 1 in " in output, output
     stacks = [(folder / "hang" / f"rank_0000{rank}.txt").read_text() for rank in range(2)]
-    assert "metrics.py" in stacks[0] and "train_step" in stacks[1]
+    assert "metrics.py" in stacks[0] and "in gather" in stacks[1]  # of the next step, or of the measurement
 
 
 @both_scripts
 def test_a_rank_that_dies_ends_the_others_and_is_named_first(tmp_path, data, script):
     folder, mark = tmp_path / "out", f"MARK={tmp_path}"
-    process = start(script, data, folder, str(tmp_path), max_iters=100_000)
+    process = start(script, data, folder, str(tmp_path), fresh=script == "train.py", max_iters=100_000)
     wait_for_step(folder, process, 4)
     killed = time.monotonic()
     (pid,) = [p for p in started_with(mark) if "RANK=1" in variables(p)]
     os.kill(int(pid), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - killed < 30
-    assert output.count("launch.py: rank 1 ended with signal 9 (SIGKILL)") == 1, output
+    assert output.count("launch.ranks: rank 1 ended with signal 9 (SIGKILL)") == 1, output
     assert "Traceback" not in output
     assert not started_with(mark)
 

@@ -1,6 +1,7 @@
 """A rank that keeps the others waiting, and one whose memory is full: both are named."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,13 +13,16 @@ import pytest
 import torch
 
 from tests.running import ROOT, TINY, command, message, rows, wait_for_step, zero_json
-from training.memory import model_state
+from training.strategies import model_state_bytes
 
 
 def test_a_slow_rank_is_named_with_its_host(tmp_path, data):
     settings = {**TINY, "dataset": data, "out_dir": tmp_path, "gradient_accumulation_steps": 2, "log_interval": 1}
     line = command("train.py", ranks=2, **settings | {"max_iters": 100_000, "eval_interval": 100_000})
-    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    expected = f"rank 1 on {os.uname().nodename} slows down all ranks: its matmul takes"
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(line, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     wait_for_step(tmp_path, process, 8)
     (slow,) = [
         int(path.parent.name)
@@ -26,17 +30,18 @@ def test_a_slow_rank_is_named_with_its_host(tmp_path, data):
         if f"out_dir={tmp_path}".encode() in path.with_name("cmdline").read_bytes()
         and b"\0RANK=1\0" in path.read_bytes()
     ]
-    until = time.monotonic() + 15
-    while time.monotonic() < until:  # a sixth of the time is left to it
-        os.kill(slow, signal.SIGSTOP)
-        time.sleep(0.025)
-        os.kill(slow, signal.SIGCONT)
-        time.sleep(0.005)
+    until = time.monotonic() + 90
+    while expected not in log.read_text() and time.monotonic() < until:
+        for _ in range(30):  # the rank keeps a sixth of its time
+            os.kill(slow, signal.SIGSTOP)
+            time.sleep(0.025)
+            os.kill(slow, signal.SIGCONT)
+            time.sleep(0.005)
     process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert f"rank 1 on {os.uname().nodename} keeps all ranks waiting: its matmuls take" in output, output
+    process.wait(timeout=60)
+    assert expected in log.read_text()
     probes = rows(tmp_path, "ranks")
-    assert len(probes) > 8 and all(len(row[key]) == 2 for row in probes for key in ("matmul_ms", "data_ms"))
+    assert len(probes) >= 5 and all(len(row[key]) == 2 for row in probes for key in ("matmul_ms", "data_ms"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="its limit on memory is Linux'")
@@ -55,7 +60,8 @@ def test_full_memory_says_what_takes_it_and_what_to_try(tmp_path, data, strategy
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     told = message(done)
-    assert "allocate" in told and f"the model state of a rank under {strategy} is 0.00 GB: weights" in told
+    assert "allocate" in told
+    assert re.search(rf"the model state per rank under {strategy} is 0\.000[1-9] GB: parameters 0\.000\d GB", told)
     assert "\n    --batch_size=50000 --gradient_accumulation_steps=4\n    --activation_checkpointing=True\n" in told
     assert "./launch_deepspeed_zero3.sh: " in told and "zero3_offload" not in told, "the CPU is the device"
 
@@ -63,6 +69,7 @@ def test_full_memory_says_what_takes_it_and_what_to_try(tmp_path, data, strategy
 def test_the_model_state_by_the_zero_papers_formula():
     """Figure 1 of arXiv:1910.02054: 7.5e9 parameters on 64 ranks, 120, 31.4, 16.6 and 1.9 GB."""
     found = [
-        model_state(f"zero{n}", 64, 7_500_000_000, torch.bfloat16, fp32_sums=False).total() / 1e9 for n in range(4)
+        model_state_bytes(f"zero{n}", 64, 7_500_000_000, torch.bfloat16, fp32_accumulation=False).total() / 1e9
+        for n in range(4)
     ]
     assert [round(gb, 1) for gb in found] == [120.0, 31.4, 16.6, 1.9]

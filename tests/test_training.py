@@ -10,17 +10,17 @@ import torch
 
 from data.errors import DataError
 from model import GPT
+from tests.checkpoints import initialized
 from tests.running import TINY, run
 from train import Trainer
 from training import run_folder
 from training.batches import Batches
-from training.config import parse
-from training.distributed import ALONE, Ranks
-from training.evaluation import evaluate
-from training.optim import adamw, learning_rate, parameter_groups, set_learning_rate
-from training.origin import Origin
-from training.saving import Files
-from training.sharding import PlainTrainConfig
+from training.checkpoint import CheckpointWriter
+from training.config import PlainTrainConfig, parse
+from training.distributed import SINGLE_PROCESS, Ranks
+from training.init import InitState
+from training.loop import evaluate
+from training.optim import learning_rate, make_optimizer, set_learning_rate
 
 
 def config(data: Path, **settings) -> PlainTrainConfig:
@@ -31,7 +31,7 @@ def global_batch(cfg: PlainTrainConfig, world_size: int, step: int) -> torch.Ten
     """The tokens of a step in the order of its micro-batches, gathered from all ranks."""
     parts = {}
     for rank in range(world_size):
-        batches = Batches(cfg, replace(ALONE, rank=rank, world_size=world_size))
+        batches = Batches(cfg, replace(SINGLE_PROCESS, rank=rank, world_size=world_size))
         for micro_step in range(batches.micro_steps):
             tokens, targets = batches.train(step, micro_step)
             assert torch.equal(tokens[:, 1:], targets[:, :-1])
@@ -46,29 +46,29 @@ def test_the_global_batch_does_not_depend_on_the_ranks(data):
         assert one.shape == (16, 32)
         assert all(torch.equal(global_batch(cfg, ranks, step), one) for ranks in (2, 4))
     assert not torch.equal(global_batch(replace(cfg, seed=1), 1, 7), one)
-    batches = Batches(cfg, ALONE)
+    batches = Batches(cfg, SINGLE_PROCESS)
     assert torch.equal(batches.train(0, 0)[0], global_batch(cfg, 1, 0)[:4])
     assert torch.equal(batches.train(7, 0)[0], one[:4]), "the batches of a step depend on the step before"
 
 
 def test_dropout_belongs_to_the_micro_batch_whichever_rank_has_it(data):
     cfg = config(data, gradient_accumulation_steps=4)
-    first, second, *_ = (Batches(cfg, replace(ALONE, rank=rank, world_size=2)) for rank in range(2))
+    first, second, *_ = (Batches(cfg, replace(SINGLE_PROCESS, rank=rank, world_size=2)) for rank in range(2))
     seeds = [ranks.dropout_seed(step, micro) for step in (0, 1) for micro in (0, 1) for ranks in (first, second)]
-    assert seeds == [Batches(cfg, ALONE).dropout_seed(step, micro) for step in (0, 1) for micro in range(4)]
+    assert seeds == [Batches(cfg, SINGLE_PROCESS).dropout_seed(step, micro) for step in (0, 1) for micro in range(4)]
     assert len(set(seeds)) == 8
 
 
 def test_every_place_of_the_text_can_be_drawn(make_data):
     """The last sequence too, whose last target is the last token."""
     folder = make_data(np.arange(40), vocab_size=40)
-    batches = Batches(config(folder, batch_size=200), ALONE)
+    batches = Batches(config(folder, batch_size=200), SINGLE_PROCESS)
     tokens, targets = batches.train(0, 0)
     assert set(tokens[:, 0].tolist()) == set(range(8)) and targets.max() == 39
 
 
 def test_evaluation_has_its_own_batches_and_always_the_same(data):
-    batches = Batches(config(data), ALONE)
+    batches = Batches(config(data), SINGLE_PROCESS)
     before = batches.evaluation("val", 3)[0]
     training = batches.train(5, 0)[0]
     assert torch.equal(batches.evaluation("val", 3)[0], before)
@@ -96,11 +96,11 @@ def test_evaluation_is_the_mean_over_count_batches_on_any_number_of_ranks(data, 
         passes.append(1)
         return tokens.double().mean()
 
-    expected = evaluate(loss_of, Batches(cfg, ALONE), ALONE, count)
+    expected = evaluate(loss_of, Batches(cfg, SINGLE_PROCESS), SINGLE_PROCESS, count)
     found = dict.fromkeys(expected, 0.0)
     for rank in range(ranks):
         passes.clear()
-        me = Share(rank, rank, ranks, ALONE.device)
+        me = Share(rank, rank, ranks, SINGLE_PROCESS.device)
         for split, loss in evaluate(loss_of, Batches(cfg, me), me, count).items():
             found[split] += loss
         assert len(passes) == 2 * math.ceil(count / ranks), "a rank with fewer passes than another would wait for it"
@@ -111,39 +111,39 @@ def test_ids_beyond_the_vocabulary_and_texts_that_are_too_short(make_data, tmp_p
     folder = make_data(np.full(100, 50), vocab_size=50)
     told = run("train.py", **{**TINY, "dataset": folder, "out_dir": tmp_path / "out"})
     assert told.returncode == 2
-    assert f"error: {folder}/train.bin holds id 50, beyond its vocabulary of 50" in told.stderr
+    assert f"error: {folder}/train.bin contains id 50, outside its vocabulary of 50" in told.stderr
     with pytest.raises(DataError, match="has 100 tokens: too few for block_size = 100, which needs one more"):
-        Batches(config(folder, block_size=100), ALONE)
-    with pytest.raises(DataError, match="holds id 50"):
-        Batches(config(folder), ALONE)
+        Batches(config(folder, block_size=100), SINGLE_PROCESS)
+    with pytest.raises(DataError, match="contains id 50"):
+        Batches(config(folder), SINGLE_PROCESS)
     ids = np.zeros(2**20, int)
-    ids[2**15 : 2**16] = 70  # where the first look, at 16 places, does not come
-    large = Batches(config(make_data(ids, 50, "large"), batch_size=500), ALONE)
-    with pytest.raises(DataError, match="holds id 70"):
+    ids[2**15 : 2**15 + 2**14] = 70  # where the first look, at 16 places, does not come
+    large = Batches(config(make_data(ids, 50, "large"), batch_size=500), SINGLE_PROCESS)
+    with pytest.raises(DataError, match="contains id 70"):
         large.evaluation("val", 0)
 
 
 def test_a_bin_that_shrinks_while_it_is_read(make_data):
     folder = make_data(np.arange(50), vocab_size=50)
-    batches = Batches(config(folder), ALONE)
+    batches = Batches(config(folder), SINGLE_PROCESS)
     (folder / "train.bin").write_bytes(b"")
-    with pytest.raises(DataError, match="became shorter while it was read"):
+    with pytest.raises(DataError, match="became shorter while it was being read"):
         batches.train(0, 0)
 
 
 def test_the_optimizer_decays_matrices_once_and_is_adamw(data):
     cfg = config(data, weight_decay=0.3, beta1=0.8)
-    model = GPT(cfg.model_config(257)).init_weights(0)
-    optimizer = adamw(parameter_groups(model, cfg.weight_decay), cfg)
+    model = initialized(GPT(cfg.model_config(257)), 0)
+    optimizer = make_optimizer(model, cfg)
     groups = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
     assert [p.dim() for p in groups[0.3]] == [2] * len(groups[0.3]) and {p.dim() for p in groups[0.0]} == {1}
     assert sorted(map(id, groups[0.3] + groups[0.0])) == sorted(map(id, model.parameters()))
 
-    theirs = GPT(cfg.model_config(257)).init_weights(0)
+    theirs = initialized(GPT(cfg.model_config(257)), 0)
     decay, rest = ([p for p in theirs.parameters() if (p.dim() == 2) == matrix] for matrix in (True, False))
     plain = [{"params": decay, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(plain, lr=cfg.learning_rate, betas=(0.8, 0.95), foreach=False)
-    tokens, targets = Batches(cfg, ALONE).train(0, 0)
+    tokens, targets = Batches(cfg, SINGLE_PROCESS).train(0, 0)
     for _ in range(3):
         for network, steps in ((model, optimizer), (theirs, reference)):
             network(tokens, targets).backward()
@@ -164,16 +164,18 @@ def test_the_learning_rate_is_nanogpts(data):
 
 def test_the_scaler_of_fp16_is_in_the_checkpoint(data, tmp_path):
     cfg = config(data, dtype="float16")
-    first = Trainer(cfg, ALONE, Batches(cfg, ALONE), Origin(cfg.model_config(257)), torch.float16)
+    first = Trainer(cfg, SINGLE_PROCESS, Batches(cfg, SINGLE_PROCESS), InitState(cfg.model_config(257)), torch.float16)
     first.scaler.load_state_dict({**first.scaler.state_dict(), "scale": 1024.0})
     for step in range(3):
         first.train_step(step)
-    first.save(Files(tmp_path, later=False))
+    first.save(CheckpointWriter(tmp_path, background=False))
     (tmp_path / "checkpoint.json").write_text('{"strategy": "single", "world_size": 1}')
-    second = Trainer(cfg, ALONE, first.batches, Origin(cfg.model_config(257), checkpoint=tmp_path), torch.float16)
+    second = Trainer(
+        cfg, SINGLE_PROCESS, first.batches, InitState(cfg.model_config(257), checkpoint=tmp_path), torch.float16
+    )
     assert second.scaler.state_dict() == first.scaler.state_dict()
     assert second.scaler.get_scale() == 1024.0 and second.scaler.state_dict()["_growth_tracker"] == 3
-    one, other = (trainer.train_step(3)[0] for trainer in (first, second))
+    one, other = (trainer.train_step(3)["loss"] for trainer in (first, second))
     assert torch.equal(one, other)
 
 

@@ -1,9 +1,8 @@
-"""ZeRO-0 to 3 with every offload: the loss of one process, exact resume, weights that are whole."""
+"""ZeRO-0 to 3 with every offload: the loss of one process, exact resume, complete weights."""
 
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,69 +10,62 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.running import ROOT, TINY, command, difference, losses, run, train, zero_json
+from tests.checkpoints import weights
+from tests.running import ROOT, TINY, command, difference, losses, run, start_process, train, wait_for_step, zero_json
 from training.checkpoint import Checkpoints
-from training.saved_state import open_state
+from training.model_state import open_state
 
-STRATEGIES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"]
+STRATEGIES: list = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+STRATEGIES += [pytest.param("zero3_nvme", marks=pytest.mark.needs("libaio"))]
 # Clipping, warm-up and cosine, two groups of weight decay, a vocabulary that no number of ranks divides.
-SETTINGS: dict[str, Any] = {"max_iters": 40, "lr_decay_iters": 40, "eval_interval": 20, "dropout": 0.1}
+SETTINGS: dict[str, Any] = {"max_iters": 30, "lr_decay_iters": 30, "eval_interval": 15, "dropout": 0.1}
 
 
-WIDER: dict[str, Any] = {"n_layer": 3, "n_embd": 128}  # DeepSpeed swaps nothing below a megabyte
+WIDER: dict[str, Any] = {"n_layer": 3, "n_embd": 128}  # DeepSpeed does not swap tensors below 1 MB
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory, data):
-    """single(settings): the run of one process, with the same global batch."""
-    done: dict[tuple, Path] = {}
-
-    def folder(**settings) -> Path:
-        key = tuple(sorted(settings.items()))
-        if key not in done:
-            done[key] = tmp_path_factory.mktemp("single")
-            train(done[key], data, **SETTINGS, **settings)
-        return done[key]
-
-    return folder
+def single(reference):
+    """single(settings): run folder of one process with the same global batch."""
+    return lambda **settings: reference(**SETTINGS, **settings)
 
 
 def settings_of(strategy: str, folder: Path) -> dict[str, Any]:
-    """For NVMe, a copy of the JSON with smaller buffers, and a model that is large enough to be swapped."""
+    """NVMe gets a copy of the JSON with smaller buffers, and a model that is large enough to be swapped."""
     if strategy != "zero3_nvme":
         return {"deepspeed_config": zero_json(strategy), **SETTINGS}
     config = json.loads((ROOT / zero_json(strategy)).read_text())
     config["zero_optimization"]["offload_param"]["buffer_size"] = 100_000
     path, disk = folder / "config.json", folder / "disk"
     path.write_text(json.dumps(config))
-    disk.mkdir()
+    disk.mkdir(exist_ok=True)
     return {"deepspeed_config": path, "nvme_path": disk, **SETTINGS, **WIDER}
 
 
 def killed(out: Path, data: Path, settings: dict[str, Any]) -> None:
     tiny = {**TINY, **settings, "dataset": data, "out_dir": out}
-    process = subprocess.Popen(command("train_deepspeed.py", ranks=2, **tiny), cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (out / "metrics.jsonl").exists() or len(losses(out)) < 22:
-        time.sleep(0.005)
-        assert process.poll() is None, "it ended before it could be killed"
-    process.kill()  # and its ranks with it
+    process = start_process(command("train_deepspeed.py", ranks=2, **tiny), stdout=subprocess.DEVNULL)
+    wait_for_step(out, process, 16)
+    process.kill()  # its ranks end with it
     assert process.wait() == -signal.SIGKILL
-    assert Checkpoints(str(out)).newest()[1]["step"] == 20
+    assert Checkpoints(str(out)).newest()[1]["step"] == 15
 
 
 @pytest.fixture(scope="module")
-def zero(tmp_path_factory, data):
-    """zero(strategy): (run folder, settings, output) of 40 steps on 2 ranks, killed after the save of the 20th."""
-    done: dict[str, tuple[Path, dict[str, Any], str]] = {}
+def zero(once, data):
+    """zero(strategy): (run folder, settings, output) of 30 steps on 2 ranks, killed after the save of the 15th."""
+
+    def settings_in(folder: Path, strategy: str) -> dict[str, Any]:
+        return {**settings_of(strategy, folder), "gradient_accumulation_steps": 4}
+
+    def make(folder: Path, strategy: str) -> None:
+        settings = settings_in(folder, strategy)
+        killed(folder / "out", data, settings)
+        (folder / "output").write_text(train(folder / "out", data, ranks=2, init_from="resume", **settings))
 
     def trained(strategy: str) -> tuple[Path, dict[str, Any], str]:
-        if strategy not in done:
-            folder = tmp_path_factory.mktemp(strategy)
-            settings = {**settings_of(strategy, folder), "gradient_accumulation_steps": 8}
-            killed(folder / "out", data, settings)
-            output = train(folder / "out", data, ranks=2, init_from="resume", **settings)
-            done[strategy] = folder / "out", settings, output
-        return done[strategy]
+        folder = once(f"killed_{strategy}", lambda folder: make(folder, strategy))
+        return folder / "out", settings_in(folder, strategy), (folder / "output").read_text()
 
     return trained
 
@@ -82,10 +74,10 @@ def zero(tmp_path_factory, data):
 def test_every_strategy_trains_as_one_process(single, zero, strategy):
     out, settings, output = zero(strategy)
     if strategy == "zero3_nvme":
-        assert list(out.rglob("exp_avg-*.swp")), "nothing went to the disk"
-        assert not list(settings["nvme_path"].rglob("*.swp")), "something stays on the disk"
+        assert list(out.rglob("exp_avg-*.swp")), "nothing was swapped to the disk"
+        assert not list(settings["nvme_path"].rglob("*.swp")), "swap files are left on the disk"
     assert f"{strategy}: " in output and "WARNING" not in output and "FutureWarning" not in output
-    compare(out, single(gradient_accumulation_steps=8, **(WIDER if strategy == "zero3_nvme" else {})), strategy, 2)
+    compare(out, single(gradient_accumulation_steps=4, **(WIDER if strategy == "zero3_nvme" else {})), strategy, 2)
 
 
 @pytest.mark.parametrize("strategy, ranks, accumulation", [("zero2", 4, 8), ("zero3", 4, 8), ("zero1", 2, 2)])
@@ -97,19 +89,19 @@ def test_other_ranks_and_accumulation_train_as_one_process(tmp_path, data, singl
 
 def compare(out: Path, one: Path, strategy: str, ranks: int) -> None:
     assert difference(one, out) <= 1e-5 and difference(one, out, "grad_norm") <= 1e-5
-    assert losses(one)[39] < losses(one)[0] - 0.5, "it learns nothing: this shows nothing"
+    assert losses(one)[29] < losses(one)[0] - 0.5, "the model must learn for this comparison to mean anything"
     newest, about = Checkpoints(str(out)).newest()
     assert (about["strategy"], about["world_size"]) == (strategy, ranks)
-    ours = open_state(newest, about).weights()
-    theirs = open_state(*Checkpoints(str(one)).newest()).weights()
+    ours = weights(open_state(newest, about))
+    theirs = weights(open_state(*Checkpoints(str(one)).newest()))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data, zero, strategy):
-    """Nearer than other strategies come: only the order of additions differs there."""
+def test_a_killed_run_resumes_exactly(tmp_path, data, zero, strategy):
+    """Within 1e-6; other strategies, whose order of additions differs, come within 1e-5."""
     killed, settings, _ = zero(strategy)
     train(tmp_path, data, ranks=2, **settings)
     assert difference(tmp_path, killed) <= 1e-6 and difference(tmp_path, killed, "grad_norm") <= 1e-6
@@ -117,7 +109,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, data, zero, strat
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
 def test_bf16_stays_near_ddp(tmp_path, data, strategy):
-    """DeepSpeed holds the weights, the norms' too, and all activations in bf16; autocast only what matmuls touch."""
+    """DeepSpeed keeps all weights and activations in bf16, layer norms included; autocast only inputs of matmuls."""
     ddp, zero = tmp_path / "ddp", tmp_path / "zero"
     settings: dict[str, Any] = {"dtype": "bfloat16", "gradient_accumulation_steps": 4}
     train(ddp, data, ranks=2, **settings)
@@ -129,10 +121,10 @@ def test_bf16_stays_near_ddp(tmp_path, data, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["zero0", "zero2", "zero3"])
-def test_autocast_in_bf16_is_what_ddp_has(tmp_path, data, strategy):
+def test_torch_autocast_in_bf16_equals_ddp(tmp_path, data, strategy):
     ddp, zero = tmp_path / "ddp", tmp_path / "zero"
     config = json.loads((ROOT / zero_json(strategy)).read_text())
-    if strategy != "zero0":  # there it is so by itself
+    if strategy != "zero0":  # the default of zero0
         config["torch_autocast"] = {"enabled": True}
         del config["data_types"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -142,8 +134,8 @@ def test_autocast_in_bf16_is_what_ddp_has(tmp_path, data, strategy):
     assert difference(ddp, zero) < 1e-3
 
 
-def test_weights_are_read_as_deepspeed_reads_them(tmp_path, data):
-    """And a safetensors file of them is a whole state dict."""
+def test_weights_equal_those_read_by_deepspeed(tmp_path, data):
+    """A safetensors file of them is a complete state dict."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     from model import GPT, GPTConfig
@@ -152,20 +144,20 @@ def test_weights_are_read_as_deepspeed_reads_them(tmp_path, data):
         out, file = tmp_path / strategy, tmp_path / f"{strategy}.safetensors"
         settings: dict[str, Any] = {"dtype": "bfloat16", "gradient_accumulation_steps": 3, "max_iters": 5}
         train(out, data, ranks=3, deepspeed_config=zero_json(strategy), **settings)
-        done = run("convert.py", str(out), str(file))
+        done = run("-m", "tools.convert", str(out), str(file))
         assert done.returncode == 0, done.stderr
         ours, theirs = load_file(file), get_fp32_state_dict_from_zero_checkpoint(out / "checkpoints", "step_000005")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         model = GPT(GPTConfig(**Checkpoints(str(out)).newest()[1]["model"]))
         model.load_state_dict(ours)
-        assert run("convert.py", str(out), str(file)).returncode == 2, "it was overwritten"
+        assert run("-m", "tools.convert", str(out), str(file)).returncode == 2, "the file was overwritten"
 
 
 def test_sampling_reads_every_strategy(single, zero):
     texts = set()
     for folder in (
-        single(gradient_accumulation_steps=8),
+        single(gradient_accumulation_steps=4),
         *(zero(strategy)[0] for strategy in ("zero0", "zero2", "zero3")),
     ):
         done = run("sample.py", out_dir=folder, num_samples=1, max_new_tokens=20, temperature=0, start="the ")

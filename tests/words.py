@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.prepare import Writer
 from data.tokenizer import ByteTokenizer
-from data.writer import Writer
 
 
 def words(folder: Path) -> Path:

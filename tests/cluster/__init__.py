@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
+from tests import needs
 
 SSHD = "/usr/sbin/sshd"
 NUMBERS = itertools.count()
@@ -22,10 +22,8 @@ def run(*command: object, check: bool = True) -> str:
 
 
 def require() -> None:
-    """Skip where hosts cannot be made."""
-    lacking = [tool for tool in ("ip", "tc", "nft", SSHD, "ssh-keygen") if not shutil.which(tool)]
-    if (os.geteuid() or lacking) and "REQUIRE_HOSTS" not in os.environ:
-        pytest.skip(f"hosts need root, iproute2, nftables and openssh-server; {lacking or 'root'} is missing")
+    """Skip the calling test if this machine cannot make hosts."""
+    needs.require("root", "ip", "tc", "nft", "sshd", "ssh-keygen")
 
 
 class Host:
@@ -35,7 +33,7 @@ class Host:
         self.sshd: subprocess.Popen | None = None
 
     def pids(self) -> list[int]:
-        """Of all that runs there, its sshd and what belongs to that aside."""
+        """Processes on this host, except sshd and its children."""
         found = []
         for pid in map(int, run("ip", "netns", "pids", self.space, check=False).split()):
             try:
@@ -55,14 +53,14 @@ class Host:
         return run("ip", "netns", "exec", self.space, *command, check=check)
 
     def limit(self, rate: str) -> None:
-        """Of what it sends, as tc writes it: 100mbit."""
+        """Limit the rate at which it sends, as tc writes it: 100mbit."""
         burst = "256kb" if rate.endswith("mbit") else "4mb"
         self.inside(
             "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", burst, "latency", "50ms"
         )
 
     def drop(self, percent: int) -> None:
-        """Packets, at random, on their way in; 0: none. (Not netem, which kernels of small machines lack.)"""
+        """Drop incoming packets at random; 0: none. (netem is missing in the kernels of small machines.)"""
         self.inside("nft", "flush", "ruleset")
         if percent:
             self.inside("nft", "add table ip lossy")
@@ -70,7 +68,7 @@ class Host:
             self.inside("nft", f'add rule ip lossy in iifname "eth0" numgen random mod 100 < {percent} counter drop')
 
     def dropped(self) -> int:
-        """Packets, so far."""
+        """Number of packets dropped so far."""
         return int(self.inside("nft", "list", "ruleset").split("counter packets ")[1].split()[0])
 
     def unplug(self) -> None:
@@ -78,10 +76,10 @@ class Host:
 
 
 class Cluster:
-    """`with Cluster(folder, 2) as cluster:` makes the hosts and takes all of them down, whatever happens."""
+    """`with Cluster(folder, 2) as cluster:` makes the hosts, and removes all of them at the end."""
 
     def __init__(self, folder: Path, count: int):
-        number = next(NUMBERS)  # several may be there at once, also of several test processes
+        number = next(NUMBERS)  # several can exist at once, in several test processes
         self.folder, self.tag = folder, f"nz{os.getpid() % 100000}{chr(97 + number % 26)}"
         self.subnet = f"10.{64 + os.getpid() % 128}.{(os.getpid() // 128 * 26 + number) % 256}.{{}}"
         self.hosts = [Host(number, self.tag, self.subnet) for number in range(1, count + 1)]
@@ -149,7 +147,7 @@ class Cluster:
         return path
 
     def left(self) -> dict[str, list[int]]:
-        """What still runs, by host."""
+        """Processes that still run, by host."""
         return {host.name: host.pids() for host in self.hosts if host.pids()}
 
     def __exit__(self, *_: object) -> None:
@@ -160,7 +158,7 @@ class Cluster:
 
 
 def clear(tag: str) -> None:
-    """Take down all that a cluster has made."""
+    """Remove everything that a cluster made."""
     for space in [line.split()[0] for line in run("ip", "netns", "list").splitlines()]:
         if space.startswith(f"{tag}-"):
             for pid in run("ip", "netns", "pids", space, check=False).split():
@@ -172,7 +170,7 @@ def clear(tag: str) -> None:
 
 
 def sweep() -> None:
-    """Take down what a test that was killed has left."""
+    """Remove what a killed test left behind."""
     tags = set(re.findall(r"^(nz(\d+)[a-z])-", run("ip", "netns", "list"), re.M))
     for tag, pid in tags:
         if not Path(f"/proc/{pid}").exists():

@@ -1,4 +1,4 @@
-"""benchmark.py over links of several speeds, between two hosts that are network namespaces of one machine.
+"""tools.benchmark over links of several speeds, between two hosts that are network namespaces of one machine.
 
 python -m tests.cluster.links results/zero_links
 """
@@ -21,7 +21,13 @@ def main(target: Path) -> None:
         for rate in RATES:
             for host in cluster.hosts:
                 host.limit(rate)
-            line = [sys.executable, "benchmark.py", f"--hostfile={cluster.hostfile(1)}", f"--ssh={cluster.ssh}"]
+            line = [
+                sys.executable,
+                "-m",
+                "tools.benchmark",
+                f"--hostfile={cluster.hostfile(1)}",
+                f"--ssh={cluster.ssh}",
+            ]
             line += [
                 "--strategies=ddp,zero1,zero2,zero3",
                 "--rounds=2",
