@@ -49,10 +49,8 @@ def find_init_state(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset
         )
     model = GPTConfig(**metadata["model"])
     # a run that started from pretrained weights has their shape, whatever the settings say
-    keys = (
-        ["n_layer", "n_head", "n_embd", "block_size", "bias"] if metadata["init_from"] == "scratch" else ["block_size"]
-    )
-    if different := [k for k in keys if getattr(cfg, k) != getattr(model, k)]:
+    keys = "n_layer n_head n_embd block_size bias" if metadata["init_from"] == "scratch" else "block_size"
+    if different := [k for k in keys.split() if getattr(cfg, k) != getattr(model, k)]:
         fixes = [f"--{k}={getattr(model, k)} (not {getattr(cfg, k)})" for k in different]
         raise CheckpointError(f"{folder} is of another model; resume it with {', '.join(fixes)}")
     return InitState(
