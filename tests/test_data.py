@@ -46,6 +46,11 @@ def test_shakespeare_by_bpe_has_nanogpts_counts(tmp_path, shakespeare, bpe_files
     assert dataset.tokenizer.decode(ids_of(tmp_path, "val").tolist()).startswith("?\n\nGREMIO:")
 
 
+def test_an_input_beside_the_output_is_not_downloaded(tmp_path):
+    (tmp_path / "input.txt").write_text(TEXT * 20)
+    assert f"train {len(TEXT) * 18:,} tokens" in prepare("shakespeare_char", "--out", tmp_path)
+
+
 def test_pythons_documentation_is_prose_and_the_same_each_time(tmp_path):
     for name in ("one", "two"):
         prepare("python_docs", "--out", tmp_path / name)

@@ -26,13 +26,13 @@ def download() -> str:
 
 
 def main(parser: ArgumentParser, tokenizer_name: str) -> None:
-    """Prepare the data set with a tokenizer."""
-    parser.add_argument("--input", type=Path, help="the text; default: download it")
+    parser.add_argument("--input", type=Path, help="the text; default: input.txt beside the output, or download it")
     args = parser.parse_args()
-    text = next(read_plain(args.input)) if args.input else download()
+    path = args.input or args.out / "input.txt"  # where nanoGPT's own script leaves it
+    text = next(read_plain(path)) if args.input or path.exists() else download()
     tokenizer = tokenizer_from({"name": tokenizer_name, "characters": text})
     cut = int(len(text) * 0.9)
-    with Writer(args.out, tokenizer, args.input.name if args.input else URL) as writer:
+    with Writer(args.out, tokenizer, path.name if path.exists() else URL) as writer:
         writer.write("train", tokenizer.encode(text[:cut]), end=False)
         writer.write("val", tokenizer.encode(text[cut:]), end=False)
     print(writer.report())
