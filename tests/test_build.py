@@ -44,7 +44,7 @@ def main():
         init, config = InitState(cfg.model_config(257)), []
         if zero:
             json_file = deepspeed_config.read(cfg.deepspeed_config)
-            config = [deepspeed_config.resolve(cfg, ranks, init.model, json_file, torch.float32)]
+            config = [deepspeed_config.resolve(cfg, ranks, init.model, json_file)[0]]
         small = InitState(dataclasses.replace(init.model, n_layer=1, n_embd=16))
         Trainer(cfg, ranks, batches, small, torch.float32, *config)  # so that imports do not count as the model
         gc.collect()
