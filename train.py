@@ -142,8 +142,7 @@ def main() -> None:
             batches = Batches(cfg, ranks)
             init = find_init_state(cfg, checkpoints, batches.dataset)
         run_folder.prepare(cfg, ranks, init)
-        strategy = cfg.strategy_name(ranks.world_size)
-        with run_folder.explain_out_of_memory(cfg, ranks, init.model, strategy, dtype):
+        with run_folder.explain_out_of_memory(cfg, ranks, init.model, cfg.strategy_name(ranks.world_size), dtype):
             trainer = Trainer(cfg, ranks, batches, init, dtype)
             loop.train(cfg, ranks, batches, trainer, checkpoints, init)
 

@@ -1,7 +1,7 @@
 # The model of ./launch_quickstart.sh: a small GPT on the bytes of Python's documentation.
 #   python data/python_docs/prepare.py
 #   ./launch_traditional_ddp.sh config/train_quickstart.py
-# Val loss falls from 5.5 to about 1.36 nats per byte, in about two minutes on 2 CPU cores.
+# Val loss falls from 5.5 to about 1.36 nats per byte, in two to five minutes on 2 CPU cores.
 
 out_dir = 'out-quickstart'
 dataset = 'python_docs'

@@ -128,7 +128,7 @@ def test_fsdp_partitions_16_bytes_a_parameter(name, dtype):
 
 
 def saved_bytes(config: GPTConfig, batch: int, half: bool, autocast: bool) -> int:
-    """Of all that forward saves for backward, except parameters and, under autocast, their copies."""
+    """Bytes of what forward saves for backward, without parameters and, under autocast, their copies."""
     model = initialized(GPT(config), 1).train()
     if half and not autocast:
         model.to(torch.bfloat16)

@@ -24,6 +24,7 @@ from tests.running import (
     train,
     zero_json,
 )
+from tests.test_changes import LION
 from training.checkpoint import Checkpoints, read_torch_file
 from training.deepspeed_layout import STAND_INS, StandIn
 
@@ -93,26 +94,12 @@ def test_without_an_optimizer_block_training_optim_is_used(tmp_path, data):
         assert difference(tmp_path / "one", tmp_path / strategy) <= 1e-5
 
 
-LION = """
+SCRIPT = f"""
 import importlib, sys
-sys.path.insert(0, ROOT)
+sys.path.insert(0, {str(ROOT)!r})
 import torch
 from training import distributed, optim
-
-class Lion(torch.optim.Optimizer):  # Chen et al., arXiv:2302.06675
-    def __init__(self, groups, lr):
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(momentum.lerp(p.grad, 0.1).sign(), alpha=-group["lr"])
-                    momentum.lerp_(p.grad, 0.01)
-
+{LION}
 optim.make_optimizer = lambda model, cfg: Lion(optim.parameter_groups(model, cfg.weight_decay), cfg.learning_rate)
 distributed.run(importlib.import_module(sys.argv.pop(1).removesuffix(".py")).main)
 """
@@ -121,7 +108,7 @@ distributed.run(importlib.import_module(sys.argv.pop(1).removesuffix(".py")).mai
 def test_another_optimizer_trains_and_resumes_under_every_stage(tmp_path, data):
     """Lion in training/optim.py, with the JSONs as they are; it has a single state, and no step count."""
     script = tmp_path / "lion.py"
-    script.write_text(LION.replace("ROOT", repr(str(ROOT))))
+    script.write_text(SCRIPT)
     settings: dict[str, Any] = {**TINY, **SHORT, "dataset": data, "learning_rate": 1e-4, "eval_interval": 3}
 
     def lion(name: str, out: Path, ranks: int = 0, **more) -> str:

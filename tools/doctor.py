@@ -33,7 +33,7 @@ from training import deepspeed_config, distributed
 from training.config import ROOT, parse
 from training.deepspeed_config import describe_json, nvme_blocks
 from training.deepspeed_ops import needed
-from training.errors import UserError
+from training.errors import UserError, count
 from training.strategies import model_state_bytes
 
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
@@ -159,8 +159,7 @@ def report(findings: list[Finding], verbose: bool) -> str:
     for (check, _), group in passed.items():
         names = group[0].host if len(group) == 1 else f"{len(group)} hosts"
         lines.append(f"{'ok  ' if group[0].ok else '-   '}  {check:<20}  {names:<18}  {group[0].value}")
-    count = f"{len(failed)} check{'s' if len(failed) > 1 else ''} failed"
-    return "\n".join([*lines, count if failed else "all checks passed"])
+    return "\n".join([*lines, f"{count(len(failed), 'check')} failed" if failed else "all checks passed"])
 
 
 def main() -> None:

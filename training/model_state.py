@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from training.checkpoint import read_metadata, read_torch_file
 from training.distributed import Ranks
+from training.errors import count
 
 TIED = "lm_head.weight"  # the same parameter as the embedding
 WEIGHT = "weight"  # the kind of a piece that is a parameter itself; others are the optimizer's, such as exp_avg
@@ -119,8 +120,7 @@ def reading(folder: Path, ranks: Ranks) -> Iterator[SavedState]:
     metadata, since = read_metadata(folder), time.perf_counter()
     yield open_state(folder, metadata)
     if ranks.main:
-        n = metadata["world_size"]
-        source = f"{metadata['strategy']} on {n} rank{'s' * (n > 1)}"
+        source = f"{metadata['strategy']} on {count(metadata['world_size'], 'rank')}"
         print(f"read {folder.name} ({source}) in {time.perf_counter() - since:.1f} s", flush=True)
 
 
