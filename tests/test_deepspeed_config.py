@@ -94,7 +94,10 @@ def test_omitted_values_are_filled_in():
     assert (found["gradient_clipping"], found["bf16"], found["fp16"]) == (0.0, {"enabled": True}, {"enabled": False})
     assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (16, 4)
     assert found["optimizer"]["params"]["lr"] == 0.5
-    assert resolved({"fp16": {"enabled": "auto"}}, CUDA, dtype="float16")["fp16"]["enabled"] is True
+    half: dict[str, Any] = {"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}
+    assert resolved(half, CUDA, dtype="float16")["fp16"]["enabled"] is True
+    half = resolved({**half, "zero_optimization": {"stage": 0}}, CUDA, dtype="float16")
+    assert half["torch_autocast"] == {"enabled": True, "dtype": "float16"} and not half["fp16"]["enabled"]
 
 
 GUIDE = {
@@ -327,12 +330,14 @@ def test_another_optimizer_of_ours_replaces_the_block(monkeypatch):
 def test_a_run_has_its_own_swap_folder(tmp_path):
     config: dict[str, Any] = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
     cfg = settings(config, f"--nvme_path={tmp_path}", "--out_dir=out", ranks=SINGLE_PROCESS)
-    left, other = swap_folder(str(tmp_path), "out") / "left by a killed run", swap_folder(str(tmp_path), "there/out")
+    elsewhere = replace(cfg, out_dir="there/out")
+    left, other = swap_folder(str(tmp_path), cfg) / "left by a killed run", swap_folder(str(tmp_path), elsewhere)
+    assert swap_folder(str(tmp_path), replace(cfg, eval_only=True)) not in (left.parent, other)
     for path in (left, other):
         path.mkdir(parents=True)
-    with own_swap_folders(config, cfg, SINGLE_PROCESS):
+    given, _ = resolve(cfg, SINGLE_PROCESS, GPTConfig(), config)
+    assert given["zero_optimization"]["offload_param"]["nvme_path"] == str(left.parent)
+    with own_swap_folders(given, SINGLE_PROCESS):
         assert not left.exists()
-        given, _ = resolve(cfg, SINGLE_PROCESS, GPTConfig(), config)
-        assert given["zero_optimization"]["offload_param"]["nvme_path"] == str(left.parent)
         left.mkdir(parents=True)
     assert list(tmp_path.iterdir()) == [other], "the run left its own folder, or removed another run's"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoints import metadata
 from tests.running import TINY, command, difference, message, rows, run, start_process, train, wait_for_step, zero_json
 from training import checkpoint
 from training.checkpoint import Checkpoints, Saver, find_corruption, find_damage, read_metadata
@@ -48,7 +49,7 @@ def test_a_copy_is_written_not_what_became_of_it(tmp_path):
     weights = torch.zeros(2**22)
     saver = Saver(Checkpoints(str(tmp_path)), background=True)
     for step in (1, 2, 3):
-        with saver.writing({"step": step}, best=False) as writing:
+        with saver.writing(metadata(step=step), best=False) as writing:
             writing.write("model.pt", {"weights": weights, "tied": weights})
         weights += 1
     saver.wait(last=True)
@@ -84,7 +85,7 @@ def test_one_that_failed_is_told_and_the_one_before_kept(small_disk, data, ranks
 
 def test_a_failure_of_the_last_one_is_the_runs(tmp_path):
     saver = Saver(Checkpoints(str(tmp_path / "out")), background=True)
-    with saver.writing({"step": 1}, best=False) as writing:
+    with saver.writing(metadata(step=1), best=False) as writing:
         writing.write("", {})  # a folder
     with pytest.raises(CheckpointError, match=r"cannot save step_000001: .*no earlier checkpoint exists"):
         saver.wait(last=True)
@@ -123,7 +124,7 @@ def test_what_a_killed_save_left_is_no_part_of_the_next(tmp_path):
     for name in ("checkpoint.json", "of_a_rank_that_is_no_more.pt"):
         (left / name).write_text("{}")
     checkpoints = Checkpoints(str(tmp_path))
-    with Saver(checkpoints).writing({"step": 3}, best=True) as files:
+    with Saver(checkpoints).writing(metadata(step=3), best=True) as files:
         files.write("model.pt", {})
     path, about = checkpoints.newest()
     assert find_damage(path) is None and list(about["files"]) == ["model.pt"]

@@ -1,7 +1,8 @@
 """The shared nouns: batches, optimizer, evaluation, devices, the scaler in a checkpoint."""
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +170,9 @@ def test_the_scaler_of_fp16_is_in_the_checkpoint(data, tmp_path):
     for step in range(3):
         first.train_step(step)
     first.save(CheckpointWriter(tmp_path, background=False))
-    (tmp_path / "checkpoint.json").write_text('{"strategy": "single", "world_size": 1}')
+    files = {"model.pt": 0, "optimizer.pt": 0}
+    about = {"strategy": "single", "world_size": 1, "model": asdict(cfg.model_config(257)), "files": files}
+    (tmp_path / "checkpoint.json").write_text(json.dumps(about))
     second = Trainer(
         cfg, SINGLE_PROCESS, first.batches, InitState(cfg.model_config(257), checkpoint=tmp_path), torch.float16
     )

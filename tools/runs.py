@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.terminal import align, make_parser
+from training.figures import read_rows
 
 SIGNS = ("metrics.jsonl", "environment.json", "checkpoints")  # a folder that has one of them is a run
 RUNS = ["run", "step", "newest checkpoint", "strategy", "ranks", "best val loss", "size", "last change", "note"]
@@ -53,7 +54,7 @@ def checkpoint_row(run: Path, folder: Path, losses: dict[int, float]) -> list[st
 
 def read_run(run: Path) -> tuple[list[str], list[list[str]]]:
     """The cells of RUNS, and those of CHECKPOINTS, newest first."""
-    metrics = [row for line in read_text(run / "metrics.jsonl").splitlines() if "step" in (row := read_json(line))]
+    metrics = [row for _, row in read_rows(run / "metrics.jsonl")] if (run / "metrics.jsonl").is_file() else []
     losses = {row["step"]: row["val_loss"] for row in metrics if "val_loss" in row}
     folders = sorted(run.glob("checkpoints/*step_*"), key=lambda path: path.name.rpartition("_")[2].zfill(20))
     checkpoints = [checkpoint_row(run, folder, losses) for folder in reversed(folders)]

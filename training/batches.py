@@ -19,6 +19,7 @@ from training.config import ROOT, TrainConfig
 from training.distributed import Ranks
 
 STREAMS = {"training": 0, "train": 1, "val": 2}  # the last two: evaluation of that split
+PAGE_BYTES = 4096
 
 
 class Batches:
@@ -39,6 +40,15 @@ class Batches:
             # A first look at 16 places, before anything is built, finds most files of another tokenizer.
             self.read(split, np.linspace(0, self.dataset.tokens[split] - cfg.block_size, 16, endpoint=False, dtype=int))
         self.seconds, self.reads = 0.0, 0
+
+    def describe(self) -> dict[str, str]:
+        """Size and content of the data set, as all ranks must have it: a checksum of the first and last pages."""
+        about = {"tokenizer": str(self.dataset.tokenizer.describe())}
+        for split, file in self.files.items():
+            size = os.fstat(file).st_size
+            pages = os.pread(file, PAGE_BYTES, 0) + os.pread(file, PAGE_BYTES, max(0, size - PAGE_BYTES))
+            about[f"{split}.bin"] = f"{size:,} bytes, CRC-32 of both ends {zlib.crc32(pages):08x}"
+        return about
 
     def train(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """This rank's tokens and targets, each (batch_size, block_size) int64, on its device."""

@@ -4,6 +4,7 @@ out_dir/checkpoints/step_000500/    the train script's files, and checkpoint.jso
 out_dir/latest, out_dir/best        text: step_000500
 """
 
+import fnmatch
 import io
 import json
 import os
@@ -23,12 +24,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data.errors import check_types
+from model import GPTConfig
 from training.distributed import SINGLE_PROCESS, Ranks
-from training.errors import CheckpointError, UserError
+from training.errors import CheckpointError, UserError, count
 
 FORMAT = 1
 METADATA, OWN_CHECKSUM = "checkpoint.json", "own_crc32"
 UNFINISHED = "unfinished_"
+OWN_NAME = re.compile(r"(unfinished_|removed_)?step_\d+")  # anything else in the folder is left alone
+TYPES = {
+    **{"format": int, "step": int, "model": dict, "tokenizer": dict, "vocab_size": int, "init_from": str},
+    **{"best_val_loss": (float, int, type(None)), "strategy": str, "world_size": int, "files": dict},
+}
 CHUNK_BYTES = 2**24
 Checksum = tuple[int, str]  # a file's size in bytes, and its CRC-32 in hexadecimal
 
@@ -52,7 +60,8 @@ class Checkpoints:
         metadata[OWN_CHECKSUM] = metadata_checksum(metadata)
         write_text(unfinished / METADATA, json.dumps(metadata, indent=1))
         final = self.folder / name
-        if find_damage(final):  # an intact checkpoint of this step stays: replacing it would leave a moment without one
+        # An intact checkpoint of this step stays: replacing it would leave a moment without one.
+        if find_damage(final) or find_corruption(final):
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
         sync(self.folder)
@@ -64,12 +73,11 @@ class Checkpoints:
     def prune(self) -> None:
         """Keep the newest few and the best; remove what a killed run left unfinished."""
         best = self.out_dir / "best"
-        keep = {best.read_text().strip()} if best.exists() else set()
+        keep = {best.read_text(errors="replace").strip()} if best.exists() else set()
         keep |= {path.name for path in self.intact()[-self.keep :]}
-        finished = self.finished()
         for path in self.folder.iterdir():
-            if path.name not in keep:
-                if path in finished:  # rename first: a kill during the removal must not leave a damaged checkpoint
+            if OWN_NAME.fullmatch(path.name) and path.name not in keep:
+                if path.name.startswith("step_"):  # rename first: a kill must not leave a damaged checkpoint
                     path = path.rename(path.with_name(f"removed_{path.name}"))
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -78,24 +86,49 @@ class Checkpoints:
         return [path for path in self.finished() if not find_damage(path)]
 
     def finished(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+        """All checkpoints, oldest first. Raises OSError if the folder cannot be read."""
+        try:
+            paths = [path for path in self.folder.iterdir() if re.fullmatch(r"step_\d+", path.name)]
+        except FileNotFoundError:
+            if self.folder.is_symlink():  # to a disk that is not mounted
+                raise
+            return []
+        return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
+
+    def usable(self, fall_back: bool) -> Path | None:
+        """The newest checkpoint, every byte of which was checked; None if there is none. A collective.
+
+        fall_back: take the one before where it is damaged. Raises UserError where ranks see different checkpoints, and
+        CheckpointError where none can be used; nothing is changed.
+        """
+        with self.ranks.together():
+            finished = self.finished()
+            damages = {path.name: find_damage(path) for path in finished}
+            content = {p.name: damages[p.name] or read_metadata(p).get(OWN_CHECKSUM) for p in finished}
+        self.ranks.agree({f"checkpoints in {self.folder}": content})
+        for path in reversed(finished):
+            damage = damages[path.name] or next(filter(None, self.ranks.share(find_corruption(path, self.ranks))), None)
+            if not damage:
+                return path
+            if not fall_back:
+                raise self.damaged(path, damage)
+            if self.ranks.main:
+                print(f"warning: {path} is damaged: {damage}; trying the one before", file=sys.stderr, flush=True)
+        if finished:
+            fix = "restore one from a copy, or start again in another --out_dir; nothing was changed"
+            raise CheckpointError(f"{self.folder}: none of its {count(len(finished), 'checkpoint')} can be used; {fix}")
+        return None
 
     def newest(self) -> tuple[Path, dict[str, Any]]:
         """The newest checkpoint and its metadata. Raises CheckpointError if there is none or it is damaged."""
-        if not (finished := self.finished()):
-            raise CheckpointError(
-                f"init_from = 'resume': {self.out_dir} has no checkpoint; "
-                "start with --init_from=scratch, or set --out_dir to the run's folder"
-            )
-        path = finished[-1]
-        if damage := find_damage(path):
-            raise self.damaged(path, damage)
+        path = self.usable(fall_back=False)
+        if not path:
+            raise self.missing()
         return path, read_metadata(path)
 
-    def verify(self, path: Path) -> None:
-        """Check every byte, with the files divided over the ranks. Raises CheckpointError on ranks that find damage."""
-        if damage := find_corruption(path, self.ranks):
-            raise self.damaged(path, damage)
+    def missing(self) -> CheckpointError:
+        fix = "start with --init_from=scratch, or set --out_dir to the run's folder"
+        return CheckpointError(f"init_from = 'resume': {self.out_dir} has no checkpoint; {fix}")
 
     def damaged(self, path: Path, damage: str) -> CheckpointError:
         others = [other.name for other in self.intact() if other != path]
@@ -117,16 +150,21 @@ def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint by its checkpoint.json and the sizes of its files; None if nothing is."""
     try:
         metadata = read_metadata(path)
-        if metadata["format"] != FORMAT:
-            return f"{METADATA} has format {metadata['format']}, this code reads {FORMAT}"
+        if metadata.get("format") != FORMAT:
+            return f"{METADATA} has format {metadata.get('format')}, this code reads {FORMAT}"
         if OWN_CHECKSUM in metadata and metadata[OWN_CHECKSUM] != metadata_checksum(metadata):
             return f"{METADATA} does not match its own checksum"
+        if problems := check_types(metadata, TYPES):
+            return f"{METADATA}: {'; '.join(problems)}"
         for name, size in metadata["files"].items():
+            if not (path / name).resolve().is_relative_to(path.resolve()):
+                return f"{METADATA} names {name}, which is outside of the folder"
             if not (path / name).exists():
                 return f"{name} is missing"
             if (actual := (path / name).stat().st_size) != size:
                 return f"{name} has {actual:,} of {size:,} bytes"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        GPTConfig(**metadata["model"])
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"{METADATA} cannot be read ({type(error).__name__}: {error})"
     return None
 
@@ -139,7 +177,10 @@ def find_corruption(path: Path, ranks: Ranks = SINGLE_PROCESS) -> str | None:
     quiet = None if ranks.main else True  # None: tqdm hides the bar unless stderr is a terminal
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
         for name, crc in mine:
-            actual = checksum(path / name)[1]
+            try:
+                actual = checksum(path / name)[1]
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror})"
             bar.update(metadata["files"][name])
             if actual != crc:
                 return f"{name} does not match its checksum (CRC-32 {actual}, written as {crc})"
@@ -302,6 +343,13 @@ def checksum(path: Path) -> Checksum:
         return file.tell(), f"{crc:08x}"
 
 
+def find_file(folder: Path, metadata: dict[str, Any], pattern: str) -> Path:
+    """The first file of a checkpoint that matches, of those that its checkpoint.json lists: others are never read."""
+    if not (names := fnmatch.filter(metadata["files"], pattern)):
+        raise CheckpointError(f"{folder}: {METADATA} lists no {pattern}; use another checkpoint")
+    return folder / min(names)
+
+
 def read_torch_file(path: Path, mmap: bool = True) -> Any:
     """Read a torch.save file to the CPU; runs no code in it. Raises CheckpointError."""
     try:
@@ -312,10 +360,11 @@ def read_torch_file(path: Path, mmap: bool = True) -> Any:
         raise CheckpointError(f"{path} cannot be read: {reason or str(error).splitlines()[0]}") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Replace a file atomically; text: its content, or its lines."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
+    with unfinished.open("w") as file:
+        file.writelines([text] if isinstance(text, str) else text)
     sync(unfinished)
     unfinished.replace(path)
     sync(path.parent)

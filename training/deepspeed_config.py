@@ -206,7 +206,7 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     if problems:
         raise ConfigError(list_problems(problems, f"in {cfg.deepspeed_config}"))
     for block in nvme_blocks(config):
-        block["nvme_path"] = str(swap_folder(block["nvme_path"], cfg.out_dir))
+        block["nvme_path"] = str(swap_folder(block["nvme_path"], cfg))
     return config, dtype
 
 
@@ -219,8 +219,8 @@ def owned(cfg: TrainConfig, model: GPTConfig, config: Json, dtype: torch.dtype) 
         if "optimizer" in config or not path.startswith("optimizer.")
     }
     # Without ZeRO, DeepSpeed's bf16 accumulates gradients in bf16 and skips the first update; train.py uses autocast.
-    bf16_without_zero = dtype == torch.bfloat16 and not dotted(config, "zero_optimization.stage")
-    autocast = bf16_without_zero or dotted(config, "torch_autocast.enabled") is True
+    half_without_zero = dtype != torch.float32 and not dotted(config, "zero_optimization.stage")
+    autocast = half_without_zero or dotted(config, "torch_autocast.enabled") is True
     if autocast:
         values["torch_autocast.enabled"] = True, f"dtype = {name} under ZeRO-0"
         values["torch_autocast.dtype"] = name, f"dtype = {name}"
@@ -294,10 +294,15 @@ def nvme_blocks(config: Json) -> list[Json]:
     return [block for block in blocks if block.get("device") == "nvme"]
 
 
-def swap_folder(disk: str, out_dir: str) -> Path:
+def swap_folder(disk: str, cfg: TrainConfig) -> Path:
     """A run's own folder on an NVMe disk; the checksum distinguishes run folders of the same name."""
-    path = Path(out_dir).absolute()
+    path = Path(cfg.out_dir, "eval" if cfg.eval_only else "").absolute()  # while a run is evaluated, it may go on
     return Path(disk) / f"{path.name}-{zlib.crc32(str(path).encode()):08x}"
+
+
+def free_bytes(disk: str, cfg: TrainConfig) -> int:
+    """With what a killed run has left in its swap folder, which is emptied when the run starts again."""
+    return shutil.disk_usage(disk).free + sum(path.stat().st_size for path in swap_folder(disk, cfg).rglob("*.swp"))
 
 
 def check(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
@@ -314,7 +319,7 @@ def check(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Ite
     yield from (f'{path} = "auto": there is no automatic value; write one, or remove it' for path in autos(config))
     yield from check_optimizer(config)
     yield from check_activation_checkpointing(config, cfg, ranks)
-    yield from check_offload(config, model, ranks)
+    yield from check_offload(config, cfg, model, ranks)
 
 
 def autos(value: Any, path: str = "") -> Iterator[str]:
@@ -347,7 +352,7 @@ def check_activation_checkpointing(config: Json, cfg: TrainConfig, ranks: Ranks)
         yield "activation_checkpointing: what is switched on needs partition_activations = true"
 
 
-def check_offload(config: Json, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
+def check_offload(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
     stage, *devices = describe_json(config)
     if stage not in (0, 1, 2, 3):  # reported by check_values
         return
@@ -364,7 +369,7 @@ def check_offload(config: Json, model: GPTConfig, ranks: Ranks) -> Iterator[str]
             place, needed = f"{name}.nvme_path = {block['nvme_path']!r}", per_parameter * host_parameters
             if not block["nvme_path"] or not Path(block["nvme_path"]).is_dir():
                 yield f"{place}: no such folder; set --nvme_path to one on a local NVMe disk"
-            elif (free := shutil.disk_usage(block["nvme_path"]).free) < needed:
+            elif (free := free_bytes(block["nvme_path"], cfg)) < needed:
                 yield f"{place}: {gigabytes(free)} free, {gigabytes(needed)} needed; set --nvme_path to a larger disk"
             largest = -(-model.vocab_size * model.n_embd // ranks.world_size)
             if part == "param" and block.get("buffer_size", 1e8) < largest:

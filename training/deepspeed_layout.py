@@ -1,8 +1,9 @@
 """How ZeRO lays out the model state: reading its checkpoints without DeepSpeed, and filling an engine from any.
 
-DeepSpeed's own load_checkpoint accepts only what the same ZeRO stage wrote on as many ranks. Its universal checkpoints
-need a conversion of the whole state by its own tool, and version 0.19.8 loses weight decay and step counts under
-ZeRO-3; it does not restore what its NVMe offload saves. Here each rank fills its own partition from any checkpoint.
+DeepSpeed's own load_checkpoint runs any code that a file contains, and accepts only what the same ZeRO stage wrote on
+as many ranks. Its universal checkpoints need a conversion of the whole state by its own tool, and version 0.19.8 loses
+weight decay and step counts under ZeRO-3; it does not restore what its NVMe offload saves. Here each rank fills its
+own partition from any checkpoint.
 """
 
 from collections.abc import Iterator
@@ -13,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from training.checkpoint import read_metadata, read_torch_file
+from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Ranks
-from training.errors import CheckpointError
 from training.model_state import (
     TIED,
     WEIGHT,
@@ -25,7 +25,6 @@ from training.model_state import (
     from_whole,
     optimizer_kinds,
     reading,
-    step_count,
 )
 
 # A part of a parameter in a rank's flat partition:
@@ -51,18 +50,21 @@ STAND_INS: list[Any] = [
 def open_partitions(folder: Path, metadata: dict[str, Any]) -> SavedState:
     """Open a checkpoint of train_deepspeed.py; metadata: its checkpoint.json. Raises CheckpointError."""
     with safe_globals(STAND_INS):
-        model = read_torch_file(min(folder.glob("*mp_rank_00_model_states.pt")))
+        model = read_torch_file(find_file(folder, metadata, "*mp_rank_00_model_states.pt"))
         if metadata["strategy"] == "zero0":
             weights = {name: weight for name, weight in model["module"].items() if name != TIED}
-            return from_whole(folder, weights, model["optimizer"], {}, model.get("optimizer_order"))
-        ranks = [read_partition(folder, rank) for rank in range(metadata["world_size"])]
+            order = model.get("optimizer_order")
+            return from_whole(folder, weights, model["optimizer"], model.get("scaler", {}), order)
+        names = [f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(metadata["world_size"])]
+        ranks = [read_torch_file(find_file(folder, metadata, name))["optimizer_state_dict"] for name in names]
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
-    scale = getattr(ranks[0].get("loss_scaler"), "cur_scale", None)
-    saved = SavedState(folder, shapes, {}, scaler={"scale": scale} if scale else {})
+    saved, scaler = SavedState(folder, shapes, {}), vars(ranks[0].get("loss_scaler", StandIn()))
+    if scaler.get("dynamic"):
+        saved.scaler = {**scaler, "scale": scaler["cur_scale"]}  # the name in torch's GradScaler
     if "fp32_flat_groups" not in ranks[0]:
         add_stages_1_and_2(saved, ranks)
     else:
-        add_stage_3(saved, ranks, model)
+        add_stage_3(saved, ranks, model, metadata)
     return saved
 
 
@@ -81,11 +83,11 @@ def add_stages_1_and_2(saved: SavedState, ranks: list[dict[str, Any]]) -> None:
                     saved.pieces.setdefault((name, kind), []).append(piece)
 
 
-def add_stage_3(saved: SavedState, ranks: list[dict[str, Any]], model: dict[str, Any]) -> None:
+def add_stage_3(saved: SavedState, ranks: list[dict[str, Any]], model: dict[str, Any], metadata: dict) -> None:
     """Each parameter is cut into a piece per rank, the last one padded; a rank's pieces follow one another."""
     saved.step = find_step(ranks[0]["optimizer_state_dict"]["state"])
     for rank, state in enumerate(ranks):
-        groups, start, flat = iter(flat_groups(saved.folder, rank, state, model)), 0, {WEIGHT: torch.empty(0)}
+        groups, start, flat = iter(flat_groups(saved.folder, metadata, rank, state, model)), 0, {WEIGHT: torch.empty(0)}
         for name, shape in saved.shapes.items():
             if start == len(flat[WEIGHT]):
                 flat, start = next(groups), 0
@@ -95,7 +97,7 @@ def add_stage_3(saved: SavedState, ranks: list[dict[str, Any]], model: dict[str,
             start += size
 
 
-def flat_groups(folder: Path, rank: int, state: dict[str, Any], model: dict[str, Any]) -> list[dict[str, Tensor]]:
+def flat_groups(folder: Path, metadata: dict, rank: int, state: dict, model: dict) -> list[dict[str, Tensor]]:
     """The tensors of a rank's sub-groups under ZeRO-3, by kind; of what is on NVMe, DeepSpeed saves copies."""
     swapped = model.get("sub_groups") or [("", 0)] * len(state["fp32_flat_groups"])
     groups = []
@@ -105,53 +107,10 @@ def flat_groups(folder: Path, rank: int, state: dict[str, Any], model: dict[str,
         for kind, tensor in group.items():
             if numel and not len(tensor):
                 file = f"{name}.tensor.swp" if kind == WEIGHT else f"{kind}-{name}.tensor.swp"
-                path = folder / "offloaded_tensors" / f"rank{rank:02d}" / file
+                path = find_file(folder, metadata, f"offloaded_tensors/rank{rank:02d}/{file}")
                 group[kind] = torch.from_file(str(path), size=numel, dtype=torch.float32)
         groups.append(group)
     return groups
-
-
-def read_partition(folder: Path, rank: int) -> dict[str, Any]:
-    """A rank's optimizer states in DeepSpeed's layout."""
-    path = min(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
-    return read_torch_file(path)["optimizer_state_dict"]
-
-
-def is_native(engine: Any, folder: Path) -> bool:
-    """Whether DeepSpeed can load a checkpoint of the same strategy and number of ranks.
-
-    It cannot load what NVMe offload saved, nor, under ZeRO-3, partitions of another sub_group_size.
-    """
-    if read_metadata(folder)["strategy"].endswith("_nvme"):
-        return False
-    if not engine.zero_optimization_partition_weights():
-        return True
-    with safe_globals(STAND_INS):
-        rank = torch.distributed.get_rank(engine.optimizer.dp_process_group)
-        saved = read_partition(folder, rank)["fp32_flat_groups"]
-    return [len(flat) for flat in saved] == [len(flat) for flat in engine.optimizer.fp32_partitioned_groups_flat]
-
-
-def load_native(engine: Any, folder: Path) -> None:
-    """Load with DeepSpeed, but keep this run's hyperparameters. A collective.
-
-    The step counts take the form of this run's optimizer: the checkpoint may come from torch's AdamW, and this run
-    use DeepSpeed's.
-    """
-    optimizer = engine.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)
-    settings = [{k: v for k, v in group.items() if k not in ("params", "lr", "step")} for group in inner.param_groups]
-    clip_grad = getattr(optimizer, "clip_grad", None)
-    engine.load_checkpoint(folder.parent, tag=folder.name)
-    for group, own in zip(inner.param_groups, settings, strict=True):
-        group.update(own)
-    for parameter, state in inner.state.items():
-        if "step" in state:
-            state["step"] = step_count(inner, parameter, float(state["step"]))
-    if clip_grad is not None:
-        optimizer.clip_grad = clip_grad
-    if engine.lr_scheduler:
-        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
 
 
 def load_partition(engine: Any, folder: Path, ranks: Ranks) -> None:
@@ -160,22 +119,26 @@ def load_partition(engine: Any, folder: Path, ranks: Ranks) -> None:
     with reading(folder, ranks) as saved:
         if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0: not wrapped
             saved.into(engine.module, optimizer)
-        elif not engine.zero_optimization():
-            raise CheckpointError(
-                f"{folder}: zero0 in float16 resumes only its own checkpoints; use another ZeRO stage or dtype"
-            )
         elif engine.zero_optimization_partition_weights():
             fill_stage_3(engine.module, optimizer, saved)
         else:
             fill_stages_1_and_2(engine.module, optimizer, saved)
-    if "scale" in saved.scaler and hasattr(getattr(optimizer, "loss_scaler", None), "cur_scale"):
-        optimizer.loss_scaler.cur_scale = saved.scaler["scale"]
+    load_scaler(engine, saved.scaler)
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     if engine.lr_scheduler:
         updates = step if saved.step is None else int(saved.step)  # fewer than steps if fp16 skipped some
         engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration + updates)
+
+
+def load_scaler(engine: Any, saved: dict[str, Any]) -> None:
+    """Restore the loss scale of fp16; saved: the state of torch's GradScaler or of DeepSpeed's, {} in other dtypes."""
+    own = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler := engine.torch_autocast_z0_gradscaler:
+        scaler.load_state_dict({**scaler.state_dict(), **saved})
+    elif saved and getattr(own, "dynamic", False):
+        vars(own).update({**{name: saved[name] for name in vars(own) if name in saved}, "cur_scale": saved["scale"]})
 
 
 def fill_stages_1_and_2(model: Any, optimizer: Any, saved: SavedState) -> None:

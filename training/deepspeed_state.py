@@ -3,26 +3,21 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.serialization import safe_globals
 
-from training.checkpoint import CheckpointWriter, read_torch_file
-from training.deepspeed_config import DeepSpeedTrainConfig, Json, nvme_blocks, swap_folder
+from training.checkpoint import CheckpointWriter
+from training.deepspeed_config import Json, nvme_blocks
 from training.distributed import Ranks
 
 
 class CheckpointFiles:
-    """Reads and writes files in place of an engine's own methods, whose reading runs any code that a file contains.
-
-    Writes with checksums, and in the background if the run does so.
-    """
+    """Writes an engine's files in its place: with checksums, and in the background if the run does so."""
 
     def __init__(self, engine: Any):
-        engine.checkpoint_engine.save, engine.checkpoint_engine.load = self.save, self.load
+        engine.checkpoint_engine.save = self.save
         self.writer: CheckpointWriter | None = None
         self.error: OSError | None = None
 
@@ -43,13 +38,6 @@ class CheckpointFiles:
         except OSError as error:
             self.error = error
 
-    def load(self, path: str, map_location: Any = None) -> Any:
-        from training.deepspeed_layout import STAND_INS
-
-        names = [name.rsplit(".", 1) for _, name in STAND_INS]
-        with safe_globals([getattr(import_module(module), name) for module, name in names]):
-            return read_torch_file(Path(path))
-
 
 def nvme_sub_groups(engine: Any) -> list[tuple[str, int]]:
     """(name of its swap files, elements on this rank) for each sub-group of an optimizer on NVMe; else []."""
@@ -60,14 +48,13 @@ def nvme_sub_groups(engine: Any) -> list[tuple[str, int]]:
 
 
 @contextmanager
-def own_swap_folders(config: Json, cfg: DeepSpeedTrainConfig, ranks: Ranks) -> Iterator[None]:
-    """Empty this run's swap folders on NVMe at the start, and remove them at the end; config: not yet resolved.
+def own_swap_folders(config: Json, ranks: Ranks) -> Iterator[None]:
+    """Empty this run's swap folders on NVMe at the start, and remove them at the end; config: resolved.
 
     DeepSpeed swaps into one folder whichever run it is, leaves its files there, and copies all files that it finds
     there into every checkpoint: two runs at a time would read each other's optimizer states.
     """
-    disks = [cfg.nvme_path or block.get("nvme_path") for block in nvme_blocks(config)]
-    folders = {swap_folder(disk, cfg.out_dir) for disk in disks if disk and ranks.local_rank == 0}
+    folders = {block["nvme_path"] for block in nvme_blocks(config) if ranks.local_rank == 0}
     with ranks.together():
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,14 +2,17 @@
 
 import errno
 import inspect
+import json
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,12 +76,24 @@ class Ranks:
         return [row.tolist() for row in all_ranks]
 
     def share(self, value: Any) -> list[Any]:
-        """Every rank's plain data, by rank. A collective."""
-        values: list[Any] = [value]
-        if self.world_size > 1:
-            values = [None] * self.world_size
-            dist.all_gather_object(values, value, group=self.control)
-        return values
+        """Every rank's value, by rank. A collective. It travels as JSON: unpickling would run what a stranger sends."""
+        if self.world_size == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        lengths = [int(length) for (length,) in self.gather([len(text)])]
+        mine = torch.frombuffer(bytearray(text.ljust(max(lengths))), dtype=torch.uint8)
+        all_ranks = [torch.empty_like(mine) for _ in lengths]
+        dist.all_gather(all_ranks, mine, group=self.control)
+        return [json.loads(row.numpy().tobytes()) for row in all_ranks]
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raise UserError on all ranks where any of them has other facts than rank 0. A collective."""
+        answers = self.share([socket.gethostname(), facts])
+        for rank, (host, theirs) in enumerate(answers):
+            for name, value in answers[0][1].items():
+                if value != theirs[name]:
+                    here = f"{value} on rank 0 ({answers[0][0]})"
+                    raise UserError(f"{name}: {theirs[name]} on rank {rank} ({host}), but {here}; make them the same")
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -230,6 +245,11 @@ def describe_error(error: Exception) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script. A user's error is printed once and every rank exits with status 2; a bug keeps its traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # during the imports, it ended the script at once
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed with >&-: without this, a file of the run would take its place
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # an ASCII terminal, a path that is not UTF-8
     this_rank, status, message = rank(), USER_ERROR, None
     try:
         main()

@@ -1,28 +1,60 @@
 """loss.png, drawn from metrics.jsonl, and the style of all figures."""
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.errors import UserError
+from training.errors import UserError, count
 
 # Okabe and Ito's colors for the color-blind, without yellow, too light for text: https://jfly.uni-koeln.de/color/
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#222222")
+LOSSES = {"train": "loss", "eval": "val_loss"}  # kind of row -> the name of its main number
 DASHES = ("-", (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 1, 2)))  # keep curves visible that lie on top of each other
 
 
 def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(train and eval rows of metrics.jsonl, config.json). Raises UserError if there is nothing to draw."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        config = json.loads((folder / "config.json").read_text())
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run can leave half a line
-    except (OSError, ValueError) as error:
+        config = dict(json.loads((folder / "config.json").read_text()))
+        rows = [
+            {name: row[name] for name in ("kind", "step", LOSSES[row["kind"]])}
+            for _, row in read_rows(folder / "metrics.jsonl")
+            if row["kind"] in LOSSES
+        ]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is not a readable run folder: {error}; name the out_dir of a run") from None
-    rows = [row for row in rows if row["kind"] in ("train", "eval")]
     if not rows:
         raise UserError(f"{folder}: metrics.jsonl is empty; nothing to plot yet")
     return rows, config
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl, each with its row; damaged lines are left out with a warning.
+
+    One line at a time, as the file of a long run is larger than memory.
+    """
+    damaged = []
+    with path.open(errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if is_row(row) and line.endswith("\n"):
+                yield line, row
+            else:
+                damaged.append(number)
+    if damaged:
+        lines = count(len(damaged), "damaged line")
+        print(f"warning: {path}: left out {lines}, the first is line {damaged[0]}", file=sys.stderr, flush=True)
+
+
+def is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
+        return False
+    return row["kind"] not in LOSSES or isinstance(row.get(LOSSES[row["kind"]]), float)
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -78,5 +110,7 @@ def draw_loss(folder: Path, path: Path) -> None:
     axes = figure.add_subplot(xlabel="step")
     draw_run(axes, rows)
     label_ends(axes)
-    axes.set_title(f"{folder.name}: {config['n_layer']} layers x {config['n_embd']} on {config['dataset']}", loc="left")
+    name = folder.name.encode(errors="replace").decode()
+    about = f"{name}: {config.get('n_layer')} layers x {config.get('n_embd')} on {config.get('dataset')}"
+    axes.set_title(about, loc="left", parse_math=False)  # a $ is no formula
     figure.savefig(path)

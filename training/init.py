@@ -30,17 +30,26 @@ class InitState:
 
 
 def find_init_state(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) -> InitState:
-    """Raises CheckpointError, ConfigError or UserError if cfg.init_from does not lead to an initial state."""
-    intact = checkpoints.intact() if cfg.resume == "auto" else []
-    if cfg.init_from == "scratch" and not intact:
-        return InitState(cfg.model_config(dataset.vocab_size))
-    if cfg.init_from != "resume" and not intact:
+    """A collective. Raises UserError on all ranks if cfg.init_from does not lead to an initial state."""
+    folder = None
+    if cfg.resume == "auto" or cfg.init_from == "resume":
+        folder = checkpoints.usable(fall_back=cfg.resume == "auto")
+    with checkpoints.ranks.together():
+        if folder:
+            return from_checkpoint(cfg, folder, dataset)
+        if cfg.init_from == "scratch":
+            return InitState(cfg.model_config(dataset.vocab_size))
+        if cfg.init_from == "resume":
+            raise checkpoints.missing()
         from training import pretrained  # most runs do not need it
 
         model, weights = pretrained.start_from(cfg, dataset.vocab_size)
         return InitState(model, cfg.init_from, weights)
-    folder, metadata = (intact[-1], read_metadata(intact[-1])) if intact else checkpoints.newest()
-    checkpoints.verify(folder)
+
+
+def from_checkpoint(cfg: TrainConfig, folder: Path, dataset: Dataset) -> InitState:
+    """Raises CheckpointError where the checkpoint does not fit the data set or the settings."""
+    metadata = read_metadata(folder)
     saved, current, ids = metadata["tokenizer"], dataset.tokenizer.describe(), metadata["vocab_size"]
     if saved != current:
         raise CheckpointError(

@@ -69,6 +69,7 @@ def train(
         metrics.count_step()
         if cfg.benchmark or step % cfg.log_interval == 0:
             metrics.log_step(step, step_metrics)
+    control.exchange(control.previous)  # a NaN or inf in the last step, which nothing has saved
     saver.wait(last=True)
     metrics.close(best)
     if control.stop and not (last and evaluated):

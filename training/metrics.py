@@ -6,7 +6,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from training.checkpoint import write_text
 from training.config import TrainConfig
 from training.devices import peak_flops, peak_memory_bytes, synchronize
 from training.distributed import Ranks
-from training.errors import count
-from training.figures import draw_loss
+from training.errors import ConfigError, count
+from training.figures import draw_loss, read_rows
 from training.init import InitState
 from training.run_control import RANK_METRICS, Stragglers
 
@@ -51,10 +51,9 @@ class Metrics:
     def rewind(self, step: int) -> None:
         """Drop rows that a killed run logged after the checkpoint of `step`, from which this run resumes."""
         if self.recording and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            rows = [(line, json.loads(line)) for line in lines]
-            kept = [line for line, r in rows if r.get("step", 0) < step + (r["kind"] in BEFORE_THE_UPDATE)]
-            write_text(self.path, "".join(kept))
+            rows = read_rows(self.path)
+            kept = (line for line, row in rows if row["step"] < step + (row["kind"] in BEFORE_THE_UPDATE))
+            write_text(self.path, kept)
 
     def count_step(self) -> None:
         """Call after every step; does not wait for the device."""
@@ -144,12 +143,27 @@ class Metrics:
             panels = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's
             values = {panels.get(k, k): v for k, v in row.items() if k not in ("kind", "step", *RANK_METRICS)}
             by_rank = {f"{k}/rank {rank}": v for k in RANK_METRICS for rank, v in enumerate(row.get(k, ()))}
-            self.wandb.log({**values, **by_rank}, step=row["step"])
+            with self.wandb_may_fail():
+                self.wandb.log({**values, **by_rank}, step=row["step"])
+
+    @contextmanager
+    def wandb_may_fail(self) -> Iterator[None]:
+        """Losing W&B is a warning: metrics.jsonl has everything. What it raises differs from version to version."""
+        try:
+            yield
+        except Exception as error:
+            self.say(f"warning: lost W&B ({error!r}); training continues, and metrics.jsonl has all metrics")
+            self.wandb = None
+            with suppress(Exception):  # stops its handler at exit, which would raise the same again
+                import wandb
+
+                wandb.teardown()
 
     def close(self, best_val_loss: float) -> None:
         """Draw loss.png, and say what the run reached and how to continue it."""
         if self.wandb:
-            self.wandb.finish()
+            with self.wandb_may_fail():
+                self.wandb.finish()
         if self.recording and self.path.exists():  # it does not if the first evaluation was stopped
             draw_loss(self.path.parent, self.path.with_name("loss.png"))
             if self.cfg.benchmark:
@@ -161,7 +175,7 @@ class Metrics:
 
     def say_end(self, best_val_loss: float) -> None:
         out, step = self.cfg.out_dir, self.first_step + self.steps
-        text = f"the run was at step {step:,} = max_iters already"
+        text = f"the run was at step {step:,} already, and max_iters is {self.end:,}"
         if self.steps:
             text = f"finished step {step:,} after {duration(time.perf_counter() - self.start_time)}"
         if math.isfinite(best_val_loss):
@@ -193,9 +207,23 @@ def start_line(cfg: TrainConfig, ranks: Ranks, init: InitState, dtype: torch.dty
     )
 
 
+def check_wandb(cfg: TrainConfig) -> None:
+    """Raise ConfigError where W&B would not start: a bad mode or project name, or no key."""
+    import wandb  # a third of a second
+
+    try:
+        settings = wandb.setup(wandb.Settings(silent=True, project=cfg.wandb_project)).settings
+        if settings.mode in ("online", "shared", "run"):
+            wandb.login(verify=False)
+    except (wandb.Error, ValueError) as error:  # ValueError: pydantic's, of several lines
+        reason = " ".join(str(error).split("[type=")[0].split())
+        fix = "run wandb login, or set WANDB_MODE=offline, --wandb_project or --wandb_log=False"
+        raise ConfigError(f"wandb_log = True: W&B cannot start ({reason}); {fix}") from None
+
+
 def start_wandb(cfg: TrainConfig, init: InitState) -> Any:
     """A resumed run continues its W&B run, whose id is in the run folder. WANDB_MODE=offline works as usual."""
-    import wandb  # a third of a second
+    import wandb
 
     path = Path(cfg.out_dir) / "wandb_id"
     if not init.checkpoint or not path.exists():

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.checkpoint import read_metadata, read_torch_file
+from model import GPT, GPTConfig
+from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Ranks
-from training.errors import count
+from training.errors import CheckpointError, UserError, count
 
 TIED = "lm_head.weight"  # the same parameter as the embedding
 WEIGHT = "weight"  # the kind of a piece that is a parameter itself; others are the optimizer's, such as exp_avg
@@ -100,18 +101,29 @@ def optimizer_kinds(state: dict[str, Any]) -> tuple[str, ...]:
 
 
 def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
-    """Open a checkpoint of any strategy; metadata: its checkpoint.json.
+    """Open a checkpoint of any strategy; metadata: its checkpoint.json. Reads the files that it lists, and no other.
 
-    Raises CheckpointError where a file cannot be read, or holds anything but tensors and plain data.
+    Raises CheckpointError where a file cannot be read, holds anything but tensors and plain data, or other tensors
+    than the metadata says.
     """
-    if metadata["strategy"] == "fsdp":
-        return from_shards(folder)
-    if not metadata["strategy"].startswith("zero"):
-        state = read_torch_file(folder / "optimizer.pt")
-        return from_whole(folder, read_torch_file(folder / "model.pt"), state["optimizer"], state["scaler"])
-    from training.deepspeed_layout import open_partitions  # most runs of train.py do not need it
+    try:
+        if metadata["strategy"] == "fsdp":
+            saved = from_shards(folder, metadata)
+        elif metadata["strategy"].startswith("zero"):
+            from training.deepspeed_layout import open_partitions  # most runs of train.py do not need it
 
-    return open_partitions(folder, metadata)
+            saved = open_partitions(folder, metadata)
+        else:
+            weights, state = (read_torch_file(find_file(folder, metadata, f"{n}.pt")) for n in ("model", "optimizer"))
+            saved = from_whole(folder, weights, state["optimizer"], state["scaler"])
+        return check_parameters(saved, GPTConfig(**metadata["model"]))
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{folder} does not hold what its checkpoint.json says ({reason}); use another"
+        ) from error
 
 
 @contextmanager
@@ -148,9 +160,9 @@ def from_whole(
     return SavedState(folder, shapes, pieces, find_step(states), scaler)
 
 
-def from_shards(folder: Path) -> SavedState:
+def from_shards(folder: Path, metadata: dict[str, Any]) -> SavedState:
     """FSDP2's files: each rank has some rows of every parameter and optimizer state (training/fsdp.py)."""
-    shards = [read_torch_file(path) for path in sorted(folder.glob("shard_*.pt"))]
+    shards = [read_torch_file(folder / name) for name in sorted(metadata["files"])]
     first = shards[0]
     shapes = {name: torch.Size(shape) for name, shape in first["shapes"].items()}
     pieces = {
@@ -159,6 +171,38 @@ def from_shards(folder: Path) -> SavedState:
         for name in shapes
     }
     return SavedState(folder, shapes, pieces, first["step"], first["scaler"])
+
+
+def model_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Return the shape of every parameter, in the model's order; tied ones once."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+
+
+def check_parameters(saved: SavedState, config: GPTConfig) -> SavedState:
+    """Return saved with its parameters in the model's order.
+
+    Raises CheckpointError if parameters are missing, unknown, incomplete or of another shape than config says.
+    """
+    try:
+        expected = model_shapes(config)
+    except (TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{saved.folder}: its model cannot be built ({error}): {config}") from None
+    found = {name: tuple(shape) for name, shape in saved.shapes.items()}
+    required = {name: tuple(shape) for name, shape in expected.items()}
+    problems = [
+        f"{name} is {found.get(name, 'missing')}, the model's config says {required.get(name, 'no such parameter')}"
+        for name in {**required, **found}
+        if found.get(name) != required.get(name)
+    ] or [
+        f"{name} has {expected[name].numel():,} elements; its stored {kind} has fewer"
+        for (name, kind), pieces in saved.pieces.items()
+        if sum(piece.numel() for piece in pieces) < expected[name].numel()  # more is padding
+    ]
+    if problems:
+        shown = [*problems[:5], "..."] if len(problems) > 5 else problems
+        raise CheckpointError("\n  ".join([f"{saved.folder}: problems in its parameters: {len(problems)}", *shown]))
+    return replace(saved, shapes=expected)
 
 
 def find_step(states: dict[Any, dict[str, Any]]) -> float | None:

@@ -169,11 +169,15 @@ class Watchdog:
         while True:
             time.sleep(POLL_SECONDS)
             if time.monotonic() - self.last_beat > self.limit:
-                timeout = time.time()
-                self.write_stacks()
-                time.sleep(REPORT_SECONDS)
-                self.report(timeout - REPORT_SECONDS)
-                os._exit(HUNG)
+                try:
+                    self.write_stacks()
+                    time.sleep(REPORT_SECONDS)
+                    self.report()
+                except OSError as error:  # a full disk, or one that is gone
+                    text = f"rank {self.ranks.rank}: no progress for {self.limit:.0f} s after {self.last_event}"
+                    print(f"error: {text}; stacks cannot be written ({error})", file=sys.stderr, flush=True)
+                finally:
+                    os._exit(HUNG)
 
     def write_stacks(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -183,8 +187,9 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def report(self, since: float) -> None:
-        """Printed by the lowest rank that is still alive."""
+    def report(self) -> None:
+        """Printed by the lowest rank that is still alive. Files are compared by the clock of the file server."""
+        since = self.paths[self.ranks.rank].stat().st_mtime - 2 * REPORT_SECONDS
         written = [rank for rank, path in enumerate(self.paths) if path.exists() and path.stat().st_mtime > since]
         if min(written) == self.ranks.rank:
             silent = [rank for rank in range(self.ranks.world_size) if rank not in written]

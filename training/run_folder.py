@@ -1,33 +1,57 @@
 """The run folder: the settings (config.json), the environment (environment.json), and room for the results."""
 
 import dataclasses
+import fcntl
 import json
+import os
 import platform
+import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from model import GPTConfig
+from training.batches import Batches
 from training.checkpoint import write_text
 from training.config import ROOT, TrainConfig
 from training.distributed import Ranks
-from training.errors import RankError
+from training.errors import RankError, UserError
 from training.init import InitState
+from training.metrics import check_wandb
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # on GPUs, and on CPUs
 OUT_OF_MEMORY_FILE = "out_of_memory.txt"
+PATHS = ("out_dir", "dataset", "deepspeed_config", "nvme_path")  # settings that may differ between hosts
+LOCKS: list[IO[str]] = []  # closed, and so released, when the process ends
 CONTENTS = (
     *("latest", "best", "config.json", "deepspeed.json", "deepspeed.log", "environment.json", "metrics.jsonl"),
     *("speed.json", "loss.png", "checkpoints", "hang", OUT_OF_MEMORY_FILE, "wandb", "wandb_id"),
 )
+
+
+def agree(cfg: TrainConfig, ranks: Ranks, batches: Batches, deepspeed: dict[str, Any] | None = None) -> None:
+    """Raise UserError on all ranks where one of them has other code, packages, settings or data. A collective."""
+    folders = (ROOT, ROOT / "training", ROOT / "data")
+    code = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in PATHS}
+    ranks.agree(
+        {
+            **{f"version of {name}": value for name, value in versions().items()},
+            "version of the code": f"CRC-32 {zlib.crc32(code):08x}",
+            **settings,
+            **{f"{name} in the DeepSpeed JSON": value for name, value in (deepspeed or {}).items()},
+            **batches.describe(),
+        }
+    )
 
 
 def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str, Any] | None = None) -> None:
@@ -40,7 +64,10 @@ def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str
         return
     with ranks.together():
         if ranks.main:
+            if cfg.wandb_log:
+                check_wandb(cfg)
             folder.mkdir(parents=True, exist_ok=True)
+            lock(folder / "lock")
             if not init.checkpoint:
                 move_aside(folder)
             (folder / OUT_OF_MEMORY_FILE).unlink(missing_ok=True)
@@ -48,6 +75,24 @@ def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str
             write_text(folder / "environment.json", json.dumps(environment(ranks), indent=1))
             if deepspeed:
                 write_text(folder / "deepspeed.json", json.dumps(deepspeed, indent=1))
+
+
+def lock(path: Path) -> None:
+    """Hold the run folder until this process ends. Raises UserError where another run has it."""
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"out_dir = {str(path.parent)!r}: in use by {file.read().strip()}; stop that run, or set another --out_dir"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    LOCKS.append(file)
 
 
 def move_aside(folder: Path) -> None:
@@ -71,13 +116,16 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "command": [sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]],  # python -m puts a full path there
         "git_commit": git("rev-parse", "HEAD") or None,
         "git_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": version("deepspeed") if find_spec("deepspeed") else None,
+        **versions(),
         "device": torch.cuda.get_device_name(ranks.device) if cuda else processor(),
         "world_size": ranks.world_size,
         "threads_per_rank": torch.get_num_threads(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    deepspeed = version("deepspeed") if find_spec("deepspeed") else None
+    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed}
 
 
 @contextmanager

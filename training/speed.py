@@ -6,13 +6,13 @@ from statistics import median
 from typing import Any
 
 from training.checkpoint import write_text
+from training.figures import read_rows
 from training.metrics import WARM_UP_STEPS
 
 
 def read_train_rows(metrics: Path) -> list[dict[str, Any]]:
     """The rows of training steps in a metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [row for row in rows if row["kind"] == "train"]
+    return [row for _, row in read_rows(metrics) if row["kind"] == "train"]
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
