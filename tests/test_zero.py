@@ -1,6 +1,7 @@
 """ZeRO-0 to 3 with every offload: the loss of one process, exact resume, complete weights."""
 
 import json
+import pickle
 import signal
 import subprocess
 from pathlib import Path
@@ -51,6 +52,22 @@ def killed(out: Path, data: Path, settings: dict[str, Any]) -> None:
     assert Checkpoints(str(out)).newest()[1]["step"] == 15
 
 
+def plant(folder: Path, canary: Path) -> None:
+    """Add files whose code runs when they are unpickled, under names that sort before those of the checkpoint."""
+
+    class Code:
+        def __reduce__(self):
+            return canary.touch, ()
+
+    for name in (
+        "0_mp_rank_00_model_states.pt",
+        "0_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "zero/optimizer_state.pt",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(pickle.dumps(Code()))
+
+
 @pytest.fixture(scope="module")
 def zero(once, data):
     """zero(strategy): (run folder, settings, output) of 30 steps on 2 ranks, killed after the save of the 15th."""
@@ -61,6 +78,7 @@ def zero(once, data):
     def make(folder: Path, strategy: str) -> None:
         settings = settings_in(folder, strategy)
         killed(folder / "out", data, settings)
+        plant(folder / "out" / "checkpoints" / "step_000015", folder / "canary")
         (folder / "output").write_text(train(folder / "out", data, ranks=2, init_from="resume", **settings))
 
     def trained(strategy: str) -> tuple[Path, dict[str, Any], str]:
@@ -73,6 +91,7 @@ def zero(once, data):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains_as_one_process(single, zero, strategy):
     out, settings, output = zero(strategy)
+    assert not (out.parent / "canary").exists(), "a resume has run the code in a file that is no part of the checkpoint"
     if strategy == "zero3_nvme":
         assert list(out.rglob("exp_avg-*.swp")), "nothing was swapped to the disk"
         assert not list(settings["nvme_path"].rglob("*.swp")), "swap files are left on the disk"

@@ -86,12 +86,12 @@ class Checkpoints:
         return [path for path in self.finished() if not find_damage(path)]
 
     def finished(self) -> list[Path]:
-        """All checkpoints, oldest first. Raises OSError if the folder cannot be read."""
+        """All checkpoints, oldest first. Raises OSError or CheckpointError if the folder cannot be read."""
         try:
             paths = [path for path in self.folder.iterdir() if re.fullmatch(r"step_\d+", path.name)]
         except FileNotFoundError:
-            if self.folder.is_symlink():  # to a disk that is not mounted
-                raise
+            if self.folder.is_symlink():
+                raise CheckpointError(f"{self.folder} is a link to a folder that does not exist; mount it") from None
             return []
         return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
 
@@ -104,8 +104,8 @@ class Checkpoints:
         with self.ranks.together():
             finished = self.finished()
             damages = {path.name: find_damage(path) for path in finished}
-            content = {p.name: damages[p.name] or read_metadata(p).get(OWN_CHECKSUM) for p in finished}
-        self.ranks.agree({f"checkpoints in {self.folder}": content})
+            content = {p.name: damages[p.name] or f"CRC-32 {read_metadata(p).get(OWN_CHECKSUM)}" for p in finished}
+        self.ranks.agree(content)
         for path in reversed(finished):
             damage = damages[path.name] or next(filter(None, self.ranks.share(find_corruption(path, self.ranks))), None)
             if not damage:

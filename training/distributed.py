@@ -89,11 +89,13 @@ class Ranks:
     def agree(self, facts: dict[str, Any]) -> None:
         """Raise UserError on all ranks where any of them has other facts than rank 0. A collective."""
         answers = self.share([socket.gethostname(), facts])
+        first, expected = answers[0]
         for rank, (host, theirs) in enumerate(answers):
-            for name, value in answers[0][1].items():
-                if value != theirs[name]:
-                    here = f"{value} on rank 0 ({answers[0][0]})"
-                    raise UserError(f"{name}: {theirs[name]} on rank {rank} ({host}), but {here}; make them the same")
+            for name in {**expected, **theirs}:
+                value, other = expected.get(name, "missing"), theirs.get(name, "missing")
+                if value != other:
+                    where = f"on rank {rank} ({host}), but {value} on rank 0 ({first})"
+                    raise UserError(f"{name}: {other} {where}; make them the same")
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ from training.metrics import check_wandb
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # on GPUs, and on CPUs
 OUT_OF_MEMORY_FILE = "out_of_memory.txt"
 PATHS = ("out_dir", "dataset", "deepspeed_config", "nvme_path")  # settings that may differ between hosts
-LOCKS: list[IO[str]] = []  # closed, and so released, when the process ends
+LOCKS: list[IO[str]] = []  # closed when the process ends
 CONTENTS = (
     *("latest", "best", "config.json", "deepspeed.json", "deepspeed.log", "environment.json", "metrics.jsonl"),
     *("speed.json", "loss.png", "checkpoints", "hang", OUT_OF_MEMORY_FILE, "wandb", "wandb_id"),
@@ -67,7 +67,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str
             if cfg.wandb_log:
                 check_wandb(cfg)
             folder.mkdir(parents=True, exist_ok=True)
-            lock(folder / "lock")
+            LOCKS.append(lock(folder / "lock"))
             if not init.checkpoint:
                 move_aside(folder)
             (folder / OUT_OF_MEMORY_FILE).unlink(missing_ok=True)
@@ -77,8 +77,8 @@ def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str
                 write_text(folder / "deepspeed.json", json.dumps(deepspeed, indent=1))
 
 
-def lock(path: Path) -> None:
-    """Hold the run folder until this process ends. Raises UserError where another run has it."""
+def lock(path: Path) -> IO[str]:
+    """Lock the run folder, until the file is closed. Raises UserError where another run has it."""
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +92,7 @@ def lock(path: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    LOCKS.append(file)
+    return file
 
 
 def move_aside(folder: Path) -> None:
