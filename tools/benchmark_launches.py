@@ -22,8 +22,10 @@ import torch
 from data.dataset import open_dataset
 from training.config import ROOT, PlainTrainConfig, TrainConfig
 from training.errors import UserError
+from training.figures import read_rows
 from training.metrics import WARM_UP_STEPS
 from training.run_folder import OUT_OF_MEMORY
+from training.speed import read_train_rows
 from training.strategies import find_strategy
 
 PEER_LINE = re.compile(r"iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms")
@@ -122,7 +124,7 @@ def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
     else:
         settings = ["--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"]
         _, start_s = run_process([*case.launcher, *case.script, *settings], "step ")
-        rows = read_rows(folder, "train")
+        rows = read_train_rows(folder / "metrics.jsonl")
         case.environment = json.loads((folder / "environment.json").read_text())
         del case.environment["command"]  # it names a temporary folder; benchmark.json has the arguments
     case.runs.append(rows)
@@ -134,14 +136,9 @@ def probe(case: Case, cfg: TrainConfig, folder: Path) -> None:
     run_process([*case.launcher, "-m", "tools.benchmark_probe", *case.script, f"--out_dir={folder}"])
     case.notes = [json.loads((folder / f"probe_{rank}.json").read_text()) for rank in range(case.ranks)]
     sizes = [path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file()]
-    save = read_rows(folder, "save")[-1]
+    [*_, save] = (row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "save")
     case.checkpoint = {"checkpoint_s": save["save_ms"] / 1e3, "checkpoint_bytes": sum(sizes)}
     shutil.rmtree(folder)  # make room for the next one
-
-
-def read_rows(out_dir: Path, kind: str) -> list[dict[str, Any]]:
-    rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row["kind"] == kind]
 
 
 def parse_peer_rows(output: list[str], cfg: TrainConfig) -> list[dict[str, Any]]:

@@ -14,12 +14,15 @@ LOSSES = {"train": "loss", "eval": "val_loss"}  # kind of row -> the name of its
 DASHES = ("-", (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 1, 2)))  # keep curves visible that lie on top of each other
 
 
-def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(train and eval rows of metrics.jsonl, config.json). Raises UserError if there is nothing to draw."""
+def read_run(folder: Path, whole: bool = True) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(train and eval rows of metrics.jsonl, config.json). Raises UserError if there is nothing to draw.
+
+    whole: keep all numbers of a row; False: only the losses, which takes a fifth of the memory.
+    """
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
         rows = [
-            {name: row[name] for name in ("kind", "step", LOSSES[row["kind"]])}
+            row if whole else {name: row[name] for name in ("kind", "step", LOSSES[row["kind"]])}
             for _, row in read_rows(folder / "metrics.jsonl")
             if row["kind"] in LOSSES
         ]
@@ -105,7 +108,7 @@ def draw_run(axes: Any, rows: list[dict[str, Any]], number: int = 0, name: str =
 
 def draw_loss(folder: Path, path: Path) -> None:
     """Write the PNG of one run."""
-    rows, config = read_run(folder)
+    rows, config = read_run(folder, whole=False)
     figure = new_figure(8, 5)
     axes = figure.add_subplot(xlabel="step")
     draw_run(axes, rows)
