@@ -5,7 +5,7 @@ starts one process that imports the modules once. `ForkServer.popen(...)` is `su
 form `[sys.executable, "script.py", ...]`; the server forks, and the child becomes that command: its arguments,
 environment, working directory, session, signals and standard streams are those of a new process, and it imports this
 repository's modules anew. `python -m launch.ranks` forks its ranks in the same way, so that its own code starts,
-watches and ends them.
+watches and ends them, and so does `python -m tools.benchmark` with its launches.
 
 A command is executed as usual if it is not a Python script, or if it sets an environment variable that libraries may
 read when they are imported (any but those of `FORKED`).
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,7 +137,7 @@ class Forked(subprocess.Popen):
 
 
 class ForkingPopen(subprocess.Popen):
-    """A Popen that forks its own process instead of executing Python anew: in launch/ranks.py, run by a server."""
+    """A Popen that forks its own process instead of executing Python anew: in a launcher that a server runs."""
 
     def _execute_child(self, *given: Any) -> None:
         options = arguments_of(self, given)
@@ -148,6 +149,8 @@ class ForkingPopen(subprocess.Popen):
             if options["start_new_session"]:
                 os.setsid()
             reset_signals()
+            for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+                finalizer.detach()  # else the child would remove its parent's temporary folders when it ends
             if options["preexec_fn"]:
                 options["preexec_fn"]()
             become(options["args"][1:], options["cwd"], options["env"], streams)
@@ -241,7 +244,7 @@ def become(command: list[str], cwd: Any, env: dict[str, str] | None, streams: li
     importlib.invalidate_caches()
     sys.orig_argv = [sys.executable, *command]
     words = command[1:] if command[0] == "-u" else command
-    if words[:2] == ["-m", "launch.ranks"]:
+    if words[:2] in (["-m", "launch.ranks"], ["-m", "tools.benchmark"]):
         subprocess.Popen = ForkingPopen  # type: ignore[misc]
     if words[0] == "-m":
         sys.path[:] = [str(Path.cwd()), *PATH]

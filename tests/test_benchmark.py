@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import ROOT, TINY, command, message, run
+from tests.running import ROOT, TINY, command, message, run, start_process
 from tests.test_readme import COMMANDS
 from tools import benchmark, benchmark_page
 from tools.benchmark_probe import PARTS
@@ -124,12 +124,13 @@ def test_a_planted_fault_differs(copy, data):
     assert script.read_text().count(clip) == 1
     script.write_text(script.read_text().replace(clip, fault + clip))
     words = ["--compare", "--strategies=single,ddp", "--steps=5", "config/train_debug.py", f"--dataset={data}"]
-    line = [*command("-m", "tools.benchmark"), *words]
-    done = subprocess.run(line, cwd=copy, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stdout + done.stderr
+    line, pipe = [*command("-m", "tools.benchmark"), *words], subprocess.PIPE
+    with start_process(line, cwd=copy, stdout=pipe, stderr=subprocess.STDOUT, text=True) as done:
+        output = done.communicate(timeout=300)[0]
+    assert done.returncode == 1, output
     number = r"(\d\.\d+)"
     expected = rf"^ddp: DIFFERS: at step 0, loss {number}, gradient norm {number}; single has {number} and {number}; "
-    [numbers] = re.findall(expected, done.stdout, re.M)
+    [numbers] = re.findall(expected, output, re.M)
     loss, norm, other_loss, other_norm = map(float, numbers)
     assert abs(loss - other_loss) <= 1e-5 and norm / other_norm == pytest.approx(1.001, abs=1e-5)
 

@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import ROOT, TINY, difference, losses, rows
+from tests.running import ROOT, TINY, command, difference, losses, rows, start_process
 
 LION = '''
 
@@ -110,12 +109,10 @@ def test_a_change_touches_one_file(copy, tmp_path, data, name):
         settings = {**TINY, "dataset": data, "gradient_accumulation_steps": 2, "out_dir": outs[-1], **settings}
         settings |= {"learning_rate": 1e-4} if name == "optimizer" else {}
         script = "train_deepspeed.py" if "deepspeed_config" in settings else "train.py"
-        ranks = settings.pop("ranks", 1)
-        command = [sys.executable, *(["-m", "launch.ranks", str(ranks)] if ranks > 1 else []), script]
-        command += [f"--{key}={value}" for key, value in settings.items()]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        line = command(script, ranks=settings.pop("ranks", 0), **settings)
+        with start_process(line, cwd=copy, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
         assert losses(outs[-1])[29] < losses(outs[-1])[0] - 0.1, "the changed code does not learn"
     for other in outs[1:]:
         assert difference(outs[0], other) <= 1e-5
