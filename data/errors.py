@@ -1,8 +1,13 @@
-"""The error of the data package, and the hint that every "unknown name" message shares."""
+"""The error of the data package, and what messages share: the hint at a misspelled name, and checks of parsed JSON."""
 
 import difflib
+import math
+import reprlib
 from collections.abc import Iterable
 from typing import Any
+
+JSON_TYPES = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number"}
+JSON_TYPES |= {bool: "true or false", type(None): "null"}
 
 
 class DataError(ValueError):
@@ -15,14 +20,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def check_types(values: Any, types: dict[str, Any]) -> list[str]:
-    """A text for each key of `types` that is missing in a JSON object, or has a value of another type."""
+def check_types(values: Any, types: dict[str, type | tuple[type, ...]]) -> list[str]:
+    """The problems of parsed JSON that must be an object: one text per key that is missing or of another type.
+
+    An integer is a float too, true and false are not integers, and NaN and Infinity are not numbers.
+    """
     if not isinstance(values, dict):
-        return ["must be an object, {...}"]
+        return [f"must be {JSON_TYPES[dict]}, not {reprlib.repr(values)}"]
     problems = []
-    for name, kinds in types.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if type(values.get(name)) not in kinds:
-            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            problems.append(f"{name} = {values.get(name)!r}: must be {names}")
+    for key, allowed in types.items():
+        allowed = allowed if isinstance(allowed, tuple) else (allowed,)
+        value = values.get(key)
+        right = type(value) in allowed or (type(value) is int and float in allowed)
+        if key not in values:
+            problems.append(f"{key!r} is missing")
+        elif not right or (isinstance(value, float) and not math.isfinite(value)):
+            problems.append(f"{key} = {reprlib.repr(value)}: must be {' or '.join(JSON_TYPES[t] for t in allowed)}")
     return problems

@@ -1,6 +1,7 @@
 """Bad data sets and bad text: one message with the value, the rule and the fix."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.dataset import open_dataset
-from data.errors import DataError, did_you_mean
+from data.errors import DataError, check_types, did_you_mean
 from tests.running import ROOT, prepare
 
 
@@ -109,6 +110,27 @@ def test_a_negative_number_of_files_is_refused(tmp_path):
 )
 def test_hint_for_a_misspelled_name(name, known, hint):
     assert did_you_mean(name, known) == hint
+
+
+@pytest.mark.parametrize(
+    "value, types, problem",
+    [
+        (3, int, None),
+        (3, float, None),
+        (None, (str, type(None)), None),
+        (10**4000, float, None),
+        (True, int, "key = True: must be an integer"),
+        (3.0, int, "key = 3.0: must be an integer"),
+        ("3", int, "key = '3': must be an integer"),
+        (math.nan, float, "key = nan: must be a number"),
+        (-math.inf, (float, type(None)), "key = -inf: must be a number or null"),
+        ([1] * 99, dict, "key = [1, 1, 1, 1, 1, 1, ...]: must be an object"),
+    ],
+)
+def test_types_of_parsed_json(value, types, problem):
+    assert check_types({"key": value, "more": 1}, {"key": types}) == ([problem] if problem else [])
+    assert check_types({"more": 1}, {"key": types, "more": str}) == ["'key' is missing", "more = 1: must be a string"]
+    assert check_types([value], {"key": types})[0].startswith("must be an object, not [")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,9 @@ DAMAGES: dict[str, Any] = {
         "[" * 10**5
     ),
     "checkpoint.json cannot be read (AttributeError": lambda folder: (folder / "checkpoint.json").write_text("[]"),
-    "checkpoint.json: model = None: must be dict; strategy = 1": lambda f: rewrite(f, model="missing", strategy=1),
+    "checkpoint.json: 'model' is missing; strategy = 1: must be a string": lambda f: rewrite(
+        f, model="missing", strategy=1
+    ),
     "checkpoint.json names ../../config.json": lambda folder: rewrite(folder, files={"../../config.json": 1}),
 }
 
