@@ -3,7 +3,7 @@
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 JSON_TYPES = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number"}
@@ -20,7 +20,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def check_types(values: Any, types: dict[str, type | tuple[type, ...]]) -> list[str]:
+def check_types(values: Any, types: Mapping[str, type | tuple[type, ...]]) -> list[str]:
     """The problems of parsed JSON that must be an object: one text per key that is missing or of another type.
 
     An integer is a float too, true and false are not integers, and NaN and Infinity are not numbers.

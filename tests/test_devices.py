@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training import devices
-from training.devices import DEVICES, find_device
+from training.gpus import DEVICES, find_device
 
 NAMES = {
     "NVIDIA H100 80GB HBM3": "H100",

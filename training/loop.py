@@ -43,7 +43,6 @@ def train(
     metrics = Metrics(cfg, ranks, batches, init, trainer.dtype)
     control = RunControl(cfg, ranks, checkpoints, trainer.dtype)
     saver = Saver(checkpoints, ranks, cfg.async_save)
-    fixed_metadata = describe_run(ranks, batches, trainer, init)
     best, evaluated = init.best_val_loss or math.inf, init.evaluated
     end = cfg.steps if cfg.benchmark else cfg.max_iters
     saved_step = init.step - (not evaluated and init.step > 0)  # step of the newest checkpoint; step 0 needs none
@@ -57,7 +56,8 @@ def train(
                 evaluated, improved, best = True, losses["val_loss"] < best, min(best, losses["val_loss"])
         save = improved or control.stop or control.save or (evaluated and cfg.always_save_checkpoint)
         if save and step > saved_step and not (cfg.eval_only or cfg.benchmark):
-            metadata = {"step": step, "best_val_loss": best, "evaluated": evaluated, **fixed_metadata}
+            metadata = {"step": step, "best_val_loss": best, "evaluated": evaluated}
+            metadata |= describe_run(ranks, batches, trainer, init)
             with metrics.saving(step), control.saving(), saver.writing(metadata, improved) as writer:
                 trainer.save(writer)
             saved_step = step
@@ -69,7 +69,7 @@ def train(
         metrics.count_step()
         if cfg.benchmark or step % cfg.log_interval == 0:
             metrics.log_step(step, step_metrics)
-    control.exchange(control.previous)  # a NaN or inf in the last step, which nothing has saved
+    control.exchange(control.previous)  # a NaN or inf in the last step
     saver.wait(last=True)
     metrics.close(best)
     if control.stop and not (last and evaluated):
@@ -110,11 +110,7 @@ def describe_run(ranks: Ranks, batches: Batches, trainer: Trainer, init: InitSta
         "tokenizer": batches.dataset.tokenizer.describe(),
         "vocab_size": batches.dataset.vocab_size,
         "init_from": init.init_from,
-        **describe_layout(trainer, ranks),
+        "strategy": trainer.strategy,
+        "world_size": ranks.world_size,
+        "dtype": str(trainer.dtype).removeprefix("torch."),
     }
-
-
-def describe_layout(trainer: Trainer, ranks: Ranks) -> dict[str, Any]:
-    """How the model state is laid out in a checkpoint's files."""
-    dtype = str(trainer.dtype).removeprefix("torch.")
-    return {"strategy": trainer.strategy, "world_size": ranks.world_size, "dtype": dtype}

@@ -4,10 +4,8 @@ import json
 import math
 import sys
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from training.checkpoint import write_text
 from training.config import TrainConfig
 from training.devices import peak_flops, peak_memory_bytes, synchronize
 from training.distributed import Ranks
-from training.errors import ConfigError, count
+from training.errors import count
 from training.figures import draw_loss, read_rows
 from training.init import InitState
-from training.run_control import RANK_METRICS, Stragglers
+from training.run_control import Stragglers
 
 BEFORE_THE_UPDATE = ("eval", "save")  # rows of a step that stay valid when the run resumes at that step
 WARM_UP_STEPS = 3  # not timed: a process's first steps compile, allocate and fill caches
@@ -38,13 +36,17 @@ class Metrics:
         self.seconds, self.lap_start = 0.0, time.perf_counter()
         self.start_time = self.first_timed = self.lap_start
         self.recording = ranks.main and not cfg.eval_only  # an evaluation leaves the run folder unchanged
-        self.wandb = start_wandb(cfg, init) if cfg.wandb_log and self.recording else None
+        self.wandb = None
+        if cfg.wandb_log and self.recording:
+            from training.wandb_log import WandbLog
+
+            self.wandb = WandbLog(cfg, init)
         self.first_step, self.end = init.step, cfg.steps if cfg.benchmark else cfg.max_iters
         self.say(start_line(cfg, ranks, init, dtype))
         if cfg.device == "auto" and ranks.device.type == "cpu":
             self.say("no GPU found, training on the CPU; lower n_layer, n_embd, block_size or batch_size for speed")
         if self.wandb:
-            self.say(f"W&B: {self.wandb.url or f'offline; to upload: wandb sync {Path(self.wandb.dir).parent}'}")
+            self.say(f"W&B: {self.wandb.where}")
         self.rewind(init.step)
         self.lap()
 
@@ -140,30 +142,12 @@ class Metrics:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb:
-            panels = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's
-            values = {panels.get(k, k): v for k, v in row.items() if k not in ("kind", "step", *RANK_METRICS)}
-            by_rank = {f"{k}/rank {rank}": v for k in RANK_METRICS for rank, v in enumerate(row.get(k, ()))}
-            with self.wandb_may_fail():
-                self.wandb.log({**values, **by_rank}, step=row["step"])
-
-    @contextmanager
-    def wandb_may_fail(self) -> Iterator[None]:
-        """Losing W&B is a warning: metrics.jsonl has everything. What it raises differs from version to version."""
-        try:
-            yield
-        except Exception as error:
-            self.say(f"warning: lost W&B ({error!r}); training continues, and metrics.jsonl has all metrics")
-            self.wandb = None
-            with suppress(Exception):  # stops its handler at exit, which would raise the same again
-                import wandb
-
-                wandb.teardown()
+            self.wandb.log(row)
 
     def close(self, best_val_loss: float) -> None:
         """Draw loss.png, and say what the run reached and how to continue it."""
         if self.wandb:
-            with self.wandb_may_fail():
-                self.wandb.finish()
+            self.wandb.finish()
         if self.recording and self.path.exists():  # it does not if the first evaluation was stopped
             draw_loss(self.path.parent, self.path.with_name("loss.png"))
             if self.cfg.benchmark:
@@ -205,28 +189,3 @@ def start_line(cfg: TrainConfig, ranks: Ranks, init: InitState, dtype: torch.dty
         + (f"; resuming {init.checkpoint}" if init.checkpoint else "")
         + ("; the first step compiles the model" if cfg.compile else "")
     )
-
-
-def check_wandb(cfg: TrainConfig) -> None:
-    """Raise ConfigError where W&B would not start: a bad mode or project name, or no key."""
-    import wandb  # a third of a second
-
-    try:
-        settings = wandb.setup(wandb.Settings(silent=True, project=cfg.wandb_project)).settings
-        if settings.mode in ("online", "shared", "run"):
-            wandb.login(verify=False)
-    except (wandb.Error, ValueError) as error:  # ValueError: pydantic's, of several lines
-        reason = " ".join(str(error).split("[type=")[0].split())
-        fix = "run wandb login, or set WANDB_MODE=offline, --wandb_project or --wandb_log=False"
-        raise ConfigError(f"wandb_log = True: W&B cannot start ({reason}); {fix}") from None
-
-
-def start_wandb(cfg: TrainConfig, init: InitState) -> Any:
-    """A resumed run continues its W&B run, whose id is in the run folder. WANDB_MODE=offline works as usual."""
-    import wandb
-
-    path = Path(cfg.out_dir) / "wandb_id"
-    if not init.checkpoint or not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
-    name = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": path.read_text(), "resume": "allow"}
-    return wandb.init(**name, config=asdict(cfg), dir=cfg.out_dir, settings=wandb.Settings(silent=True))  # type: ignore

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from model import GPT, GPTConfig
+from model import GPTConfig
 from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Ranks
 from training.errors import CheckpointError, UserError, count
@@ -106,11 +106,13 @@ def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
     Raises CheckpointError where a file cannot be read, holds anything but tensors and plain data, or other tensors
     than the metadata says.
     """
+    from training.pretrained import check_parameters  # new runs do not need it
+
     try:
         if metadata["strategy"] == "fsdp":
             saved = from_shards(folder, metadata)
         elif metadata["strategy"].startswith("zero"):
-            from training.deepspeed_layout import open_partitions  # most runs of train.py do not need it
+            from training.deepspeed_layout import open_partitions
 
             saved = open_partitions(folder, metadata)
         else:
@@ -171,38 +173,6 @@ def from_shards(folder: Path, metadata: dict[str, Any]) -> SavedState:
         for name in shapes
     }
     return SavedState(folder, shapes, pieces, first["step"], first["scaler"])
-
-
-def model_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Return the shape of every parameter, in the model's order; tied ones once."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
-
-
-def check_parameters(saved: SavedState, config: GPTConfig) -> SavedState:
-    """Return saved with its parameters in the model's order.
-
-    Raises CheckpointError if parameters are missing, unknown, incomplete or of another shape than config says.
-    """
-    try:
-        expected = model_shapes(config)
-    except (TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{saved.folder}: its model cannot be built ({error}): {config}") from None
-    found = {name: tuple(shape) for name, shape in saved.shapes.items()}
-    required = {name: tuple(shape) for name, shape in expected.items()}
-    problems = [
-        f"{name} is {found.get(name, 'missing')}, the model's config says {required.get(name, 'no such parameter')}"
-        for name in {**required, **found}
-        if found.get(name) != required.get(name)
-    ] or [
-        f"{name} has {expected[name].numel():,} elements; its stored {kind} has fewer"
-        for (name, kind), pieces in saved.pieces.items()
-        if sum(piece.numel() for piece in pieces) < expected[name].numel()  # more is padding
-    ]
-    if problems:
-        shown = [*problems[:5], "..."] if len(problems) > 5 else problems
-        raise CheckpointError("\n  ".join([f"{saved.folder}: problems in its parameters: {len(problems)}", *shown]))
-    return replace(saved, shapes=expected)
 
 
 def find_step(states: dict[Any, dict[str, Any]]) -> float | None:

@@ -26,7 +26,6 @@ from training.config import ROOT, TrainConfig
 from training.distributed import Ranks
 from training.errors import RankError, UserError
 from training.init import InitState
-from training.metrics import check_wandb
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # on GPUs, and on CPUs
 OUT_OF_MEMORY_FILE = "out_of_memory.txt"
@@ -65,7 +64,9 @@ def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str
     with ranks.together():
         if ranks.main:
             if cfg.wandb_log:
-                check_wandb(cfg)
+                from training import wandb_log  # a third of a second
+
+                wandb_log.check(cfg)
             folder.mkdir(parents=True, exist_ok=True)
             LOCKS.append(lock(folder / "lock"))
             if not init.checkpoint:
