@@ -33,8 +33,7 @@ from training.checkpoint import Checkpoints, CheckpointWriter
 from training.config import PlainTrainConfig, parse
 from training.distributed import Ranks, pick_dtype
 from training.init import InitState, find_init_state
-from training.model_state import reading, states_by_name
-from training.optim import make_optimizer, set_learning_rate
+from training.optim import make_optimizer, set_learning_rate, states_by_name
 
 
 class Trainer:
@@ -128,6 +127,8 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint of any strategy."""
+        from training.model_state import reading  # new runs do without it
+
         with reading(folder, self.ranks) as saved:
             saved.into(self.model, self.optimizer)
         self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.scaler})

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from model import GPT, GPTConfig, initial_value
 from training.checkpoint import Checkpoints, Saver
 from training.config import TrainConfig
-from training.model_state import SavedState, states_by_name
-from training.optim import make_optimizer
+from training.model_state import SavedState
+from training.optim import make_optimizer, states_by_name
 
 SMALL = GPTConfig(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=32, bias=True)
 BYTES = {"name": "byte"}

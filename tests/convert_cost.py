@@ -27,8 +27,7 @@ from model import GPTConfig
 from tests.running import ROOT
 from training.checkpoint import Checkpoints, Saver
 from training.distributed import SINGLE_PROCESS
-from training.model_state import WEIGHT
-from training.pretrained import model_shapes
+from training.model_state import WEIGHT, model_shapes
 from training.run_folder import environment
 
 THEIRS = (

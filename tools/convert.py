@@ -34,9 +34,9 @@ from training import distributed
 from training.checkpoint import Checkpoints, Saver, disk_errors, sync
 from training.config import TrainConfig
 from training.errors import ConfigError, UserError
-from training.model_state import TIED, WEIGHT, SavedState, states_by_name
-from training.optim import make_optimizer
-from training.pretrained import FIXED_SETTINGS, GELU, SIZES, TRANSPOSED, WEIGHTS, model_shapes
+from training.model_state import TIED, WEIGHT, SavedState, model_shapes
+from training.optim import make_optimizer, states_by_name
+from training.pretrained import FIXED_SETTINGS, GELU, SIZES, TRANSPOSED, WEIGHTS
 
 WEIGHTS_ONLY = ("safetensors", "hf")  # without optimizer states, and of any dtype
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"

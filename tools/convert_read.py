@@ -18,7 +18,7 @@ from training import pretrained
 from training.checkpoint import METADATA, Checkpoints, find_corruption, find_damage, read_metadata, read_torch_file
 from training.deepspeed_layout import STAND_INS
 from training.errors import CheckpointError, ConfigError
-from training.model_state import TIED, WEIGHT, SavedState, from_whole, open_state
+from training.model_state import TIED, WEIGHT, SavedState, check_parameters, from_whole, model_shapes, open_state
 
 Metadata = dict[str, Any]
 ADAMW_KINDS = ("exp_avg", "exp_avg_sq")
@@ -49,7 +49,7 @@ def open_source(source: str, tokenizer: Metadata | None = None) -> tuple[SavedSt
         config = GPTConfig(**metadata["model"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{source} does not describe a GPT: {error}") from None
-    saved = pretrained.check_parameters(saved, config)
+    saved = check_parameters(saved, config)
     return saved, add_tokenizer({**DEFAULTS, "init_from": source, **metadata, "model": asdict(config)}, tokenizer)
 
 
@@ -136,7 +136,7 @@ def read_universal(folder: Path) -> tuple[SavedState, Metadata]:
     """
     try:
         metadata = read_metadata(folder)
-        expected = pretrained.model_shapes(GPTConfig(**metadata["model"]))
+        expected = model_shapes(GPTConfig(**metadata["model"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         file = folder / METADATA
         raise CheckpointError(f"{file} cannot be read ({error}); copy that of the run's checkpoint") from None

@@ -1,5 +1,6 @@
 """FSDP2: the ranks it shards over, and a rank's shard of a tensor. train.py calls `fully_shard` itself."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from training.checkpoint import CheckpointWriter
 from training.config import PlainTrainConfig
 from training.distributed import Ranks
-from training.model_state import WEIGHT, local_part
+
+WEIGHT = "weight"  # the kind of a piece of model state that is a parameter; others are AdamW's, such as exp_avg
 
 
 def shard_mesh(cfg: PlainTrainConfig, ranks: Ranks) -> DeviceMesh:
@@ -18,6 +20,19 @@ def shard_mesh(cfg: PlainTrainConfig, ranks: Ranks) -> DeviceMesh:
         return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
     shape = ranks.world_size // cfg.shard_ranks, cfg.shard_ranks
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def local_part(tensor: Any) -> tuple[Tensor, int]:
+    """This rank's part of a parameter or optimizer state, and the index of its first element in the flat tensor.
+
+    FSDP2 shards the first dimension as torch.chunk does: the last ranks may have fewer rows, or none.
+    """
+    if not hasattr(tensor, "to_local"):  # avoids importing DTensor, which takes half a second
+        return tensor, 0
+    shard = tensor.device_mesh["shard"]
+    rows = -(-tensor.size(0) // shard.size())
+    first = min(shard.get_local_rank() * rows, tensor.size(0))
+    return tensor.to_local(), first * math.prod(tensor.shape[1:])
 
 
 @torch.no_grad()

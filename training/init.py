@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,14 +12,16 @@ from model import GPTConfig, initial_value
 from training.checkpoint import Checkpoints, read_metadata
 from training.config import TrainConfig
 from training.errors import CheckpointError
-from training.model_state import SavedState
+
+if TYPE_CHECKING:
+    from training.model_state import SavedState  # new runs do without it
 
 
 @dataclass(frozen=True)
 class InitState:
     model: GPTConfig
     init_from: str = "scratch"  # that of the run's first start, through all resumes
-    weights: SavedState | None = None
+    weights: "SavedState | None" = None
     checkpoint: Path | None = None
     step: int = 0
     best_val_loss: float | None = None

@@ -4,11 +4,10 @@ Files are memory-mapped, and a rank reads only the parts it needs of each parame
 checkpoint of any strategy and number of ranks loads into any other, and no rank holds more than its own share.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from model import GPTConfig
+from model import GPT, GPTConfig
 from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Ranks
 from training.errors import CheckpointError, UserError, count
+from training.fsdp import WEIGHT, local_part
 
 TIED = "lm_head.weight"  # the same parameter as the embedding
-WEIGHT = "weight"  # the kind of a piece that is a parameter itself; others are the optimizer's, such as exp_avg
 
 
 @dataclass
@@ -69,19 +68,6 @@ class SavedState:
                 target.copy_(self.part(name, kind, start, target.numel()).view_as(target))
 
 
-def local_part(tensor: Any) -> tuple[Tensor, int]:
-    """This rank's part of a parameter or optimizer state, and the index of its first element in the flat tensor.
-
-    FSDP2 shards the first dimension as torch.chunk does: the last ranks may have fewer rows, or none.
-    """
-    if not hasattr(tensor, "to_local"):  # avoids importing DTensor, which takes half a second
-        return tensor, 0
-    shard = tensor.device_mesh["shard"]
-    rows = -(-tensor.size(0) // shard.size())
-    first = min(shard.get_local_rank() * rows, tensor.size(0))
-    return tensor.to_local(), first * math.prod(tensor.shape[1:])
-
-
 def fresh_state(optimizer: Optimizer, parameter: Tensor, kinds: tuple[str, ...], step: float | None) -> dict[str, Any]:
     """The optimizer's state of a parameter after `step` updates, zero until it is filled."""
     state: dict[str, Any] = {} if step is None else {"step": step_count(optimizer, parameter, step)}
@@ -106,8 +92,6 @@ def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
     Raises CheckpointError where a file cannot be read, holds anything but tensors and plain data, or other tensors
     than the metadata says.
     """
-    from training.pretrained import check_parameters  # new runs do not need it
-
     try:
         if metadata["strategy"] == "fsdp":
             saved = from_shards(folder, metadata)
@@ -136,11 +120,6 @@ def reading(folder: Path, ranks: Ranks) -> Iterator[SavedState]:
     if ranks.main:
         source = f"{metadata['strategy']} on {count(metadata['world_size'], 'rank')}"
         print(f"read {folder.name} ({source}) in {time.perf_counter() - since:.1f} s", flush=True)
-
-
-def states_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """{parameter: its optimizer state}: how checkpoints of one process and DDP store it."""
-    return {name: dict(optimizer.state[parameter]) for name, parameter in model.named_parameters()}
 
 
 def from_whole(
@@ -177,3 +156,35 @@ def from_shards(folder: Path, metadata: dict[str, Any]) -> SavedState:
 
 def find_step(states: dict[Any, dict[str, Any]]) -> float | None:
     return max((float(state["step"]) for state in states.values() if "step" in state), default=None)
+
+
+def model_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Return the shape of every parameter, in the model's order; tied ones once."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+
+
+def check_parameters(saved: SavedState, config: GPTConfig) -> SavedState:
+    """Return saved with its parameters in the model's order.
+
+    Raises CheckpointError if parameters are missing, unknown, incomplete or of another shape than config says.
+    """
+    try:
+        expected = model_shapes(config)
+    except (TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{saved.folder}: its model cannot be built ({error}): {config}") from None
+    found = {name: tuple(shape) for name, shape in saved.shapes.items()}
+    required = {name: tuple(shape) for name, shape in expected.items()}
+    problems = [
+        f"{name} is {found.get(name, 'missing')}, the model's config says {required.get(name, 'no such parameter')}"
+        for name in {**required, **found}
+        if found.get(name) != required.get(name)
+    ] or [
+        f"{name} has {expected[name].numel():,} elements; its stored {kind} has fewer"
+        for (name, kind), pieces in saved.pieces.items()
+        if sum(piece.numel() for piece in pieces) < expected[name].numel()  # more is padding
+    ]
+    if problems:
+        shown = [*problems[:5], "..."] if len(problems) > 5 else problems
+        raise CheckpointError("\n  ".join([f"{saved.folder}: problems in its parameters: {len(problems)}", *shown]))
+    return replace(saved, shapes=expected)

@@ -1,6 +1,7 @@
 """The optimizer, AdamW (Loshchilov & Hutter, arXiv:1711.05101), and the learning rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: ZeRO-3's full shape, the local one is (0,)
         (matrices if len(shape) >= 2 else vectors).append(parameter)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def states_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """{parameter: its optimizer state}: how checkpoints of one process and DDP store it."""
+    return {name: dict(optimizer.state[parameter]) for name, parameter in model.named_parameters()}
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:

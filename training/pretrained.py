@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPTConfig
 from training.checkpoint import read_torch_file
 from training.config import TrainConfig
 from training.errors import CheckpointError, ConfigError, UserError
-from training.model_state import TIED, WEIGHT, SavedState
+from training.model_state import TIED, WEIGHT, SavedState, check_parameters
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -142,35 +142,3 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); download or write it again") from None
-
-
-def model_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Return the shape of every parameter, in the model's order; tied ones once."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
-
-
-def check_parameters(saved: SavedState, config: GPTConfig) -> SavedState:
-    """Return saved with its parameters in the model's order.
-
-    Raises CheckpointError if parameters are missing, unknown, incomplete or of another shape than config says.
-    """
-    try:
-        expected = model_shapes(config)
-    except (TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{saved.folder}: its model cannot be built ({error}): {config}") from None
-    found = {name: tuple(shape) for name, shape in saved.shapes.items()}
-    required = {name: tuple(shape) for name, shape in expected.items()}
-    problems = [
-        f"{name} is {found.get(name, 'missing')}, the model's config says {required.get(name, 'no such parameter')}"
-        for name in {**required, **found}
-        if found.get(name) != required.get(name)
-    ] or [
-        f"{name} has {expected[name].numel():,} elements; its stored {kind} has fewer"
-        for (name, kind), pieces in saved.pieces.items()
-        if sum(piece.numel() for piece in pieces) < expected[name].numel()  # more is padding
-    ]
-    if problems:
-        shown = [*problems[:5], "..."] if len(problems) > 5 else problems
-        raise CheckpointError("\n  ".join([f"{saved.folder}: problems in its parameters: {len(problems)}", *shown]))
-    return replace(saved, shapes=expected)
