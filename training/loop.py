@@ -44,10 +44,9 @@ def train(
     control = RunControl(cfg, ranks, checkpoints, trainer.dtype)
     saver = Saver(checkpoints, ranks, cfg.async_save)
     best, evaluated = init.best_val_loss or math.inf, init.evaluated
-    end = cfg.steps if cfg.benchmark else cfg.max_iters
     saved_step = init.step - (not evaluated and init.step > 0)  # step of the newest checkpoint; step 0 needs none
-    for step in range(init.step, end + 1):
-        last, improved = step == end or cfg.eval_only, False
+    for step in range(init.step, metrics.end + 1):
+        last, improved = step == metrics.end or cfg.eval_only, False
         if cfg.eval_only or ((last or step % cfg.eval_interval == 0) and not (evaluated or cfg.benchmark)):
             with metrics.untimed():
                 losses = evaluate(trainer.loss, batches, ranks, cfg.eval_iters, control.exchange)
@@ -56,8 +55,8 @@ def train(
                 evaluated, improved, best = True, losses["val_loss"] < best, min(best, losses["val_loss"])
         save = improved or control.stop or control.save or (evaluated and cfg.always_save_checkpoint)
         if save and step > saved_step and not (cfg.eval_only or cfg.benchmark):
-            metadata = {"step": step, "best_val_loss": best, "evaluated": evaluated}
-            metadata |= describe_run(ranks, batches, trainer, init)
+            progress = {"step": step, "best_val_loss": best, "evaluated": evaluated}
+            metadata = progress | describe_run(ranks, batches, trainer, init)
             with metrics.saving(step), control.saving(), saver.writing(metadata, improved) as writer:
                 trainer.save(writer)
             saved_step = step
