@@ -125,6 +125,9 @@ def trio(tmp_path):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the core only: the tests of QUICK in tests/conftest.py")
+    parser.addoption(
+        "--fuzz-minutes", type=float, default=0, help="of tests/test_fuzz.py; default: one, the same cases"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -167,7 +170,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """List what was skipped, by reason, and what to install for it."""
+    """List what was skipped, by reason, and what to install for it; and how many cases were fuzzed."""
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    if fuzzed := [value for report in reports for key, value in report.user_properties if key == "fuzz"]:
+        terminalreporter.section("fuzzed")
+    for row in [["target", "cases", "used", "refused", "failures"], *fuzzed] if fuzzed else []:
+        terminalreporter.line(f"{row[0]:<20}" + "".join(f"{cell:>10}" for cell in row[1:]))
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
     )
