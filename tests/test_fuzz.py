@@ -135,9 +135,9 @@ def deepspeed_jsons(folder: Path) -> Target:
         path.write_bytes(case.content)
         arguments = [f"--deepspeed_config={path}", "--device=cpu", f"--nvme_path={folder}", f"--out_dir={folder}"]
         cfg = parse_as_scripts_do(DeepSpeedTrainConfig, [*arguments, *SMALL_ARGUMENTS])
-        config = deepspeed_config.read(cfg.deepspeed_config)
-        with own_swap_folders(config, cfg, SINGLE_PROCESS):
-            deepspeed_config.resolve(cfg, SINGLE_PROCESS, SMALL, config)
+        config, _ = deepspeed_config.resolve(cfg, SINGLE_PROCESS, SMALL, deepspeed_config.read(cfg.deepspeed_config))
+        with own_swap_folders(config, SINGLE_PROCESS):
+            pass
 
     return json_files(seeds, keys), read
 
