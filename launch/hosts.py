@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -39,6 +41,9 @@ FORWARDED_ENV = (  # prefixes of the variables that are set on every host
     *("NCCL_", "GLOO_", "TORCH_", "WANDB_", "HF_", "TIKTOKEN_", "DS_"),
 )
 SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5"]
+HOST_NAME = r"(\w[\w.-]*@)?[\w:][\w.:%-]*"  # also an address; ssh takes what begins with - for an option
+ANSWER = {"code": "", "python": "", "packages": {}, "gpus": 0, "addresses": [""], "port": 0}  # of launch.machine
+ANSWER_CHARACTERS = 10**6  # at most, in a line
 Plan = dict[str, Any]  # what launch.ranks --node reads: environment (the same everywhere), variables, command
 Answers = dict[str, Any]  # by host: the dict of its JSON, or a str that says why there is none
 
@@ -57,8 +62,9 @@ def main() -> int:
     parser.add_argument("--restarts", type=int, default=0, help="how often to restart, on the hosts that still answer")
     parser.add_argument("--master_port", type=int, default=0, help="a free port on the first host; default: any")
     args, command = parser.parse_known_args()  # its options may also stand among those of the script
-    if args.restarts < 0 or not command:
-        raise UserError(f"must be {usage}, --restarts 0 or more")
+    if args.restarts < 0 or not 0 <= args.master_port <= 65535 or not command:
+        rule = f"must be {usage}, with --restarts of 0 or more, --master_port of 0 to 65535"
+        raise UserError(f"{shlex.join(sys.argv[1:]) or 'no arguments'}: {rule}")
     environment = forwarded_environment(os.environ)
     signals = catch_signals()
     hosts = read_hostfile(args.hostfile or "hostfile", args.include, args.exclude)
@@ -96,37 +102,41 @@ def read_hostfile(path: str, include: str = "", exclude: str = "") -> list[Host]
     if not Path(path).is_file():
         raise UserError(f"{path}: no such hostfile; write one line per host: NAME slots=RANKS")
     slots: dict[str, tuple[int, ...]] = {}
-    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, text in enumerate(Path(path).read_text("utf-8-sig", errors="replace").splitlines(), 1):
         line = text.split("#")[0].strip()
         if not line:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
-        if not match or not int(match[2]):
-            raise UserError(f"{path}:{number}: {line!r}: must be NAME slots=RANKS, RANKS 1 or more")
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]{0,4})", line)
+        if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII):
+            rule = "must be NAME slots=RANKS, RANKS 1 to 99999; NAME: that of a host, USER@HOST or an address, in ASCII"
+            raise UserError(f"{path}:{number}: {line!r}: {rule}")
         if match[1] in slots:
             raise UserError(f"{path}:{number}: {match[1]} is a duplicate; give each host one line")
         slots[match[1]] = tuple(range(int(match[2])))
     if not slots:
         raise UserError(f"{path}: is empty; write one line per host: NAME slots=RANKS")
-    slots = parse_choice(include, slots) or slots
-    for name, excluded in parse_choice(exclude, slots).items():
+    slots = parse_choice("--include", include, slots) or slots
+    for name, excluded in parse_choice("--exclude", exclude, slots).items():
         slots[name] = tuple(slot for slot in slots[name] if slot not in excluded)
     if not any(slots.values()):
         raise UserError(f"--exclude={exclude}: leaves no host of {path}")
     return [Host(name, numbers) for name, numbers in slots.items() if numbers]
 
 
-def parse_choice(text: str, slots: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def parse_choice(option: str, text: str, slots: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Parse host1@host2:0,1 to {host1: (all of its slots), host2: (0, 1)}."""
-    chosen = {}
+    chosen: dict[str, tuple[int, ...]] = {}
     for part in text.split("@") if text else []:
-        name, _, listed = part.partition(":")
+        name, colon, listed = part.partition(":")
         if name not in slots:
-            raise UserError(f"{name}: no such host in the hostfile; it has {', '.join(slots)}")
-        numbers = tuple(int(slot) for slot in listed.split(",") if slot.isdecimal())
-        if unknown := [slot for slot in numbers if slot not in slots[name]]:
-            raise UserError(f"{part}: {name} has no slot {unknown[0]}; it has {len(slots[name])}")
-        chosen[name] = numbers or slots[name]
+            raise UserError(f"{option}={text}: {name!r}: no such host in the hostfile; it has {', '.join(slots)}")
+        known = {str(slot): slot for slot in slots[name]}
+        numbers = listed.split(",") if colon else list(known)
+        if unknown := [number for number in numbers if number not in known]:
+            raise UserError(f"{option}={text}: {name} has no slot {unknown[0]!r}; it has {len(known)}")
+        if name in chosen or len(set(numbers)) < len(numbers):
+            raise UserError(f"{option}={text}: {part} is a duplicate; name each host and slot once")
+        chosen[name] = tuple(known[number] for number in numbers)
     return chosen
 
 
@@ -139,23 +149,32 @@ def remote_command(ssh: str, host: str, *arguments: str) -> list[str]:
     """Command that runs this Python in this folder on a host; on this machine if `ssh` is empty."""
     if not ssh:
         return [sys.executable, *arguments]
+    try:
+        words = shlex.split(ssh)
+    except ValueError as error:  # no closing quotation
+        raise UserError(f"--ssh={ssh}: {error}; write it as in a shell: --ssh='ssh -p 2222 -i key'") from None
+    if not words or not shutil.which(words[0]):
+        raise UserError(f"--ssh={ssh}: no such program on this machine; install openssh-client, or give its path")
     command = shlex.join(["cd", str(Path.cwd())]) + " && exec " + shlex.join([sys.executable, *arguments])
-    return [*shlex.split(ssh), *SSH_OPTIONS, host, command]
+    return [*words, *SSH_OPTIONS, host, command]
 
 
-def ask(hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, str] | None = None) -> Answers:
+def ask(
+    hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, str] | None = None, answer: dict = ANSWER
+) -> Answers:
     """Run Python on every host at once, and collect the line of JSON that it prints, with the time it "arrived".
 
     requests: by host, its first line of stdin. stdin is closed when all have answered; the program may wait for that.
+    answer: an example of what it prints.
     """
-    pipe, names, processes = subprocess.PIPE, [host.name for host in hosts], list[Any]()
+    names, processes = [host.name for host in hosts], list[Any]()
+    streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True, "errors": "replace"}
     for name in names:
-        line = remote_command(ssh, name, *arguments)
-        processes += [subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)]
+        processes += [subprocess.Popen(remote_command(ssh, name, *arguments), **streams, start_new_session=True)]
     with ThreadPoolExecutor(len(hosts)) as threads:
         try:
             lines = [(requests or {}).get(name, "") for name in names]
-            return dict(zip(names, threads.map(read_answer, names, processes, lines), strict=True))
+            return dict(zip(names, threads.map(read_answer, names, processes, lines, repeat(answer)), strict=True))
         finally:
             for process in processes:
                 with contextlib.suppress(OSError):
@@ -166,7 +185,24 @@ def ask(hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str
                 process.kill()
 
 
-def read_answer(name: str, process: subprocess.Popen, request: str) -> dict[str, Any] | str:
+def parse_answer(line: str, example: Any) -> dict[str, Any] | None:
+    """The JSON object of a line from another host; None if it has not the keys and types of the example."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if same_shape(value := json.loads(line), example):
+            return value
+    return None
+
+
+def same_shape(value: Any, example: Any) -> bool:
+    """Whether keys and types are those of the example; every element of a list is compared with the example's first."""
+    if type(value) is not type(example):
+        return False
+    if isinstance(example, dict):
+        return all(key in value and same_shape(value[key], example[key]) for key in example)
+    return not isinstance(example, list) or all(same_shape(element, example[0]) for element in value)
+
+
+def read_answer(name: str, process: subprocess.Popen, request: str, example: dict) -> dict[str, Any] | str:
     """The JSON that a host prints, or why it gave none: the problem, a semicolon, the fix."""
     assert process.stdin and process.stdout and process.stderr, "all are pipes"
     timer = threading.Timer(ANSWER_SECONDS, process.kill)
@@ -174,17 +210,22 @@ def read_answer(name: str, process: subprocess.Popen, request: str) -> dict[str,
     with contextlib.suppress(OSError):
         process.stdin.write(f"{request}\n")
         process.stdin.flush()
-    line = next((line for line in process.stdout if line.startswith("{")), "")  # a ~/.bashrc may print, too
-    timer.cancel()
-    if line:
-        return {**json.loads(line), "arrived": time.time()}
+    printed = ""
+    while line := process.stdout.readline(ANSWER_CHARACTERS):
+        if answer := parse_answer(line, example):
+            timer.cancel()
+            return {**answer, "arrived": time.time()}
+        printed = line.strip()[:80]  # by a ~/.bashrc, or by other code
     text, status = process.stderr.read().strip(), process.wait()
+    timer.cancel()
     if status < 0:
         return f"no answer within {ANSWER_SECONDS:.0f} s; is it up, and are its disks?"
     if status == SSH_LOST:
         text += f"; ssh {name} must work by hand and without a password (ssh-copy-id {name})"
     elif text and status in (1, 126, 127):
         text += f"; this code and this Python ({sys.executable}) must be at the same place on every host"
+    elif printed and not status:
+        text = f"printed {printed!r} instead of an answer; it needs the same code, and a ~/.bashrc that does not exit"
     return text.splitlines()[-1] if text else f"ssh ended with status {status}; run ssh {name} by hand"
 
 
@@ -220,10 +261,11 @@ def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
     name = name or hosts[0].name.split("@")[-1]
     try:
         address = socket.gethostbyname(name)
-    except OSError:  # a name that only ssh knows
-        address = answers[hosts[0].name]["addresses"][0]
-    if address.startswith("127.") and len(hosts) > 1:
-        raise UserError(f"{name} is {address}, so each host would reach itself; set --master_addr to its address")
+    except (OSError, UnicodeError):  # a name that only ssh knows
+        address = next(iter(answers[hosts[0].name]["addresses"]), "")
+    if not address or (address.startswith("127.") and len(hosts) > 1):
+        problem = f"is {address}, so each host would reach itself" if address else "has no known address"
+        raise UserError(f"{name} {problem}; set --master_addr to its address")
     return address
 
 

@@ -121,8 +121,8 @@ def start(count: int, command: list[str], variables: Mapping[str, object], first
     """Start `count` ranks, numbered from first_rank; variables replace those of a single machine."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     defaults = {"OMP_NUM_THREADS": str(max(1, cores // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # else DNS warnings
-    shared: dict[str, object] = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "LOCAL_SIZE": count}
-    shared |= dict(variables or {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()})  # LOCAL_SIZE is DeepSpeed's
+    shared = variables or {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(host="127.0.0.1"), "WORLD_SIZE": count}
+    shared = {**shared, "LOCAL_WORLD_SIZE": count, "LOCAL_SIZE": count}  # LOCAL_SIZE is DeepSpeed's
     env = {**defaults, **os.environ, **{name: str(value) for name, value in shared.items()}}
     ranks, argv = [], [sys.executable, "-u", *command]
     for rank in range(count):
@@ -138,11 +138,11 @@ def prepare_rank() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
-def free_port(port: int = 0) -> int:
+def free_port(port: int = 0, host: str = "") -> int:
     """The port, or any for 0, in TIME_WAIT: rank 0 may listen on it, no other process is given it. 0: it is in use."""
     with contextlib.suppress(OSError), socket.socket() as server, socket.socket() as client:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(("", port))
+        server.bind((host, port))
         server.listen(1)
         client.connect(("127.0.0.1", server.getsockname()[1]))
         server.accept()[0].close()  # the side that closes first is the one that waits

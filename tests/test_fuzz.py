@@ -283,9 +283,9 @@ def answers(folder: Path) -> Target:
         (folder / "answer").write_bytes(case.content)
         command = ["sh", "-c", program, "sh", str(folder / "answer"), str(status)]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace")
         try:
-            answer = hosts.read_answer(pair[number].name, process, "")
+            answer = hosts.read_answer(pair[number].name, process, "", hosts.ANSWER)
         finally:
             process.kill()
             process.wait()

@@ -1,6 +1,8 @@
 """Hosts that cannot be used are listed before anything starts, each with the fix."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,18 +10,39 @@ from typing import Any
 
 import pytest
 
-from launch import hosts
+from launch import hosts, machine
 from launch.hosts import Host
 from tests import cluster
 from tests.cluster import Cluster
 from tests.running import ROOT, TINY, message
+from tools import doctor
 from training.errors import UserError
 
 HOSTFILES = {
     "": "is empty; write one line per host: NAME slots=RANKS",
-    "host1 slots=2\nhost2\n": ":2: 'host2': must be NAME slots=RANKS, RANKS 1 or more",
+    "host1 slots=2\nhost2\n": ":2: 'host2': must be NAME slots=RANKS, RANKS 1 to 99999",
     "host1 slots=0": ":1: 'host1 slots=0': must be NAME slots=RANKS",
     "# mine\n\nhost1 slots=2\nhost1 slots=2": ":4: host1 is a duplicate; give each host one line",
+    "host1 slots=99999999999": ":1: 'host1 slots=99999999999': must be NAME slots=RANKS, RANKS 1 to 99999",
+    f"host1 slots={'9' * 5000}": ":1: 'host1 slots=999",
+    "host1 slots=2\nh\xe4st slots=2": ":2: 'h\ufffdst slots=2': must be NAME",  # not UTF-8
+    "-oProxyCommand=id slots=2": ":1: '-oProxyCommand=id slots=2': must be NAME",
+    "user@-oProxyCommand=id slots=2": ":1: 'user@-oProxyCommand=id slots=2': must be NAME",
+    "-l@host1 slots=2": ":1: '-l@host1 slots=2': must be NAME",
+    "host1;id slots=2": ":1: 'host1;id slots=2': must be NAME",
+    "host\0 slots=2": ":1: 'host\\x00 slots=2': must be NAME",
+}
+NAMES = ["worker-1", "gpu_7.example.org", "user@10.0.0.1", "::1", "fe80::1%eth0"]
+CHOICES = {
+    "host3": "'host3': no such host in the hostfile; it has host1, host2",
+    "@": "'': no such host",
+    "host1:5": "host1 has no slot '5'; it has 2",
+    "host1:abc": "host1 has no slot 'abc'",
+    "host1:": "host1 has no slot ''",
+    "host1:0,x": "host1 has no slot 'x'",
+    "host1:-1": "host1 has no slot '-1'",
+    "host1:0,0": "host1:0,0 is a duplicate",
+    "host1@host2@host1": "host1 is a duplicate; name each host and slot once",
 }
 
 
@@ -37,18 +60,85 @@ def start(*arguments: object, env: dict[str, str] | None = None, script: str = "
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("text", HOSTFILES)
+@pytest.mark.parametrize("text", HOSTFILES, ids=lambda text: repr(text[:30]))
 def test_an_invalid_hostfile(tmp_path, text):
-    (tmp_path / "hostfile").write_text(text)
-    assert HOSTFILES[text] in message(start(f"--hostfile={tmp_path}/hostfile"))
+    (tmp_path / "hostfile").write_text(text, "latin-1")
+    with pytest.raises(UserError, match=re.escape(HOSTFILES[text])):
+        hosts.read_hostfile(f"{tmp_path}/hostfile")
 
 
-def test_no_hostfile_and_unknown_hosts(tmp_path):
-    assert "no such hostfile" in message(start(f"--hostfile={tmp_path}/hostfile"))
+def test_names_that_a_host_can_have(tmp_path):
+    (tmp_path / "hostfile").write_text(
+        "\ufeff" + "".join(f"{name} slots=10 # comment \xe4\n" for name in NAMES), "utf-8"
+    )
+    assert hosts.read_hostfile(f"{tmp_path}/hostfile") == [Host(name, tuple(range(10))) for name in NAMES]
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("text", CHOICES)
+def test_an_invalid_choice_of_hosts(tmp_path, option, text):
+    (tmp_path / "hostfile").write_text("host1 slots=2\nhost2 slots=2\n")
+    with pytest.raises(UserError, match=re.escape(f"--{option}={text}: {CHOICES[text]}")):
+        hosts.read_hostfile(f"{tmp_path}/hostfile", **{option: text})
+
+
+def test_invalid_options_are_one_message(tmp_path):
+    hostfile = f"--hostfile={tmp_path}/hostfile"
+    assert "no such hostfile" in message(start(hostfile))
     (tmp_path / "hostfile").write_text("host1 slots=2\n")
-    assert "host3: no such host" in message(start(f"--hostfile={tmp_path}/hostfile", "--include=host3"))
-    assert "host1 has no slot 5; it has 2" in message(start(f"--hostfile={tmp_path}/hostfile", "--include=host1:5"))
-    assert "leaves no host" in message(start(f"--hostfile={tmp_path}/hostfile", "--exclude=host1"))
+    assert "leaves no host" in message(start(hostfile, "--exclude=host1"))
+    assert re.search(
+        "--restarts=-1 train.py: must be .*, with --restarts of 0", message(start(hostfile, "--restarts=-1"))
+    )
+    assert "--master_port=70000 train.py: must be " in message(start(hostfile, "--master_port=70000"))
+    assert "--ssh=/no/ssh: no such program on this machine; " in message(start(hostfile, "--ssh=/no/ssh"))
+
+
+@pytest.mark.parametrize(
+    "ssh, text", [("ssh -i 'key", "No closing quotation; write it as in"), (" ", "no such program")]
+)
+def test_an_invalid_ssh_command(ssh, text):
+    with pytest.raises(UserError, match=f"^--ssh={ssh}: {text}"):
+        hosts.ask([Host("host1", (0,))], ssh, ["-m", "launch.machine"])
+
+
+def test_what_a_host_prints_besides_its_answer(tmp_path):
+    """A ~/.bashrc may print anything. An answer that has not the keys and types of ours is reported with the host."""
+    (tmp_path / "hostfile").write_text("host1 slots=2\n")
+    (tmp_path / "printed").write_bytes(b'welcome\n\xff{ hi\n{ hi }\n{"code": "a"}\n[1]\n')
+    ssh = tmp_path / "ssh"
+    ssh.write_text(
+        f'#!/bin/sh\ncat {tmp_path}/printed\nfor command; do :; done\n[ -e {tmp_path}/mute ] || eval "$command"\n'
+    )
+    ssh.chmod(0o755)
+    hosts_file = hosts.read_hostfile(f"{tmp_path}/hostfile")
+
+    def answer() -> Any:
+        return hosts.ask(hosts_file, str(ssh), ["-m", "launch.machine"])["host1"]
+
+    right = answer()
+    assert right.items() >= {"code": machine.describe()["code"], "gpus": machine.count_gpus()}.items()
+    (tmp_path / "mute").touch()
+    wrong = [{}, {**right, "code": 1}, {**right, "gpus": "8"}, {**right, "addresses": [1]}, {**right, "packages": None}]
+    for text in ("{ hi", "7", "[" * 100_000, *map(json.dumps, wrong)):
+        (tmp_path / "printed").write_text(text)
+        assert answer().startswith(f"printed {text[:80]!r} instead of an answer; it needs the same code"), text
+    text = message(start(f"--hostfile={tmp_path}/hostfile", f"--ssh={ssh}"))
+    assert text.splitlines()[1].startswith("  host1: printed '{")
+    facts = {**right, "marker": "", "data": 0, "device": "CPU", "clock": 1.0, "markers": [], "findings": []}
+    finding = {"check": "GPUs", "value": "none", "ok": None}
+    assert hosts.parse_answer(json.dumps(facts), doctor.ANSWER)
+    assert not hosts.parse_answer(json.dumps({**facts, "findings": [finding]}), doctor.ANSWER)
+
+
+def test_the_file_with_the_environment_for_deepspeeds_launcher_is_private(tmp_path):
+    """The command line of docs/multi_node.md, over a file that everyone could read."""
+    write = re.search(r"`(env \| .* \.deepspeed_env)`", (ROOT / "docs/multi_node.md").read_text())
+    (tmp_path / ".deepspeed_env").touch(0o644)
+    env = {**os.environ, "WANDB_API_KEY": "secret"}
+    assert write and subprocess.run(["sh", "-c", write[1]], cwd=tmp_path, env=env).returncode == 0
+    assert (tmp_path / ".deepspeed_env").stat().st_mode & 0o777 == 0o600
+    assert "WANDB_API_KEY=secret\n" in (tmp_path / ".deepspeed_env").read_text()
 
 
 def test_unreachable_hosts_are_listed_with_the_reason(made, tmp_path):
@@ -114,4 +204,7 @@ def test_address_of_the_first_host():
     assert hosts.master_address([Host("localhost", (0,))], {}) == "127.0.0.1"
     with pytest.raises(UserError, match="each host would reach itself"):
         hosts.master_address([Host("localhost", (0,)), Host("two", (0,))], {})
+    for name in ("nobody.invalid", "a" * 70):
+        with pytest.raises(UserError, match=f"{name} has no known address; set --master_addr"):
+            hosts.master_address([Host(name, (0,))], {name: {"addresses": []}})
     assert socket.gethostbyname("localhost") == "127.0.0.1"

@@ -31,6 +31,23 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
+LISTENING = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from training import distributed
+
+def main():
+    with distributed.start("cpu", "auto") as ranks:
+        ranks.gather([0.0])
+        sockets = [os.path.realpath(file.path).rpartition("/")[2] for file in os.scandir("/proc/self/fd")]
+        rows = [row.split() for name in ("tcp", "tcp6") for row in open(f"/proc/self/net/{name}")]
+        own = [row for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]  # 0A: LISTEN
+        os.write(1, (" ".join(row[1].split(":")[0] for row in own) + os.linesep).encode())
+
+distributed.run(main)
+"""
+
+
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
     cluster.require()
@@ -87,10 +104,11 @@ def test_a_launch_script_takes_a_hostfile_from_the_environment(hosts, tmp_path, 
 def test_deepspeeds_own_launcher_takes_a_hostfile(hosts, tmp_path, data, single):
     """With pdsh; the environment is forwarded by a .deepspeed_env, as docs/multi_node.md says."""
     given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path, **STRATEGIES["zero2"]}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ENV_FILE": str(tmp_path / "env"), "PDSH_RCMD_TYPE": "ssh"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PDSH_RCMD_TYPE": "ssh"}
+    env["DS_ENV_FILE"] = str(tmp_path / ".deepspeed_env")
     env["PATH"] = f"{hosts.folder / 'bin'}:{Path(sys.executable).parent}:{env['PATH']}"
-    write = re.search(r"`(env \| grep .*) > \.deepspeed_env`", (ROOT / "docs/multi_node.md").read_text())
-    assert write and subprocess.run(f"{write[1]} > {tmp_path}/env", shell=True, env=env).returncode == 0
+    write = re.search(r"`(env \| .* \.deepspeed_env)`", (ROOT / "docs/multi_node.md").read_text())
+    assert write and subprocess.run(write[1], shell=True, cwd=tmp_path, env=env).returncode == 0
     line = ["deepspeed", f"--hostfile={hosts.hostfile(2)}", "--include=host1@host2"]
     line += [f"--master_addr={hosts.hosts[0].address}", *command("train_deepspeed.py", **given)[1:]]
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
@@ -167,6 +185,17 @@ def test_a_lost_host_is_left_out_of_the_restart(trio, tmp_path, data, single):
     assert "launch.hosts: restart 1 of 2, on host1, host2" in output
     assert Checkpoints(str(tmp_path / "out")).newest()[1]["world_size"] == 2
     assert len(losses(tmp_path / "out")) == 12 and difference(single, tmp_path / "out") <= 1e-5
+
+
+def test_ranks_of_one_host_accept_connections_from_it_only(hosts, tmp_path):
+    """Each rank prints the addresses on which it listens. The host's name belongs to its network, not to loopback."""
+    (tmp_path / "script.py").write_text(LISTENING)
+    line = [sys.executable, "-m", "launch.hosts", f"--hostfile={hosts.hostfile(2)}", f"--ssh={hosts.ssh}"]
+    line += ["--include=host1", str(tmp_path / "script.py")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 and all(done.stdout.splitlines()), done.stdout
+    assert set(done.stdout.split()) == {"0100007F"}, "127.0.0.1 in hexadecimal"
 
 
 def test_a_signal_stops_all_hosts_and_saves(hosts, tmp_path, data):

@@ -11,8 +11,24 @@ from pathlib import Path
 
 import pytest
 
+from launch.ranks import free_port
+from tests.running import start_process
+from training import distributed
+
 ROOT = Path(__file__).parent.parent
 RANK = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+LATE = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+from training import distributed
+from training.errors import UserError
+
+def main():
+    time.sleep(0 if distributed.rank() else 2.5)
+    raise UserError("value, rule, fix")
+
+distributed.run(main)
+"""
 
 
 @pytest.fixture
@@ -220,12 +236,58 @@ def test_invalid_arguments_are_one_message(arguments):
     assert done.stderr.startswith("launch.ranks: ") and INVALID[arguments] in done.stderr
 
 
-def test_a_port_in_use_is_one_message(tmp_path, data):
-    """Rank 0 of a run over several machines, whose port another process listens on."""
+@pytest.mark.parametrize("nodes, ranks", [(1, 2), (2, 1)])
+def test_a_port_in_use_is_one_message(tmp_path, data, nodes, ranks):
+    """Rank 0's, which another process listens on."""
     with socket.create_server(("", 0)) as server:
-        node = ["--nnodes=2", "--node_rank=0", "--master_addr=127.0.0.1", f"--master_port={server.getsockname()[1]}"]
-        script = ["1", "train.py", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
-        command = [sys.executable, "-m", "launch.ranks", *node, *script]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "another run uses the port; give the launcher another one with --master_port" in done.stderr
+        port = server.getsockname()[1]
+        node = [f"--nnodes={nodes}", "--node_rank=0", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        script = [str(ranks), "train.py", f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+        command = [sys.executable, "-m", "launch.ranks", *node, *script, "--gradient_accumulation_steps=2"]
+        with start_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.count("\n") == 1, errors
+    assert "another run uses the port; give the launcher another one with --master_port" in errors
+
+
+VARIABLES = {
+    "RANK=": "RANK = '' (environment): must be a whole number, 0 to 999999; python -m launch.ranks N SCRIPT sets it",
+    "RANK=two WORLD_SIZE=4": "RANK = 'two' (environment): must be a whole number",
+    "RANK=-1": "RANK = '-1' (environment): must be",
+    "RANK=4 WORLD_SIZE=4": "RANK = 4 (environment): must be below WORLD_SIZE, 4; ",
+    "WORLD_SIZE=": "WORLD_SIZE = '' (environment): must be a whole number, 1 to",
+    "WORLD_SIZE=0": "WORLD_SIZE = '0' (environment): must be",
+    "WORLD_SIZE=-2": "WORLD_SIZE = '-2' (environment): must be",
+    "WORLD_SIZE=0 RANK=1": "",  # rank 0 reports it
+    "LOCAL_RANK=x": "LOCAL_RANK = 'x' (environment): must be",
+    "LOCAL_WORLD_SIZE=": "LOCAL_WORLD_SIZE = '' (environment): must be",
+    "LOCAL_SIZE=0": "LOCAL_SIZE = '0' (environment): must be",
+    "WORLD_SIZE=2": "MASTER_ADDR = '' (environment): must be the host of rank 0; ",
+    "WORLD_SIZE=2 MASTER_ADDR=host1": "MASTER_PORT = '' (environment): must be a whole number, 1 to 65535; ",
+    "WORLD_SIZE=2 MASTER_ADDR=host1 MASTER_PORT=http": "MASTER_PORT = 'http' (environment): must be",
+    "WORLD_SIZE=2 MASTER_ADDR=host1 MASTER_PORT=65536": "MASTER_PORT = '65536' (environment): must be",
+}
+
+
+@pytest.mark.parametrize("text", VARIABLES)
+def test_wrong_variables_of_a_launcher_are_one_message(monkeypatch, capsys, text):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for word in text.split():
+        monkeypatch.setenv(*word.split("="))
+    with pytest.raises(SystemExit) as end:
+        distributed.run(lambda: pytest.fail("the script ran"))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith(f"error: {VARIABLES[text]}" if VARIABLES[text] else "")
+    assert error.count("\n") == bool(VARIABLES[text])
+
+
+def test_rank_0_can_report_an_error_that_another_rank_finds_first(tmp_path):
+    """Under launchers that kill all ranks as soon as one has ended."""
+    (tmp_path / "script.py").write_text(LATE)
+    launchers = [["torch.distributed.run", "--standalone", "--nproc_per_node=2"]]
+    launchers += [["deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]]
+    for launcher in launchers:
+        line = [sys.executable, "-m", *launcher, str(tmp_path / "script.py")]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode and done.stderr.count("error: value, rule, fix\n") == 1, done.stderr

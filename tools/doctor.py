@@ -36,6 +36,8 @@ from training.deepspeed_ops import needed
 from training.errors import UserError, count
 from training.strategies import model_state_bytes
 
+FINDING = {"check": "", "value": "", "fix": ""}  # an example: what a host prints is checked against it
+ANSWER = {"marker": "", "findings": [FINDING], "data": 0, "device": "", "clock": 0.0, "markers": [""], **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
 CLOCK_SECONDS = 1.0  # file times and logs of several hosts are compared
 SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
@@ -84,7 +86,7 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
             problem, _, fix = facts.partition("; ")
             yield Finding("ssh", problem, False, fix or f"make `ssh {name}` work without a password", name)
             continue
-        yield from (replace(Finding(**finding), host=name) for finding in facts["findings"])
+        yield from (Finding(f["check"], f["value"], f.get("ok"), f["fix"], name) for f in facts["findings"])
         if len(answers) == 1:
             return
         for what in ("code", "python", "packages", "data", "device"):
@@ -142,8 +144,9 @@ def all_reduce(
         watch(nodes, signals, lambda code: 0.0, END_SECONDS)
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
-    if measured := [line for line in lines if line.startswith("{") and "gbit_per_second" in line]:
-        return json.loads(measured[0])["gbit_per_second"]
+    for measured in (hosts.parse_answer(line, {"gbit_per_second": 0.0}) for line in lines):
+        if measured:
+            return measured["gbit_per_second"]
     if END_NOW in signals:
         return f"no all-reduce within {PATIENCE_SECONDS:.0f} s"
     errors = [line for line in reversed(lines) if not line.startswith("launch.ranks: ")]
@@ -180,7 +183,8 @@ def main() -> None:
         where = f"--hostfile={args.hostfile}"
     if not args.json:
         print(where, *(settings or ["without a recipe (default): only the machine is checked"]), flush=True)
-    answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], make_requests(cfg, all_hosts, bool(settings)))
+    requests = make_requests(cfg, all_hosts, bool(settings))
+    answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], requests, ANSWER)
     findings = list(compare(answers))
     if reachable := [host for host in all_hosts if not isinstance(answers[host.name], str)]:
         command = ["-m", "tools.all_reduce", f"--device={cfg.device}", f"--backend={cfg.backend}"]

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,24 +28,48 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 # What a user's disk, folder or limit can cause. Any other OSError is a bug and keeps its traceback.
 USERS_ERRNOS = CANNOT_WRITE | {errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE}
+LAUNCH_HINT = "python -m launch.ranks N SCRIPT sets it; for one process, unset RANK, LOCAL_RANK and WORLD_SIZE"
+REPORT_SECONDS = 10.0  # for rank 0 to report an error that another rank finds first
 LOST_RANK = ("Connection closed by", "Connection reset by", "Broken pipe", "Timed out waiting", "remote process")
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return read_number("RANK", "0", least=0)
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return read_number("LOCAL_RANK", "0", least=0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return read_number("WORLD_SIZE", "1", least=1)
 
 
 def local_world_size() -> int:
     """Ranks on this node; DeepSpeed's launcher calls the variable LOCAL_SIZE."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+    return read_number("LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE", "1", least=1)
+
+
+def read_number(name: str, default: str, least: int, most: int = 999_999) -> int:
+    """A variable of the launcher. Raises ConfigError if it is not a whole number in this range."""
+    text = os.environ.get(name, default)
+    if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
+        raise ConfigError(f"{name} = {text!r} (environment): must be a whole number, {least} to {most}; {LAUNCH_HINT}")
+    return int(text)
+
+
+def check_launch() -> int:
+    """The world size. Raises a UserError if the launcher's variables are wrong: before a rank waits for another one."""
+    this_rank, ranks = rank(), world_size()
+    if this_rank >= ranks:
+        raise RankError(f"RANK = {this_rank} (environment): must be below WORLD_SIZE, {ranks}; {LAUNCH_HINT}")
+    if ranks > 1 and not os.environ.get("MASTER_ADDR"):
+        raise ConfigError(f"MASTER_ADDR = '' (environment): must be the host of rank 0; {LAUNCH_HINT}")
+    if ranks > 1:
+        read_number("MASTER_PORT", "", least=1, most=65535)
+    local_rank()
+    local_world_size()
+    return ranks
 
 
 @dataclass(frozen=True)
@@ -176,17 +201,32 @@ def join(ranks: Ranks, backend: str, timeout: timedelta, cpu_tensors: bool) -> R
         raise ConfigError(f"backend = 'nccl': needs GPUs, this run is on {ranks.device.type}; set --backend=auto")
     bound = ranks.device if backend == "nccl" else None
     backends = "cpu:gloo,cuda:nccl" if bound and cpu_tensors else backend
-    alone: Any = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks.world_size == 1 else {}
     try:
-        dist.init_process_group(backends, timeout=timeout, device_id=bound, **alone)
-    except RuntimeError as error:
+        store = local_store(ranks, timeout) if local_world_size() == ranks.world_size else None
+        dist.init_process_group(backends, None, timeout, ranks.world_size, ranks.rank, store, device_id=bound)
+    except (RuntimeError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         fix = f"every host must reach that address; name the right network in {backend.upper()}_SOCKET_IFNAME"
-        if "EADDRINUSE" in reason:
+        if "address already in use" in reason.lower():
             fix = "another run uses the port; give the launcher another one with --master_port"
         raise NodeError(f"rank {ranks.rank} could not join the others at {address} ({reason}); {fix}") from None
     return replace(ranks, control=dist.new_group(backend="gloo", timeout=timeout) if bound else None)
+
+
+def local_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
+    """Store of ranks that share one machine, which then accept connections from this machine only.
+
+    By default torch's store listens on every network, and gloo on that of the host name. None: torchrun has a store.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    if ranks.world_size == 1:
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    address = "127.0.0.1", int(os.environ["MASTER_PORT"])
+    listening = socket.create_server(address).detach() if ranks.main else None
+    return dist.TCPStore(*address, ranks.world_size, ranks.main, timeout, master_listen_fd=listening)
 
 
 def leave(ranks: Ranks) -> None:
@@ -245,15 +285,22 @@ def describe_error(error: Exception) -> str:
     return f"{error.filename or 'input/output'}: {error.strerror or error}{fix}"
 
 
+def open_streams() -> None:
+    """Make stdout and stderr usable: closed with >&-, or in ASCII only."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # without this, a file of the run would take its place
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # also for a path that is not UTF-8
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script. A user's error is printed once and every rank exits with status 2; a bug keeps its traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # during the imports, it ended the script at once
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed with >&-: without this, a file of the run would take its place
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # an ASCII terminal, a path that is not UTF-8
-    this_rank, status, message = rank(), USER_ERROR, None
+    open_streams()
+    this_rank, ranks, status, message = 0, 1, USER_ERROR, None
     try:
+        this_rank = rank()  # a rank that cannot read its number reports that
+        ranks = check_launch()
         main()
         status = 0
     except UserError as error:  # raised on every rank: from the settings, which all ranks read, or by `together`
@@ -262,13 +309,13 @@ def run(main: Callable[[], None]) -> None:
     except (DataError, OSError) as error:  # on this rank only: the launcher ends the others
         if not is_users_fault(error):
             raise
-        message = describe_error(error) if world_size() == 1 else f"rank {this_rank}: {describe_error(error)}"
+        message = describe_error(error) if ranks == 1 else f"rank {this_rank}: {describe_error(error)}"
     except Stopped as reason:
         status = STOPPED
         if this_rank == 0:
             print(reason)
     except RuntimeError as error:
-        if world_size() == 1 or not any(text in str(error) for text in LOST_RANK):
+        if ranks == 1 or not any(text in str(error) for text in LOST_RANK):
             raise
         status = LOST  # a collective failed because a rank went away; that rank reports the cause
         if local_rank() == 0:
@@ -278,7 +325,10 @@ def run(main: Callable[[], None]) -> None:
         os.kill(os.getpid(), signal.SIGINT)
     if message:
         print(f"error: {message}", file=sys.stderr)
-    if world_size() > 1:  # interpreter shutdown with a live process group sometimes aborts, or waits for other ranks
+    elif status and this_rank and {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(REPORT_SECONDS)  # torchrun and deepspeed kill the rank that reports as soon as this one ends
+    if ranks > 1:  # interpreter shutdown with a live process group sometimes aborts, or waits for other ranks
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
