@@ -158,6 +158,9 @@ def test_every_number_has_a_range_whose_lowest_value_is_good():
         ("--compile=yes", "must be True or False (bool)"),
         ("--batch_size=True", "must be a whole number (int)"),
         ("--dropout=", "must be a number (float)"),
+        ("--batch_size=1000000000000000000", "must be at most 2,147,483,647"),
+        ("--hang_minutes=1e300", "must be at most 525,600, a year; 0 sets no limit"),
+        ("--max_minutes=1e300", "must be at most 525,600, a year; 0 sets no limit"),
     ],
 )
 def test_rules(argument, rule):
@@ -170,9 +173,18 @@ def test_rules(argument, rule):
     [
         ("n_layer = True", "n_layer = True (FILE:1): must be a whole number (int)"),
         ("\nn_layer = int", "n_layer = <class 'int'> (FILE:2): must be a whole number (int)"),
-        ("import sys\nsys.exit()", "FILE:2: SystemExit: "),
+        ("import sys\nsys.exit()", "FILE:2: SystemExit"),
         ("caf\xe9 = 1", "FILE: UnicodeDecodeError: 'utf-8' codec can't decode"),
         ("import broken", "FOLDER/broken.py:3: invalid syntax"),
+        ("a = 1\n\0", "FILE:1: source code string cannot contain null bytes"),
+        ("batch_size = 10**5000", "batch_size = a value of type int (FILE:1): must be at most 2,147,483,647"),
+        ("foo = 10**5000", "foo = a value of type int (FILE:1): unknown key"),
+        ("n_layer = list(range(10**6))", f"n_layer = {str(list(range(100)))[:200]} (FILE:1): must be a whole number"),
+        ("out_dir = 'a\\0b'", "out_dir = 'a\\x00b' (FILE:1): must not contain NUL"),
+        ("class E(Exception):\n __str__ = None\nraise E", "FILE:3: <run_path>.E: <exception str() failed>"),
+        ("class A:\n __repr__ = None\nn_layer = A()", "n_layer = a value of type A (FILE:3): must be a whole number"),
+        ("n_layer = " + "1+" * 50_000 + "1", "FILE: RecursionError: maximum recursion depth exceeded"),
+        ("def f(): f()\nf()", "FILE:1: RecursionError: maximum recursion depth exceeded"),
     ],
 )
 def test_what_a_config_file_cannot_do(tmp_path, monkeypatch, text, told):
@@ -181,6 +193,29 @@ def test_what_a_config_file_cannot_do(tmp_path, monkeypatch, text, told):
     path = tmp_path / "a.py"
     path.write_text(text, encoding="latin-1")
     assert told.replace("FILE", str(path)).replace("FOLDER", str(tmp_path)) in problems(str(path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file(tmp_path, make):
+    make(tmp_path / "a.py")
+    assert problems(str(tmp_path / "a.py")) == f"1 problem in the settings\n  {tmp_path}/a.py: no such config file"
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("[1]", "config.json: is damaged; remove it, and give the run's settings yourself"),
+        ("[" * 100_000, "config.json: is damaged; remove it, and give the run's settings yourself"),
+        ("\xff", "config.json: is damaged; remove it, and give the run's settings yourself"),
+        ('{"n_layer": "2"}', "n_layer = '2' (FOLDER/config.json): must be a whole number (int)"),
+        ('{"n_layer": null}', "n_layer = None (FOLDER/config.json): must be a whole number (int)"),
+        ('{"beta1": [NaN]}', "beta1 = [nan] (FOLDER/config.json): must be a number (float)"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_damaged_config_of_the_resumed_run(tmp_path, text, told):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    assert told.replace("FOLDER", str(tmp_path)) in problems("--init_from=resume", f"--out_dir={tmp_path}")
 
 
 def test_a_setting_without_its_dashes():

@@ -2,13 +2,21 @@
 
 import json
 import shutil
+import sys
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
+import cpuinfo
 import pytest
+import torch
 from torch.utils.cpp_extension import _get_build_directory
 
 from tests.running import ROOT, message, refused, run, train, zero_json
 from tests.test_deepspeed_config import resolved
+from training import deepspeed_ops
+from training.deepspeed_json import read
+from training.distributed import SINGLE_PROCESS
 from training.errors import ConfigError
 
 OFFLOAD = {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}
@@ -37,6 +45,19 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (
         {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
         "zero_optimization.mics_shard_size: not supported, as DeepSpeed has removed it (use train.py --strategy=fsdp",
+    ),
+    (
+        {"checkpoint": {"load_universal": True, "tag_validation": "Fail", "use_node_local_storage": True}},
+        "checkpoint.load_universal: not supported, as it runs code in the files (any strategy resumes any checkpoint",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
+        "zero_optimization.elastic_checkpoint: not supported, as its files cannot be resumed (any number of ranks",
+    ),
+    ({"wandb": {"enabled": True}}, "wandb.enabled: not supported, as this code logs itself (set --wandb_log=True)"),
+    (
+        {"optimizer": {"type": "AdamW", "params": {"torch_adam": False, "fused": True}}},
+        'optimizer.params.fused: is a setting of torch\'s AdamW; write "torch_adam": true, or remove it',
     ),
     ({"scheduler": {"type": "Cosine"}}, "scheduler.type = 'Cosine': must be one of LRRangeTest"),
     (
@@ -75,12 +96,86 @@ CASES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+# Files whose syntax is right and whose values are of another kind than DeepSpeed's; all of their problems are told.
+WRONG_KINDS = {
+    '{"bf16": true, "zero_optimization": 2, "optimizer": "AdamW", "scheduler": [], "wandb": "auto", "aio": 1e9}': """
+        bf16 = true: must be an object
+        zero_optimization = 2: must be an object
+        optimizer = "AdamW": must be an object
+        scheduler = []: must be an object
+        wandb = "auto": must be an object
+        aio = 1000000000.0: must be an object""",
+    '{"steps_per_print": 0, "train_batch_size": "32", "gradient_clipping": "1", "dump_state": 1, "log_level": 3}': """
+        steps_per_print = 0: must be a whole number, 1 or more
+        train_batch_size = "32": must be a whole number, 1 or more
+        gradient_clipping = "1": must be a number, 0.0 or more
+        dump_state = 1: must be true or false
+        log_level = 3: must be one of ('debug', 'info', 'warning', 'error', 'critical')""",
+    '{"zero_optimization": {"stage": true, "offload_optimizer": "cpu", "offload_param": {"nvme_path": [1]}}}': """
+        zero_optimization.stage = true: must be one of (0, 1, 2, 3)
+        zero_optimization.offload_optimizer = "cpu": must be an object
+        zero_optimization.offload_param.nvme_path = [1]: must be text""",
+    '{"optimizer": {"type": 1, "params": {"betas": {}, "eps": -1}}, "zero_optimization": {"stage": "2"}}': """
+        optimizer.type = 1: must be text
+        optimizer.params.betas = {}: must be a list
+        optimizer.params.eps = -1: must be a number, 0.0 or more
+        zero_optimization.stage = "2": must be one of (0, 1, 2, 3)""",
+    '{"flops_profiler": {"module_depth": "-1"}, "timers": {"throughput": 1}, "amp": 1, "foo": {"bf16": 1}}': """
+        flops_profiler.module_depth = "-1": must be a whole number, -1 or more
+        timers.throughput = 1: must be an object
+        amp: not supported, as DeepSpeed has removed it; remove it
+        foo: unknown key; remove it""",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_KINDS, ids=lambda text: text[:40])
+def test_values_of_a_wrong_kind(tmp_path, text):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read(str(tmp_path / "ds.json"))
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == WRONG_KINDS[text].split("\n        ")[1:]
+
+
+def test_a_null_is_left_out(tmp_path):
+    (tmp_path / "ds.json").write_text('{"optimizer": null, "bf16": {"enabled": null}, "steps_per_print": null}')
+    assert read(str(tmp_path / "ds.json")) == {"bf16": {}}
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b'{"gradient_clipping": NaN}', "ds.json: NaN: must be a number below 2**63"),
+        (b'{"zero_optimization": {"reduce_bucket_size": -Infinity}}', "ds.json: -Infinity: must be a number below"),
+        (b'{"steps_per_print": 1e999}', "ds.json: 1e999: must be a number below 2**63"),
+        (b'{"aio": {"block_size": ' + b"9" * 5000 + b"}}", "ds.json: 99999999999999999999: must be a number below"),
+        (
+            b'{"zero_optimization": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+            "ds.json: more than 200 objects and lists; keep",
+        ),
+        (b'{"x": "\xff"}', "ds.json: 'utf-8' codec can't decode byte 0xff"),
+        (b'"bf16"', "ds.json: the file must be an object, {...}"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_files_that_are_no_json_of_deepspeed(tmp_path, content, told):
+    (tmp_path / "ds.json").write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read(str(tmp_path / "ds.json"))
+    assert told in str(error.value)
+
+
 @pytest.mark.parametrize("config, message", CASES, ids=lambda value: str(value)[:40])
 def test_errors_have_the_fix(config, message):
     given = {name.rstrip("="): value for name, value in config.items() if name.endswith("=")}  # on the command line
     with pytest.raises(ConfigError) as error:
         resolved({name: value for name, value in config.items() if not name.endswith("=")}, **given)
     assert message in str(error.value), error.value
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="the package is installed")
+def test_a_missing_package():
+    with pytest.raises(ConfigError, match=r"tensorboard.enabled = true: needs a package; pip install tensorboard"):
+        resolved({"tensorboard": {"enabled": True}})
 
 
 def test_a_disk_that_is_too_small_is_rejected(tmp_path):
@@ -107,10 +202,13 @@ def test_all_problems_are_reported_at_once():
         ("[]", "must be an object"),
         ('{"bf16": {}, "bf16": {}}', "duplicate key 'bf16'; keep one"),
         (
-            '{"zero_optimization": {"stage": 2, "overlap_com": true}}',
-            "zero_optimization.overlap_com = True: extra inputs",
+            '{"zero_optimization": {"stage": 2, "overlap_com": true}, "csv_monitor": {"enabled": "perhaps"}, '
+            '"scheduler": {"type": "WarmupLR", "params": {"x": 1}}}',
+            "config.json\n  zero_optimization.overlap_com = True: extra inputs are not permitted\n"
+            "  csv_monitor.enabled = 'perhaps': input should be a valid boolean, unable to interpret input\n"
+            "  scheduler.params: WarmupLR.__init__() got an unexpected keyword argument 'x'",
         ),
-        ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage = 7: input should be 0, 1, 2"),
+        ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage = 7: must be one of (0, 1, 2, 3)"),
         ('{"fp16": {"enabled": true}}', 'config.json\n  fp16.enabled = true: not supported on CPUs; write "bf16"'),
     ],
     ids=lambda value: str(value)[:30],
@@ -168,6 +266,29 @@ def test_a_missing_libaio_is_reported_with_the_fix(tmp_path, data):
     told = refused(tmp_path / "out", data, ranks=2, env=env, **given)
     assert told == "cannot compile async_io, a C++ op of DeepSpeed: libaio is missing; apt-get install libaio-dev"
     assert not list((tmp_path / "ops").rglob("*.o")), "something was compiled before"
+
+
+def test_an_op_that_was_installed_with_deepspeed_needs_no_compiler(tmp_path, monkeypatch):
+    """DS_BUILD_OPS=1 compiled it where libaio's headers were; here is no compiler at all."""
+    import deepspeed
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    built, accelerator = deepspeed.git_version_info, deepspeed.accelerator.get_accelerator()
+    builders = {"async_io": "AsyncIOBuilder", "pin_memory": "PinMemoryBuilder"}
+    names = {op: accelerator.create_op_builder(builder).absolute_name() for op, builder in builders.items()}
+    modules = {op: ModuleType(name) for op, name in names.items()}
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setattr(built, "accelerator_name", accelerator._name)
+    monkeypatch.setitem(built.torch_info, "version", ".".join(torch.__version__.split(".")[:2]))
+    for op, module in modules.items():
+        monkeypatch.setitem(built.installed_ops, op, True)
+        monkeypatch.setitem(sys.modules, names[op], module)
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", dict)  # takes a second
+    for name, value in {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+    deepspeed_ops.load(deepspeed, config, SINGLE_PROCESS)
+    assert OpBuilder._loaded_ops == modules
 
 
 def test_more_ranks_than_gpus_are_rejected(tmp_path, data):

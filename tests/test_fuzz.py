@@ -40,7 +40,9 @@ from training import deepspeed_config, distributed, figures
 from training.batches import Batches
 from training.checkpoint import METADATA, OWN_CHECKSUM, Checkpoints, metadata_checksum
 from training.config import PlainTrainConfig, TrainConfig, parse
-from training.deepspeed_config import KNOWN_KEYS, UNSUPPORTED, DeepSpeedTrainConfig
+from training.deepspeed_config import DeepSpeedTrainConfig
+from training.deepspeed_json import KEYS as JSON_KEYS
+from training.deepspeed_json import UNSUPPORTED
 from training.deepspeed_state import own_swap_folders
 from training.distributed import SINGLE_PROCESS
 from training.init import InitState, find_init_state
@@ -128,7 +130,8 @@ def hostfiles(folder: Path) -> Target:
 
 def deepspeed_jsons(folder: Path) -> Target:
     seeds = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "deepspeed_configs").glob("*.json"))}
-    keys = tuple(sorted({*" ".join(KNOWN_KEYS.values()).split(), *UNSUPPORTED}))
+    blocks = [block for block in JSON_KEYS.values() if isinstance(block, dict)]
+    keys = tuple(sorted({*JSON_KEYS, *UNSUPPORTED, *(key for block in blocks for key in block)}))
 
     def read(case: Case) -> None:
         path = folder / "ds.json"

@@ -28,7 +28,8 @@ from tests.running import ROOT, TINY, difference, losses, message, rows, run, ze
 from tests.test_deepspeed_config import CUDA, literal
 from tests.test_readme import CONFIGS, Line, commands_to_run
 from training.config import parse
-from training.deepspeed_config import COMMENT, check_values, dotted
+from training.deepspeed_config import check_values, dotted
+from training.deepspeed_json import COMMENT
 from training.distributed import SINGLE_PROCESS
 from training.errors import ConfigError
 

@@ -40,7 +40,8 @@ POSITIVE = (
     *("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "gradient_accumulation_steps"),
     *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "max_iters", "steps"),
 )
-TIME_LIMITS = ("max_minutes", "hang_minutes")
+TIME_LIMITS, MOST_MINUTES = ("max_minutes", "hang_minutes"), 525_600
+MOST = 2**31 - 1  # of every whole number: torch and DeepSpeed keep many in 32 bits
 NOT_NEGATIVE = ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed", *TIME_LIMITS)
 CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo")}
 
@@ -132,7 +133,7 @@ class TrainConfig(Settings):
         if values["init_from"] == "resume" and path.is_file():
             try:
                 yield from ((k, v, str(path)) for k, v in json.loads(path.read_text()).items() if k not in OF_ONE_START)
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 raise ConfigError(f"{path}: is damaged; remove it, and give the run's settings yourself") from None
 
     def problems(self) -> Iterator[Problem]:
@@ -142,6 +143,9 @@ class TrainConfig(Settings):
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 yield name, "must not be negative"
+        for name in TIME_LIMITS:
+            if getattr(self, name) > MOST_MINUTES:
+                yield name, f"must be at most {MOST_MINUTES:,}, a year; 0 sets no limit"
         if not self.out_dir:
             yield "out_dir", "must not be empty; name a folder"
         for name, choices in CHOICES.items():
@@ -213,13 +217,13 @@ def parse(cls: type[T], argv: list[str], usage: str) -> T:
 
     def set_value(name: str, value: Any, place: str) -> None:
         if places.get(name) == COMMAND_LINE != place and rank() == 0:
-            print(f"note: {place} sets {name} = {value!r} after the command line did; the later one wins")
+            print(f"note: {place} sets {name} = {shown(value)} after the command line did; the later one wins")
         try:
             values[name] = convert(name, value, fields, is_text=place == COMMAND_LINE)
             places[name] = place
         except ConfigError as error:
             mistyped.add(name)
-            problems.append(f"{name} = {value!r} ({place}): {error}")
+            problems.append(f"{name} = {shown(value)} ({place}): {error}")
 
     for setting in read_arguments(argv, values, problems):
         set_value(*setting)
@@ -263,7 +267,7 @@ def read_arguments(argv: list[str], values: dict, problems: list[str]) -> Iterat
 def read_file(path: Path, values: dict) -> Iterator[Setting]:
     """Run a config file, which sees the values set before it, and yield its assignments."""
     if not path.is_file():
-        files = map(str, sorted(path.parent.glob("*.py")))
+        files = (str(file) for file in sorted(path.parent.glob("*.py")) if file.is_file())
         hint = f"; did you mean --{path}?" if "=" in path.name else did_you_mean(str(path), files)
         raise ConfigError(f"{path}: no such config file{hint}")
     if path.suffix == ".json":
@@ -272,11 +276,12 @@ def read_file(path: Path, values: dict) -> Iterator[Setting]:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         result = runpy.run_path(str(path), init_globals=dict(values))
     except SyntaxError as error:  # in this file, or in one that it imports
-        raise ConfigError(f"{error.filename or path}:{error.lineno}: {error.msg}") from None
+        raise ConfigError(f"{error.filename or path}:{error.lineno or 1}: {error.msg}") from None
     except (Exception, SystemExit) as error:  # a config file is user code: any exception in it is the user's to fix
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f":{frame.lineno}" for frame in frames if frame.filename == str(path)]
-        raise ConfigError(f"{path}{lines[-1] if lines else ''}: {type(error).__name__}: {error}") from None
+        reason = traceback.format_exception_only(error)[0].strip()
+        raise ConfigError(f"{path}{lines[-1] if lines else ''}: {reason}") from None
     line_of = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for name, value in result.items():
         assigned = name in line_of or (name in values and value is not values[name])
@@ -301,7 +306,19 @@ def convert(name: str, value: Any, fields: dict[str, dataclasses.Field], is_text
         raise ConfigError(f"must be {example} ({kind.__name__})")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError("must be a finite number")
+    if isinstance(value, int) and value > MOST:
+        raise ConfigError(f"must be at most {MOST:,}")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError("must not contain NUL")
     return value
+
+
+def shown(value: Any) -> str:
+    """repr(value), for messages. A config file may assign anything, such as 10**5000 or an object without a repr."""
+    try:
+        return f"{value!r:.200}"
+    except Exception:
+        return f"a value of type {type(value).__name__}"
 
 
 def parse_text(text: str, kind: type) -> Any:

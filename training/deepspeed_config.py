@@ -4,28 +4,26 @@
 """
 
 import json
-import re
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.errors import did_you_mean
 from model import GPTConfig
 from training.config import Setting, TrainConfig, key
+from training.deepspeed_json import BATCH, SEND_LESS, Json, check_keys, dotted, put, read
 from training.devices import gigabytes
 from training.distributed import Ranks, local_world_size, pick_dtype, world_size
 from training.errors import ConfigError, count, list_problems
 from training.optim import make_optimizer
 
-Json = dict[str, Any]
-COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string, which may hold // itself
-# The first is the product of the other two and the number of ranks.
-BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 # Values of the JSON that are a setting of ours.
 FROM_SETTINGS = {
@@ -33,36 +31,6 @@ FROM_SETTINGS = {
     "optimizer.params.lr": "learning_rate",
     "optimizer.params.weight_decay": "weight_decay",
 }
-# Keys of the blocks whose keys DeepSpeed ignores if it does not know them; it checks the other blocks itself.
-KNOWN_KEYS = {
-    "": """activation_checkpointing aio bf16 checkpoint comms_logger communication_data_type compile csv_monitor
-        data_types dump_state flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-        gradient_predivide_factor log_level memory_breakdown optimizer prescale_gradients scheduler steps_per_print
-        tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb
-        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""",
-    "activation_checkpointing": """partition_activations contiguous_memory_optimization cpu_checkpointing
-        number_checkpoints synchronize_checkpoint_boundary profile""",
-    "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds",
-    "data_types": "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules",
-    "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
-    "optimizer": "type params legacy_fusion",
-    "optimizer.params": "lr betas eps weight_decay torch_adam fused foreach adam_w_mode fp32_optimizer_states",
-    "scheduler": "type params",
-    "timers": "throughput",
-    "timers.throughput": "enabled synchronized",
-}
-SEND_LESS = 'set "communication_data_type": "bf16" to send less'
-# Keys that this code does not support, with the reason, and what to use.
-UNSUPPORTED = {
-    "gradient_checkpointing": "as DeepSpeed has no such key (set --activation_checkpointing=True)",
-    "compression_training": f"as DeepSpeed has removed it ({SEND_LESS})",
-    **dict.fromkeys(("amp", "curriculum_learning", "elasticity", "sparse_gradients"), "as DeepSpeed has removed it"),
-    **dict.fromkeys(("tensor_parallel", "pipeline"), "as this code has data parallelism only (use ZeRO-3)"),
-    "data_efficiency": "as batches are the same under every strategy",
-    "autotuning": "as it starts runs without this code's settings",
-    "zero_optimization.mics_shard_size": "as DeepSpeed has removed it (use train.py --strategy=fsdp --shard_ranks=N)",
-}
-BLOCKS = ("activation_checkpointing", "bf16", "fp16", "optimizer", "scheduler", "torch_autocast", "zero_optimization")
 SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
@@ -86,51 +54,6 @@ class DeepSpeedTrainConfig(TrainConfig):
                 yield name, value, f"{path}: {place}"
 
 
-def read(name: str) -> Json:
-    """Raises ConfigError for a missing file, invalid JSON, or a duplicate key."""
-    path = Path(name)
-    if not path.is_file():
-        known = sorted(map(str, path.parent.glob("*.json")))
-        hint = did_you_mean(str(path), known) or "; deepspeed_configs/ has one for each strategy"
-        raise ConfigError(f"deepspeed_config = {name!r}: no such file{hint}")
-    try:
-        text = COMMENT.sub(lambda match: match[1] or "\n" * match[0].count("\n"), path.read_text(encoding="utf-8"))
-        config = json.loads(text, object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    except ValueError as error:  # a duplicate key, or not UTF-8
-        raise ConfigError(f"{path}: {error}") from None
-    blocks = {"the file": config, **{name: config[name] for name in BLOCKS if name in config}}
-    for name, block in blocks.items():
-        if not isinstance(block, dict):
-            raise ConfigError(f"{path}: {name} must be an object, {{...}}")
-    return config
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> Json:
-    """An object_pairs_hook that raises ValueError for a duplicate key."""
-    names = [name for name, _ in pairs]
-    if duplicates := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"duplicate key {duplicates[0]!r}; keep one")
-    return dict(pairs)
-
-
-def dotted(config: Json, path: str) -> Any:
-    """config["a"]["b"] for the path "a.b"; None if it is missing."""
-    value: Any = config
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def put(config: Json, path: str, value: Any) -> None:
-    """Set config["a"]["b"] for the path "a.b"."""
-    *blocks, name = path.split(".")
-    for block in blocks:
-        config = config.setdefault(block, {})
-    config[name] = value
-
-
 def literals(config: Json) -> Iterator[Setting]:
     """(setting, value, path in the JSON) of what the JSON says about our settings, except the batch size."""
     for path, setting in FROM_SETTINGS.items():
@@ -151,7 +74,7 @@ def literal_batch(config: Json, values: Json, places: Json, by_user: set[str]) -
 
     A total alone is divided by a resumed run's batch_size. `fill_batch` reports a total that is not reached.
     """
-    total, micro, steps = (n if type(n) is int and n > 0 else 0 for n in map(config.get, BATCH))
+    total, micro, steps = (0 if n in (None, "auto") else n for n in map(config.get, BATCH))
     ranks = world_size()
     batch_size = values["batch_size"] if "batch_size" in by_user else micro
     micro_steps = values[BATCH[2]] if BATCH[2] in by_user else steps * ranks  # of all ranks
@@ -247,7 +170,7 @@ def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
         yield f'{problem}: contradicts batch_size = {cfg.batch_size} x {product} ({accumulation}); write "auto"'
     elif wrong:
         given = wrong["train_batch_size"]
-        reachable = config.get(BATCH[2]) == steps and type(given) is int and given > 0 and given % sequences == 0
+        reachable = config.get(BATCH[2]) == steps and given % sequences == 0
         fix = f'"gradient_accumulation_steps": {given // sequences}' if reachable else sequences * steps
         yield f"{problem}: is not {count(cfg.batch_size, 'sequence')} x {product}; write {fix}"
     config.update(values)
@@ -272,6 +195,7 @@ def adapt(config: Json, device: torch.device) -> None:
     zero = config.get("zero_optimization", {})
     if device.type == "cpu" and zero.get("overlap_comm") != "auto":
         zero["overlap_comm"] = False  # a CPU has no second stream; ZeRO-2 goes from 0.90 to 1.02 of DDP's speed
+    config.get("scheduler", {}).setdefault("params", {})
     if "optimizer" not in config:
         config["zero_allow_untested_optimizer"] = True  # any optimizer of training/optim.py
         config["zero_force_ds_cpu_optimizer"] = False  # torch's optimizers may be offloaded
@@ -297,7 +221,7 @@ def nvme_blocks(config: Json) -> list[Json]:
 def swap_folder(disk: str, cfg: TrainConfig) -> Path:
     """A run's own folder on an NVMe disk; the checksum distinguishes run folders of the same name."""
     path = Path(cfg.out_dir, "eval" if cfg.eval_only else "").absolute()  # while a run is evaluated, it may go on
-    return Path(disk) / f"{path.name}-{zlib.crc32(str(path).encode()):08x}"
+    return Path(disk) / f"{path.name}-{zlib.crc32(os.fsencode(path)):08x}"
 
 
 def free_bytes(disk: str, cfg: TrainConfig) -> int:
@@ -307,16 +231,10 @@ def free_bytes(disk: str, cfg: TrainConfig) -> int:
 
 def check(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
     """Each problem of a JSON whose "auto" values are filled in, with its fix."""
-    yield from (f"{key}: not supported, {why}; remove it" for key, why in UNSUPPORTED.items() if dotted(config, key))
-    for block, text in KNOWN_KEYS.items():
-        value, known = dotted(config, block) if block else config, text.split()
-        if isinstance(value, dict):
-            for name in value.keys() - set(known) - UNSUPPORTED.keys():
-                place = f"{block}.{name}" if block else name
-                yield f"{place}: unknown key{did_you_mean(name, known) or '; remove it'}"
-        elif value is not None:
-            yield f"{block} = {value!r}: must be an object"
+    yield from (problem for wrong_kind, problem in check_keys(config) if not wrong_kind)
     yield from (f'{path} = "auto": there is no automatic value; write one, or remove it' for path in autos(config))
+    if dotted(config, "tensorboard.enabled") and not find_spec("tensorboard"):
+        yield "tensorboard.enabled = true: needs a package; pip install tensorboard, or remove the block"
     yield from check_optimizer(config)
     yield from check_activation_checkpointing(config, cfg, ranks)
     yield from check_offload(config, cfg, model, ranks)
@@ -339,6 +257,8 @@ def check_optimizer(config: Json) -> Iterator[str]:
         yield f"optimizer.type = {optimizer!r}: must be AdamW; another optimizer goes to training/optim.py"
     if dotted(config, "optimizer.params.adam_w_mode") is False:
         yield "optimizer.params.adam_w_mode = false: selects Adam with L2 regularization, not AdamW; remove it"
+    if dotted(config, "optimizer.params.fused") is not None and not dotted(config, "optimizer.params.torch_adam"):
+        yield 'optimizer.params.fused: is a setting of torch\'s AdamW; write "torch_adam": true, or remove it'
     if "scheduler" in config and scheduler not in SCHEDULERS:
         yield f"scheduler.type = {scheduler!r}: must be one of {', '.join(SCHEDULERS)}; or remove it to use ours"
 
@@ -354,8 +274,6 @@ def check_activation_checkpointing(config: Json, cfg: TrainConfig, ranks: Ranks)
 
 def check_offload(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
     stage, *devices = describe_json(config)
-    if stage not in (0, 1, 2, 3):  # reported by check_values
-        return
     host_parameters = model.parameter_count() * local_world_size() // ranks.world_size
     # Bytes per parameter on the disk: the fp32 copy and two moments, and the parameter itself.
     bytes_each = 12, 2 if dotted(config, "bf16.enabled") else 4
@@ -372,21 +290,33 @@ def check_offload(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks
             elif (free := free_bytes(block["nvme_path"], cfg)) < needed:
                 yield f"{place}: {gigabytes(free)} free, {gigabytes(needed)} needed; set --nvme_path to a larger disk"
             largest = -(-model.vocab_size * model.n_embd // ranks.world_size)
-            if part == "param" and block.get("buffer_size", 1e8) < largest:
-                yield f"{name}.buffer_size = {block['buffer_size']}: must be at least {largest}, a rank's largest part"
+            if part == "param" and (size := block.get("buffer_size", 100_000_000)) < largest:
+                yield f"{name}.buffer_size = {size}: must be at least {largest}, a rank's largest part"
 
 
 def check_values(config: Json, parse: type, path: str) -> None:
     """Let DeepSpeed check the values inside its blocks; parse: deepspeed.DeepSpeedConfig. Raises ConfigError."""
+    problems, reason = [], ""
     try:
         parse(config)
     except Exception as error:
-        if not hasattr(error, "errors"):  # not pydantic's
-            raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
-        problems = []
-        for problem in error.errors():
-            keys = [str(key) for key in problem["loc"]]  # without the name of the block
-            blocks = [name for name in config if keys and dotted(config, f"{name}.{keys[0]}") is not None]
-            place = ".".join([*blocks[:1], *keys])
-            problems.append(f"{place} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
-        raise ConfigError(list_problems(problems, f"in {path}")) from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    for name in config if reason else ():  # one by one, because DeepSpeed stops at the first block that it rejects
+        try:
+            parse({**{key: config[key] for key in BATCH}, name: config[name]})
+        except Exception as error:
+            for problem in getattr(error, "errors", list)():  # pydantic's
+                keys = [str(key) for key in problem["loc"]]
+                place = ".".join(keys if keys[:1] == [name] else [name, *keys])
+                value = f" = {problem['input']!r:.80}" if keys else ""
+                problems.append(f"{place}{value}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    if reason and not problems:
+        problems.append(reason)
+    if "scheduler" in config:
+        make = getattr(import_module("deepspeed.runtime.lr_schedules"), config["scheduler"]["type"])
+        try:
+            make(torch.optim.AdamW([torch.zeros(1)]), **config["scheduler"]["params"]).step()
+        except Exception as error:
+            problems.append(f"scheduler.params: {error}")
+    if problems:
+        raise ConfigError(list_problems(problems, f"in {path}"))

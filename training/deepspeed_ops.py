@@ -35,12 +35,12 @@ def load(deepspeed: ModuleType, config: Json, ranks: Ranks) -> None:
         cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
         cpuinfo.get_cpu_info()  # on all ranks at once; below, they take turns
     for op, builder_name in ops.items():
-        builder = deepspeed.accelerator.get_accelerator().create_op_builder(builder_name)
-        prebuilt = deepspeed.git_version_info.installed_ops.get(op)  # installed with DS_BUILD_...=1
+        accelerator, built = deepspeed.accelerator.get_accelerator(), deepspeed.git_version_info
+        installed = built.installed_ops.get(op) and built.accelerator_name == accelerator._name  # by DS_BUILD_...=1
         for first in (True, False):
             with ranks.together():
                 if first == (ranks.local_rank == 0):
-                    build(op, builder, announce=not prebuilt)
+                    build(op, accelerator.create_op_builder(builder_name), bool(installed))
 
 
 def needed(config: Json, device: str) -> dict[str, str]:
@@ -57,7 +57,8 @@ def needed(config: Json, device: str) -> dict[str, str]:
     return ops
 
 
-def build(op: str, builder: Any, announce: bool) -> None:
+def build(op: str, builder: Any, installed: bool) -> None:
+    """Load an op, which is compiled before unless it was installed with DeepSpeed or compiled by an earlier run."""
     ops = ["async_io", "pin_memory"] if op == "async_io" else [op]  # its builder compiles both
     folders = [Path(cpp_extension._get_build_directory(name, False)) for name in ops]
     # torch locks by creating a file. A killed compilation leaves it behind, and all later ones wait forever. The
@@ -66,8 +67,8 @@ def build(op: str, builder: Any, announce: bool) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for folder in folders:
             (folder / "lock").unlink(missing_ok=True)
-        missing = not (folders[0] / f"{op}.so").exists()
-        if announce and missing:
+        missing = not installed and not (folders[0] / f"{op}.so").exists()
+        if missing:
             print(f"compiling {op} of DeepSpeed, once; this takes about a minute", flush=True)
         flags = builder.cxx_args
         # Without debug symbols cpu_adam compiles in 47 instead of 64 s on one core.
