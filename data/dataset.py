@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import DataError, did_you_mean
+from data.errors import DAMAGED_FILE, DataError, check_types, did_you_mean
 from data.tokenizer import CharTokenizer, Tokenizer, tokenizer_from
 
 DATA_FOLDER = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
+META: dict[str, type] = {"tokenizer": dict, "dtype": str, "vocab_size": int, "train_tokens": int, "val_tokens": int}
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,26 @@ def read_dataset(folder: Path) -> Dataset:
 
 
 def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int]]:
-    """Tokenizer, dtype and token counts by split."""
+    """Tokenizer, dtype and token counts by split. Raises DataError with every problem of the file."""
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        tokenizer, dtype, vocab_size = tokenizer_from(meta["tokenizer"]), meta["dtype"], meta["vocab_size"]
-        counts = {split: int(meta[f"{split}_tokens"]) for split in SPLITS}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        meta = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no JSON
         raise DataError(f"{path} is not JSON ({error})") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: {error} is missing or has a wrong type") from None
-    if dtype not in ("uint16", "uint32") or vocab_size != tokenizer.vocab_size:
-        rule = f"must be uint16 or uint32, and {tokenizer.vocab_size} as in the tokenizer"
-        raise DataError(f"{path}: dtype = {dtype!r}, vocab_size = {vocab_size!r}: {rule}")
-    return tokenizer, np.dtype(dtype).newbyteorder("<"), counts
+    problems = check_types(meta, META)
+    right = {key: meta[key] for key in META if not check_types(meta, {key: META[key]})}
+    if right.get("dtype", "uint16") not in ("uint16", "uint32"):
+        problems.append(f"dtype = {right['dtype']!r}: must be uint16 or uint32")
+    if "tokenizer" in right:
+        try:
+            size = tokenizer_from(right["tokenizer"]).vocab_size
+            if right.get("vocab_size", size) != size:
+                problems.append(f"vocab_size = {right['vocab_size']}: must be {size} as in the tokenizer")
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(f"{path}: {'; '.join(problems)}")
+    counts = {split: meta[f"{split}_tokens"] for split in SPLITS}
+    return tokenizer_from(meta["tokenizer"]), np.dtype(meta["dtype"]).newbyteorder("<"), counts
 
 
 class PlainDataUnpickler(pickle.Unpickler):
@@ -104,6 +112,6 @@ def read_pickle(path: Path) -> Tokenizer:
         tokenizer = CharTokenizer("".join(itos.values()))
         if dict(enumerate(tokenizer.characters)) != itos:
             raise ValueError("the characters are not sorted")
-    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is not a meta.pkl of nanoGPT: {error}") from None
+    except DAMAGED_FILE as error:
+        raise DataError(f"{path} is not a meta.pkl of nanoGPT ({type(error).__name__}: {error})") from None
     return tokenizer

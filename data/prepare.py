@@ -137,7 +137,7 @@ def find_files(inputs: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         candidates = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        readable = [p for p in candidates if p.suffix in READERS]
+        readable = [p for p in candidates if p.suffix in READERS and p.is_file()]  # no pipe, which would be waited for
         if not readable:
             raise DataError(f"{path}: no {', '.join(READERS)} file there; rename or convert the text")
         files += readable
@@ -159,7 +159,9 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             try:
                 text = json.loads(line)[field]
-            except (ValueError, KeyError, TypeError):
+                if b"\\u" in line:
+                    text.encode()  # half of a surrogate pair is no text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise DataError(f"{path}:{number}: must be JSON with text under {field!r}; fix the line or set --field")
@@ -176,6 +178,8 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
             names = file.schema_arrow.names
             if field not in names:
                 raise DataError(f"{path}: no column {field!r}, only {', '.join(names)}; set --field")
+            if (kind := str(file.schema_arrow.field(field).type)) not in ("string", "large_string", "string_view"):
+                raise DataError(f"{path}: column {field!r} is of type {kind}, must be string; set --field")
             for batch in file.iter_batches(batch_size=256, columns=[field], use_threads=False):
                 yield from batch.column(0).drop_null().to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import DataError, did_you_mean
+from data.errors import DataError, check_types, did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"
 # Encodings of tiktoken: (number of ids, id of END_OF_TEXT). With this table, training needs no BPE file.
@@ -94,8 +94,13 @@ Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
 
 
 def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
-    """Make a tokenizer from its JSON description. Raises DataError for an unknown name."""
-    name = description.get("name")
+    """Make a tokenizer from its JSON description. Raises DataError for an unknown name, or a value of a wrong type."""
+    problems = check_types(description, {"name": str})
+    if not problems and description["name"] == "char":
+        problems = check_types(description, {"characters": str})
+    if problems:
+        raise DataError(f"tokenizer: {'; '.join(problems)}")
+    name = description["name"]
     if name == "byte":
         return ByteTokenizer()
     if name == "char":
@@ -103,4 +108,4 @@ def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
     if name in TIKTOKEN:
         return BPETokenizer(name)
     names = ["byte", "char", *TIKTOKEN]
-    raise DataError(f"unknown tokenizer {name!r}{did_you_mean(str(name), names) or f'; choose from {names}'}")
+    raise DataError(f"unknown tokenizer {name!r}{did_you_mean(name, names) or f'; choose from {names}'}")

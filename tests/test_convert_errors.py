@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from tests.checkpoints import BYTES, SMALL, assert_same, nanogpt_file, run_folde
 from tests.running import command, message, run, start_process
 from tools.convert import WRITERS, Options, convert
 from tools.convert_read import open_source
-from training.errors import UserError
+from training.errors import CheckpointError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_what_is_no_checkpoint_is_described(tmp_path):
     "name, words",
     [
         ("w.safetensors", "cannot be read"),
-        ("ckpt.pt", "cannot be read"),
+        ("ckpt.pt", "is damaged (BadZipFile: "),
         ("hf/model.safetensors", "cannot be read"),
         ("run/checkpoints/step_000003/optimizer.pt", "bytes"),
     ],
@@ -157,6 +158,34 @@ def test_a_ckpt_that_was_packed_again_is_read_right(kept, tmp_path):
             for entry in old.infolist():
                 new.writestr(entry.filename, old.read(entry))
         assert_same(open_source(str(tmp_path / name))[0], model, optimizer)
+
+
+@pytest.mark.parametrize("length", [2, 15, 99, 1000, 1685])
+def test_a_file_of_torch_before_1_6_that_was_cut_off(tmp_path, length):
+    nanogpt_file(tmp_path / "new.pt")
+    state = torch.load(tmp_path / "new.pt", weights_only=True)
+    torch.save(state, path := tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert open_source(str(path))[0].shapes
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match=r"old.pt (cannot be read|is damaged|is of no known format)"):
+        open_source(str(path))
+
+
+def test_entries_of_one_name_are_refused(tmp_path):
+    nanogpt_file(tmp_path / "ckpt.pt")
+    with zipfile.ZipFile(tmp_path / "ckpt.pt", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(archive.namelist()[-1], b"other")
+    with pytest.raises(CheckpointError, match="entries with equal names"):
+        open_source(str(tmp_path / "ckpt.pt"))
+
+
+def test_nan_is_not_equal(tmp_path):
+    nanogpt_file(tmp_path / "ckpt.pt")
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    state["model"]["transformer.ln_f.weight"][3] = math.nan
+    torch.save(state, tmp_path / "ckpt.pt")
+    told = refused(tmp_path / "ckpt.pt", tmp_path)
+    assert "the weight of transformer.ln_f.weight has NaN or inf; convert an earlier checkpoint" in told
 
 
 def test_the_script_ends_with_one_message(kept, tmp_path):

@@ -2,15 +2,19 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data.dataset import open_dataset
 from data.errors import DataError, check_types, did_you_mean
+from data.prepare import READERS, find_files
 from tests.running import ROOT, prepare
 
 
@@ -82,6 +86,33 @@ def test_text_that_cannot_be_read(tmp_path, name, text, message):
     arguments = ["--tokenizer", "byte", "--name", "x", "--out", tmp_path / "out"]
     assert message in prepare("text", "--input", tmp_path / name, *arguments)
     assert not (tmp_path / "out" / "train.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"text": "\\ud800"}', b'{"text": ' + b"[" * 10**5, b'{"text": 1}', b"[]", b'"text"']
+)
+def test_a_row_without_text_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d\\ude00"}\n' + line)  # a whole pair is a character
+    rows = READERS[".jsonl"](path, "text")
+    assert next(rows) == "\U0001f600"
+    with pytest.raises(DataError, match="a.jsonl:2: must be JSON with text under 'text'"):
+        next(rows)
+
+
+def test_a_column_of_another_type_is_named(tmp_path):
+    table = pyarrow.table({"text": ["a"], "number": [1], "raw": [b"a"]})
+    pyarrow.parquet.write_table(table, path := tmp_path / "a.parquet")
+    assert list(READERS[".parquet"](path, "text")) == ["a"]
+    for field, kind in (("number", "int64"), ("raw", "binary")):
+        with pytest.raises(DataError, match=f"column '{field}' is of type {kind}, must be string"):
+            list(READERS[".parquet"](path, field))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="no .txt, .md, .jsonl, .parquet file there"):
+        find_files([tmp_path / "a.txt"])
 
 
 @pytest.mark.parametrize(

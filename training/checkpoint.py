@@ -8,7 +8,6 @@ import fnmatch
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.errors import check_types
+from data.errors import DAMAGED_FILE, check_types
 from model import GPTConfig
 from training.distributed import SINGLE_PROCESS, Ranks
 from training.errors import CheckpointError, UserError, count
@@ -354,10 +353,11 @@ def read_torch_file(path: Path, mmap: bool = True) -> Any:
     """Read a torch.save file to the CPU; runs no code in it. Raises CheckpointError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:  # OSError: seeking in a truncated file
+    except DAMAGED_FILE as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it contains {unsafe[1]}; only tensors and plain data are loaded" if unsafe else ""
-        raise CheckpointError(f"{path} cannot be read: {reason or str(error).splitlines()[0]}") from None
+        reason = reason or next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path} cannot be read: {reason}") from None
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:

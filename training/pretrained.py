@@ -5,7 +5,6 @@ This is the only place that knows the names, layouts and settings of Hugging Fac
 
 import json
 import zipfile
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.errors import DAMAGED_FILE
 from model import GPTConfig
 from training.checkpoint import read_torch_file
 from training.config import TrainConfig
@@ -121,18 +121,30 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> Any:
-    """Read a file of torch.save from elsewhere and check the CRC-32s in it, which files of torch before 1.6 lack."""
-    mmap = zipfile.is_zipfile(path)
-    if mmap:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-                mmap = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())  # not repacked
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, zlib.error) as error:
-            damaged = str(error)
-        if damaged:
-            raise CheckpointError(f"{path} is damaged ({damaged}); use another copy")
-    return read_torch_file(path, mmap)
+    """Read a file of torch.save from elsewhere, mapped where its bytes allow it. Raises CheckpointError."""
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"  # as torch decides; files of torch before 1.6 are none, without CRC-32s
+    try:
+        return read_torch_file(path, mmap=is_zip and check_zip(path))
+    except DAMAGED_FILE as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); use another copy") from None
+
+
+def check_zip(path: Path) -> bool:
+    """Check the CRC-32s of an archive; return whether torch wrote it, so that its tensors lie there as they are.
+
+    Another tool may have compressed or cut entries. Mapping them would read wrong weights; reading them does not.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        methods = {entry.compress_type for entry in entries}
+        if len(set(archive.namelist())) < len(entries) or not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise zipfile.BadZipFile("entries with equal names, or compressed by a method that torch cannot read")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} does not match its CRC-32")
+    return methods == {zipfile.ZIP_STORED} and all(entry.create_version == 0 for entry in entries)  # others set it
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
