@@ -48,9 +48,9 @@ def test_truncated_odd_and_empty_bins(make_data):
 @pytest.mark.parametrize(
     "change, rule",
     [
-        ({"dtype": "int8"}, "dtype = 'int8', vocab_size = 257: must be uint16 or uint32, and 257"),
-        ({"vocab_size": 9}, "vocab_size = 9: must be uint16 or uint32, and 257"),
-        ({"train_tokens": None}, "is missing or has a wrong type"),
+        ({"dtype": "int8"}, "dtype = 'int8': must be uint16 or uint32; prepare it again"),
+        ({"vocab_size": 9}, "vocab_size = 9: must be 257 as in the tokenizer"),
+        ({"train_tokens": None}, "train_tokens = None: must be an integer"),
         ({"tokenizer": {"name": "bite"}}, "unknown tokenizer 'bite'; did you mean byte?"),
     ],
 )
@@ -96,7 +96,7 @@ def test_a_row_without_text_is_named(tmp_path, line):
     path.write_bytes(b'{"text": "\\ud83d\\ude00"}\n' + line)  # a whole pair is a character
     rows = READERS[".jsonl"](path, "text")
     assert next(rows) == "\U0001f600"
-    with pytest.raises(DataError, match="a.jsonl:2: must be JSON with text under 'text'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: must be JSON with text under 'text'"):
         next(rows)
 
 
@@ -111,7 +111,7 @@ def test_a_column_of_another_type_is_named(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(DataError, match="no .txt, .md, .jsonl, .parquet file there"):
+    with pytest.raises(DataError, match=r"no \.txt, .* file there"):
         find_files([tmp_path / "a.txt"])
 
 
