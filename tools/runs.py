@@ -42,7 +42,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def checkpoint_row(run: Path, folder: Path, losses: dict[int, float]) -> list[str]:
     """Checksums are not verified here: training/checkpoint.py does so when a run resumes."""
     metadata, sizes = read_json(read_text(folder / "checkpoint.json")), file_sizes(folder)
-    files, loss = metadata.get("files"), losses.get(metadata.get("step", -1))
+    files, loss = metadata.get("files"), next((losses[step] for step in losses if step == metadata.get("step")), None)
     note = ", ".join(name for name in ("latest", "best") if read_text(run / name).strip() == folder.name)
     if not folder.name.startswith("step_"):
         note = "unfinished: being written, or left by a run that was killed"

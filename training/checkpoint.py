@@ -34,7 +34,7 @@ UNFINISHED = "unfinished_"
 OWN_NAME = re.compile(r"(unfinished_|removed_)?step_\d+")  # anything else in the folder is left alone
 TYPES = {
     **{"format": int, "step": int, "model": dict, "tokenizer": dict, "vocab_size": int, "init_from": str},
-    **{"strategy": str, "world_size": int, "files": dict},
+    **{"strategy": str, "files": dict},
 }
 CHUNK_BYTES = 2**24
 Checksum = tuple[int, str]  # a file's size in bytes, and its CRC-32 in hexadecimal
