@@ -143,8 +143,7 @@ class TrainConfig(Settings):
         for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 yield name, "must not be negative"
-        for name in TIME_LIMITS:
-            if getattr(self, name) > MOST_MINUTES:
+            if name in TIME_LIMITS and getattr(self, name) > MOST_MINUTES:
                 yield name, f"must be at most {MOST_MINUTES:,}, a year; 0 sets no limit"
         if not self.out_dir:
             yield "out_dir", "must not be empty; name a folder"

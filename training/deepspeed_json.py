@@ -13,13 +13,13 @@ Json = dict[str, Any]
 COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string, which may hold // itself
 # The first is the product of the other two and the number of ranks.
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-DTYPES, DEVICES = ("fp32", "fp16", "bf16"), ("none", "cpu", "nvme")
+DTYPES = ("fp32", "fp16", "bf16")
 # Each key with a value of its kind: the lowest number, or a tuple of all values. DeepSpeed ignores other keys in these
 # blocks and fails late on values of another kind, but in empty ones it checks both (see deepspeed_config.check_values).
 KEYS: Json = {
     **dict(bf16={}, comms_logger={}, compile={}, csv_monitor={}, fp16={}, tensorboard={}, wandb={}),
     **dict(dump_state=True, memory_breakdown=True, prescale_gradients=True, wall_clock_breakdown=True),
-    **dict(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=True),
+    **dict(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=True, communication_data_type=DTYPES),
     **{**dict.fromkeys((*BATCH, "steps_per_print"), 1), "gradient_clipping": 0.0, "gradient_predivide_factor": 0.0},
     **dict(gradient_allreduce_op=("mean", "sum"), log_level=("debug", "info", "warning", "error", "critical")),
     "activation_checkpointing": {
@@ -30,11 +30,7 @@ KEYS: Json = {
         block_size=1, queue_depth=1, intra_op_parallelism=1, single_submit=True, overlap_events=True, use_gds=True
     ),
     "checkpoint": dict(tag_validation="Warn", use_node_local_storage=True, parallel_write={}),
-    "communication_data_type": DTYPES,
-    "data_types": {
-        **dict.fromkeys(("grad_accum_dtype", "param_dtype", "buffer_dtype"), DTYPES),
-        "keep_in_fp32_modules": [],
-    },
+    "data_types": dict(grad_accum_dtype=DTYPES, param_dtype=DTYPES, buffer_dtype=DTYPES, keep_in_fp32_modules=[]),
     "flops_profiler": {
         **dict(enabled=True, detailed=True, profile_step=0, module_depth=-1, top_modules=1),
         **dict(recompute_fwd_factor=0.0, output_file="flops.txt"),
@@ -51,8 +47,8 @@ KEYS: Json = {
     "torch_autocast": dict(enabled=True, dtype="bfloat16"),
     "zero_optimization": {  # DeepSpeed checks the other keys; these are read before
         "stage": (0, 1, 2, 3),
-        "offload_optimizer": dict(device=DEVICES, nvme_path="/nvme"),
-        "offload_param": dict(device=DEVICES, nvme_path="/nvme", buffer_size=0.0),
+        "offload_optimizer": dict(device="cpu", nvme_path="/nvme"),
+        "offload_param": dict(device="cpu", nvme_path="/nvme", buffer_size=0.0),
     },
 }
 KIND_NAMES = {
