@@ -13,6 +13,7 @@ anything failed; FOLDER then holds what was printed and the run.
 import argparse
 import errno
 import fcntl
+import math
 import os
 import random
 import re
@@ -50,7 +51,7 @@ DISTURBANCES = {
 NEED_RANKS = ("kill the launcher", "hang")
 MOMENTS = {"in training": 6, "while saving": 2, "while starting": 1}  # with their weights
 MOST_STEPS = 200  # of a start, until it is disturbed
-PATIENCE_SECONDS = 300  # for any wait
+PATIENCE_SECONDS = 300  # for a start, a number of steps, and an end
 SEGMENT = 200  # steps that a reference is trained at a time
 MARK = f"soak-{os.getpid()}"  # in the environment of all processes of the run
 
@@ -93,7 +94,8 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.differences = {FIRST: 0.0, SINGLE: 0.0}  # largest, from each reference
         self.references: dict[Layout, dict[int, float]] = {FIRST: {}, SINGLE: {}}
-        self.layout, self.switch_step = FIRST, 0  # the step of the first switch; 0: there was none
+        self.layout, self.switch_step = FIRST, math.inf  # from there on, steps are not all of the first strategy
+        self.reported: set[tuple[Layout, int]] = set()  # steps whose loss differs
         self.startup_seconds = 10.0
         self.failed, self.ids = 0, set[str]()  # starts that failed one after the other; process ids and ports
         mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(self.run)]
@@ -147,8 +149,8 @@ class Soak:
         log = self.folder / f"output_{number}.txt"
         start = Start(layout, disturbance, moment, newest, suspects, background, log)
         self.counts.update(["starts", disturbance, *["switches"] * (layout != self.layout)])
-        if layout != FIRST and not self.switch_step:
-            self.switch_step = max(newest, 1)
+        if layout != FIRST or self.switch_step < math.inf:
+            self.switch_step = min(self.switch_step, newest)
         self.layout = layout
         process = self.launch(start)
         try:
@@ -179,11 +181,11 @@ class Soak:
             fresh = start.disturbance == "kill the launcher" or self.chance.random() < 0.1
             return start_process(line, fresh, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
-    def wait(self, condition: Callable[[], bool], pause: float = 0.02) -> None:
-        end = time.monotonic() + PATIENCE_SECONDS
+    def wait(self, condition: Callable[[], bool], pause: float = 0.02, seconds: float = PATIENCE_SECONDS) -> None:
+        end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                raise TimeoutError(f"nothing happened within {PATIENCE_SECONDS} s")
+                raise TimeoutError(f"nothing happened within {seconds} s")
             time.sleep(pause)
 
     def disturb(self, start: Start, process: subprocess.Popen) -> None:
@@ -254,12 +256,12 @@ class Soak:
         output, right = start.output(), DISTURBANCES.get(start.disturbance, (0,))
         if start.status not in right:
             start.problems.append(f"status {start.status}, not {' or '.join(map(str, right))}")
-        if start.status == 2 and "error: " not in output:
-            start.problems.append("status 2 without a message")
+        if start.status == 2 and not re.search("error: .*No space left on device; free some space", output):
+            start.problems.append("refused")
         if "Traceback" in output:
             start.problems.append("a traceback")
         try:
-            self.wait(lambda: not started_with(f"MARK={MARK}"), 0.1)
+            self.wait(lambda: not started_with(f"MARK={MARK}"), 0.1, 30)
         except TimeoutError:
             start.problems.append(f"processes are left: {started_with(f'MARK={MARK}')}")
         if (lock := self.run / "lock").exists():
@@ -279,7 +281,7 @@ class Soak:
             start.problems.append(f"resumed from step {resumed}, not {start.newest}")
         if resumed is not None and not all(name in output for name in start.suspects):
             start.problems.append(f"said nothing about {', '.join(start.suspects)}")
-        if start.status == 2 and start.disturbance != "full disk":
+        if "refused" in start.problems:
             for name in start.suspects:  # which a user would remove now
                 shutil.rmtree(self.run / "checkpoints" / name)
 
@@ -303,12 +305,15 @@ class Soak:
             missing = set(range(max(ours))) - ours.keys()
             start.problems.append(f"metrics.jsonl: {len(missing)} steps are missing, from step {min(missing)} on")
         for layout, tolerance in ((FIRST, 0.0), (SINGLE, TOLERANCE)):
-            steps = [step for step in ours if layout == SINGLE or step < self.switch_step or not self.switch_step]
+            steps = [step for step in ours if layout == SINGLE or step < self.switch_step]
             self.train_reference(layout, max(steps, default=-1) + 1)
-            difference, step = max(((abs(ours[s] - self.references[layout][s]), s) for s in steps), default=(0.0, 0))
-            self.differences[layout] = max(self.differences[layout], difference)
-            if difference > tolerance:
-                start.problems.append(f"the loss of step {step} differs by {difference:.1e} from {title(layout)}'s")
+            differences = {step: abs(ours[step] - self.references[layout][step]) for step in steps}
+            self.differences[layout] = max([self.differences[layout], *differences.values()])
+            wrong = {step for step in steps if differences[step] > tolerance and (layout, step) not in self.reported}
+            self.reported |= {(layout, step) for step in wrong}
+            for step in sorted(wrong)[:1]:
+                text = f"from step {step} on, {len(wrong)} losses are not those of {title(layout)}"
+                start.problems.append(f"{text}: the first differs by {differences[step]:.1e}")
 
     def train_reference(self, layout: Layout, steps: int) -> None:
         """Undisturbed, in segments."""
@@ -330,7 +335,7 @@ class Soak:
         self.failed = self.failed + 1 if start.problems else 0
         if start.problems:
             self.counts["failures"] += 1
-            print("".join(f"    | {line}\n" for line in start.output().splitlines()[-8:]), end="", flush=True)
+            print("".join(f"    | {line[:300]}\n" for line in start.output().splitlines()[-3:]), end="", flush=True)
         else:
             start.log.unlink()
 
