@@ -47,8 +47,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "zero_optimization.mics_shard_size: not supported, as DeepSpeed has removed it (use train.py --strategy=fsdp",
     ),
     (
-        {"checkpoint": {"load_universal": True, "tag_validation": "Fail", "use_node_local_storage": True}},
+        {"checkpoint": {"load_universal": True, "tag_validation": "Fail", "use_node_local_storage": False}},
         "checkpoint.load_universal: not supported, as it runs code in the files (any strategy resumes any checkpoint",
+    ),
+    (
+        {"checkpoint": {"use_node_local_storage": True, "load_universal": False}},
+        "1 problem in ds.json\n  checkpoint.use_node_local_storage: not supported, as the nodes would overwrite each other",
     ),
     (
         {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},

@@ -29,7 +29,7 @@ KEYS: Json = {
     "aio": dict(
         block_size=1, queue_depth=1, intra_op_parallelism=1, single_submit=True, overlap_events=True, use_gds=True
     ),
-    "checkpoint": dict(tag_validation="Warn", use_node_local_storage=True, parallel_write={}),
+    "checkpoint": dict(tag_validation="Warn", parallel_write={}),
     "data_types": dict(grad_accum_dtype=DTYPES, param_dtype=DTYPES, buffer_dtype=DTYPES, keep_in_fp32_modules=[]),
     "flops_profiler": {
         **dict(enabled=True, detailed=True, profile_step=0, module_depth=-1, top_modules=1),
@@ -51,10 +51,8 @@ KEYS: Json = {
         "offload_param": dict(device="cpu", nvme_path="/nvme", buffer_size=0.0),
     },
 }
-KIND_NAMES = {
-    **{dict: "an object", list: "a list", str: "text", bool: "true or false"},
-    **{int: "a whole number, {} or more", float: "a number, {} or more", tuple: "one of {}"},
-}
+KIND_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", tuple: "one of {}"}
+KIND_NAMES |= {int: "a whole number, {} or more", float: "a number, {} or more"}
 SEND_LESS = 'set "communication_data_type": "bf16" to send less'
 # Keys that this code does not support, with the reason, and what to use.
 UNSUPPORTED = {
@@ -65,6 +63,7 @@ UNSUPPORTED = {
     "data_efficiency": "as batches are the same under every strategy",
     "autotuning": "as it starts runs without this code's settings",
     "checkpoint.load_universal": "as it runs code in the files (any strategy resumes any checkpoint without it)",
+    "checkpoint.use_node_local_storage": "as the nodes would overwrite each other's files in out_dir",
     "wandb.enabled": "as this code logs itself (set --wandb_log=True)",
     "zero_optimization.elastic_checkpoint": "as its files cannot be resumed (any number of ranks resumes all others)",
     "zero_optimization.mics_shard_size": "as DeepSpeed has removed it (use train.py --strategy=fsdp --shard_ranks=N)",
