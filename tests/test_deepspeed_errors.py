@@ -52,7 +52,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"checkpoint": {"use_node_local_storage": True, "load_universal": False}},
-        "1 problem in ds.json\n  checkpoint.use_node_local_storage: not supported, as the nodes would overwrite each other",
+        "in ds.json\n  checkpoint.use_node_local_storage: not supported, as the nodes would overwrite each other",
     ),
     (
         {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
