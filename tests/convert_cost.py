@@ -42,7 +42,13 @@ def make(folder: Path, config: GPTConfig, ranks: int) -> None:
     groups = [{n: s for n, s in shapes.items() if (len(s) >= 2) == decays} for decays in (True, False)]
     tokenizer = {"name": "gpt2" if config.vocab_size > 50000 else "byte"}
     metadata = {"step": 100, "best_val_loss": None, "evaluated": True, "model": asdict(config), "init_from": "scratch"}
-    metadata |= {"tokenizer": tokenizer, "strategy": "zero3", "world_size": ranks, "dtype": "float32"}
+    metadata |= {
+        "tokenizer": tokenizer,
+        "vocab_size": config.vocab_size,
+        "strategy": "zero3",
+        "world_size": ranks,
+        "dtype": "float32",
+    }
     model = {"param_shapes": groups, "module": dict.fromkeys(shapes, torch.empty(0)), "buffer_names": []}
     model |= {"frozen_param_shapes": {}, "frozen_param_fragments": {}, "ds_version": "0.19.8"}
     model["shared_params"] = {"lm_head.weight": "transformer.wte.weight"}

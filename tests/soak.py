@@ -242,14 +242,16 @@ class Soak:
             assert error.errno == errno.ENOSPC, error
 
     def damage(self, how: str) -> None:
-        """Damage a file of the newest checkpoint."""
-        for newest in Checkpoints(str(self.run)).finished()[-1:]:
-            path = self.chance.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
-            content = bytearray(path.read_bytes())
-            place = self.chance.randrange(len(content))
-            content[place] ^= 1 << self.chance.randrange(8)
-            path.write_bytes(content if how == "flip a bit" else content[:place])
-            self.counts["damaged"] += 1
+        """Damage a file of the newest checkpoint, if another one is left."""
+        if len(self.valid()) < 2:
+            return
+        newest = Checkpoints(str(self.run)).finished()[-1]
+        path = self.chance.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+        content = bytearray(path.read_bytes())
+        place = self.chance.randrange(len(content))
+        content[place] ^= 1 << self.chance.randrange(8)
+        path.write_bytes(content if how == "flip a bit" else content[:place])
+        self.counts["damaged"] += 1
 
     def check_end(self, start: Start) -> None:
         """The status and the message are right, and nothing is left."""
@@ -264,15 +266,23 @@ class Soak:
             self.wait(lambda: not started_with(f"MARK={MARK}"), 0.1, 30)
         except TimeoutError:
             start.problems.append(f"processes are left: {started_with(f'MARK={MARK}')}")
-        if (lock := self.run / "lock").exists():
-            with lock.open() as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    start.problems.append("the lock is left")
+        try:
+            self.wait(self.unlocked, 0.1, 30)  # a process that has just died is not seen, but still has its files
+        except TimeoutError:
+            start.problems.append("the lock is left")
         shared = [path.name for path in Path("/dev/shm").iterdir()]
         if left := [name for name in shared if self.ids & set(re.findall(r"\d+", name))]:
             start.problems.append(f"shared memory is left: {left}")
+
+    def unlocked(self) -> bool:
+        try:
+            with (self.run / "lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:
+            pass
+        return True
 
     def check_resumed(self, start: Start) -> None:
         """From the newest checkpoint that is not damaged, with a word about those that are."""
@@ -369,6 +379,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.out or Path(tempfile.mkdtemp(prefix="soak-"))
     folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unmounts first
     soak = Soak(folder.resolve(), 3600 * args.hours, args.seed)
     try:
         soak.soak()

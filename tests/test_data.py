@@ -227,6 +227,6 @@ def test_no_code_in_a_pickle_is_run(tmp_path, capsys):
     for split in ("train", "val"):
         np.array([0, 2, 1], "<u2").tofile(tmp_path / f"{split}.bin")
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": Evil()}))
-    with pytest.raises(DataError, match=r"meta\.pkl is not a meta\.pkl of nanoGPT: refused to call builtins\.print"):
+    with pytest.raises(DataError, match=r"meta\.pkl is not a meta\.pkl of nanoGPT .*refused to call builtins\.print"):
         open_dataset(tmp_path)
     assert capsys.readouterr().out == ""

@@ -136,7 +136,7 @@ def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) ->
         for kind in (WEIGHT, *saved.kinds) if known else (WEIGHT,):
             expected = saved.whole(name, kind).to(dtype).float() if known else torch.zeros(shape)
             actual = again.whole(name, kind)
-            if not expected.isfinite().all():
+            if not torch.stack(expected.aminmax()).isfinite().all():  # without a mask as large as the tensor
                 raise UserError(f"{saved.folder}: the {kind} of {name} has NaN or inf; convert an earlier checkpoint")
             if expected.shape != shape or not torch.equal(expected.view(torch.int32), actual.view(torch.int32)):
                 raise UserError(f"{failed} the {kind} of {name} differs")

@@ -60,7 +60,8 @@ def read_run(run: Path) -> tuple[list[str], list[list[str]]]:
     checkpoints = [checkpoint_row(run, folder, losses) for folder in reversed(folders)]
     complete = [cells for cells in checkpoints if ": " not in cells[-1]]
     steps = f"{max((row['step'] for row in metrics), default=0):,} of "
-    steps += f"{read_json(read_text(run / 'config.json')).get('max_iters', 0):,}"
+    planned = read_json(read_text(run / "config.json")).get("max_iters")
+    steps += f"{planned:,}" if isinstance(planned, int) else "?"
     newest, best = complete[0][:3] if complete else ["none", "", ""], f"{min(losses.values()):.4f}" if losses else ""
     changed = time.localtime(max((run / sign).stat().st_mtime for sign in SIGNS if (run / sign).exists()))
     note = f"{len(checkpoints) - len(complete)} incomplete" if len(complete) < len(checkpoints) else ""

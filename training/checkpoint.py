@@ -162,6 +162,10 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} is missing"
             if (actual := (path / name).stat().st_size) != size:
                 return f"{name} has {actual:,} of {size:,} bytes"
+        if metadata.get("crc32", metadata["files"]).keys() != metadata["files"].keys():
+            return f"{METADATA} has checksums of other files than it lists"
+        if not isinstance(best := metadata.get("best_val_loss"), float | int | None):
+            return f"{METADATA}: best_val_loss = {best!r}: must be a number"
         GPTConfig(**metadata["model"])
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"{METADATA} cannot be read ({type(error).__name__}: {error})"

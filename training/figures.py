@@ -47,7 +47,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = None
             if is_row(row) and line.endswith("\n"):
                 yield line, row
-            else:
+            elif line.endswith("\n"):  # else it is being written, or a killed run left half of it
                 damaged.append(number)
     if damaged:
         lines = count(len(damaged), "damaged line")
@@ -57,7 +57,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def is_row(row: Any) -> bool:
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
         return False
-    return row["kind"] not in LOSSES or isinstance(row.get(LOSSES[row["kind"]]), float)
+    return row["kind"] not in LOSSES or type(row.get(LOSSES[row["kind"]])) in (int, float)
 
 
 def line_style(number: int) -> dict[str, Any]:
