@@ -128,7 +128,8 @@ def test_the_axis_is_steps_tokens_or_seconds_of_training(tmp_path):
     """Of rows as a run writes them, with a kind that is not drawn and half a line of a run that was killed."""
     (tmp_path / "config.json").write_text('{"gradient_accumulation_steps": 2, "batch_size": 3, "block_size": 5}')
     steps = [("eval", 0, None), ("train", 0, None), ("train", 10, 100), ("other", 11, None), ("train", 20, 300)]
-    lines = [json.dumps({"kind": kind, "step": step, "step_ms": ms}) for kind, step, ms in steps]
+    losses = {"loss": 5.5, "val_loss": 5.5}
+    lines = [json.dumps({"kind": kind, "step": step, "step_ms": ms, **losses}) for kind, step, ms in steps]
     (tmp_path / "metrics.jsonl").write_text("\n".join(['{"kind": "memory"}', *lines, '{"kind": "eval", "st']))
     for x, size in {"steps": 1, "tokens": 30, "seconds": 0.2}.items():
         assert step_size(*read_run(tmp_path), x) == size
