@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.ranks import free_port
-from tests.running import start_process
+from tests.running import start_process, train
 from training import distributed
 
 ROOT = Path(__file__).parent.parent
@@ -258,7 +258,10 @@ VARIABLES = {
     "WORLD_SIZE=": "WORLD_SIZE = '' (environment): must be a whole number, 1 to",
     "WORLD_SIZE=0": "WORLD_SIZE = '0' (environment): must be",
     "WORLD_SIZE=-2": "WORLD_SIZE = '-2' (environment): must be",
-    "WORLD_SIZE=0 RANK=1": "",  # rank 0 reports it
+    "WORLD_SIZE=0 RANK=1": "WORLD_SIZE = '0' (environment): must be",  # started by hand: rank 0 may have other ones
+    "WORLD_SIZE=2 RANK=1 MASTER_PORT=29500": "MASTER_ADDR = '' (environment): must be the host of rank 0; ",
+    "WORLD_SIZE=2 RANK=1 MASTER_ADDR=host1": "MASTER_PORT = '' (environment): must be a whole number",
+    "WORLD_SIZE=2 RANK=1 MASTER_ADDR=host1 MASTER_PORT=1 LOCAL_RANK=x": "LOCAL_RANK = 'x' (environment): must be",
     "LOCAL_RANK=x": "LOCAL_RANK = 'x' (environment): must be",
     "LOCAL_WORLD_SIZE=": "LOCAL_WORLD_SIZE = '' (environment): must be",
     "LOCAL_SIZE=0": "LOCAL_SIZE = '0' (environment): must be",
@@ -278,8 +281,12 @@ def test_wrong_variables_of_a_launcher_are_one_message(monkeypatch, capsys, text
     with pytest.raises(SystemExit) as end:
         distributed.run(lambda: pytest.fail("the script ran"))
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith(f"error: {VARIABLES[text]}" if VARIABLES[text] else "")
-    assert error.count("\n") == bool(VARIABLES[text])
+    assert end.value.code == 2 and error.startswith(f"error: {VARIABLES[text]}") and error.count("\n") == 1
+
+
+def test_a_single_process_needs_no_address_whatever_local_world_size_is(tmp_path, data):
+    """A process group of one, in a shell that a launcher of several ranks has left variables in."""
+    train(tmp_path, data, env={"LOCAL_WORLD_SIZE": "2"}, strategy="fsdp", max_iters=1)
 
 
 def test_rank_0_can_report_an_error_that_another_rank_finds_first(tmp_path):

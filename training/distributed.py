@@ -51,20 +51,20 @@ def local_world_size() -> int:
 
 
 def read_number(name: str, default: str, least: int, most: int = 999_999) -> int:
-    """A variable of the launcher. Raises ConfigError if it is not a whole number in this range."""
+    """A variable of the launcher. Raises RankError if it is not a whole number in this range."""
     text = os.environ.get(name, default)
     if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
-        raise ConfigError(f"{name} = {text!r} (environment): must be a whole number, {least} to {most}; {LAUNCH_HINT}")
+        raise RankError(f"{name} = {text!r} (environment): must be a whole number, {least} to {most}; {LAUNCH_HINT}")
     return int(text)
 
 
 def check_launch() -> int:
-    """The world size. Raises a UserError if the launcher's variables are wrong: before a rank waits for another one."""
+    """The world size. Raises RankError if the launcher's variables are wrong: before a rank waits for another one."""
     this_rank, ranks = rank(), world_size()
     if this_rank >= ranks:
         raise RankError(f"RANK = {this_rank} (environment): must be below WORLD_SIZE, {ranks}; {LAUNCH_HINT}")
     if ranks > 1 and not os.environ.get("MASTER_ADDR"):
-        raise ConfigError(f"MASTER_ADDR = '' (environment): must be the host of rank 0; {LAUNCH_HINT}")
+        raise RankError(f"MASTER_ADDR = '' (environment): must be the host of rank 0; {LAUNCH_HINT}")
     if ranks > 1:
         read_number("MASTER_PORT", "", least=1, most=65535)
     local_rank()
@@ -202,7 +202,7 @@ def join(ranks: Ranks, backend: str, timeout: timedelta, cpu_tensors: bool) -> R
     bound = ranks.device if backend == "nccl" else None
     backends = "cpu:gloo,cuda:nccl" if bound and cpu_tensors else backend
     try:
-        store = local_store(ranks, timeout) if local_world_size() == ranks.world_size else None
+        store = local_store(ranks, timeout) if ranks.world_size in (1, local_world_size()) else None
         dist.init_process_group(backends, None, timeout, ranks.world_size, ranks.rank, store, device_id=bound)
     except (RuntimeError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
