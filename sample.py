@@ -82,10 +82,10 @@ def read_prompt(start: str, tokenizer: Tokenizer) -> np.ndarray:
     try:
         text = Path(start.removeprefix("FILE:")).read_text("utf-8") if start.startswith("FILE:") else start
         ids = tokenizer.encode(text, allow_special=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"start = {start!r}: cannot be read ({error}); name a UTF-8 text file") from None
     except DataError as error:
         raise ConfigError(f"start = {start!r}: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
+        raise ConfigError(f"start = {start!r}: cannot be read ({error}); name a UTF-8 text file") from None
     if not len(ids):
         raise ConfigError(f"start = {start!r}: is empty; give at least one character")
     return ids

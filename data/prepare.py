@@ -96,6 +96,7 @@ def tokenize_files(
     Up to 100 plain text files are split by position: the last part of each is for validation. field: column or key of
     the text in .parquet and .jsonl.
     """
+    tokenizer.encode("")  # without a network, it fails here once, not in every thread
     by_position = len(files) <= 100 and all(READERS[file.suffix] is read_plain for file in files)
     with ThreadPoolExecutor() as pool, Writer(out, tokenizer, source) as writer:
         for file in tqdm(files, unit="file", disable=None):  # hidden unless stderr is a terminal
@@ -146,6 +147,8 @@ def find_files(inputs: list[Path]) -> list[Path]:
 
 def read_plain(path: Path, _: str = "") -> Iterator[str]:
     """Yield the whole file."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path}: is not a file; give a text file")
     data = path.read_bytes()
     try:
         yield data.decode()
@@ -158,13 +161,10 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = json.loads(line)[field]
-                if b"\\u" in line:
-                    text.encode()  # half of a surrogate pair is no text
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise DataError(f"{path}:{number}: must be JSON with text under {field!r}; fix the line or set --field")
+                str.encode(text := json.loads(line)[field])  # fails for what is no text, or half of a surrogate pair
+            except (ValueError, LookupError, TypeError, RecursionError):
+                problem = f"must be JSON with text under {field!r}; fix the line or set --field"
+                raise DataError(f"{path}:{number}: {problem}") from None
             yield text
 
 
@@ -178,11 +178,12 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
             names = file.schema_arrow.names
             if field not in names:
                 raise DataError(f"{path}: no column {field!r}, only {', '.join(names)}; set --field")
-            if (kind := str(file.schema_arrow.field(field).type)) not in ("string", "large_string", "string_view"):
-                raise DataError(f"{path}: column {field!r} is of type {kind}, must be string; set --field")
             for batch in file.iter_batches(batch_size=256, columns=[field], use_threads=False):
-                yield from batch.column(0).drop_null().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+                texts, kind = batch.column(0).drop_null().to_pylist(), batch.column(0).type
+                if not all(isinstance(text, str) for text in texts):
+                    raise DataError(f"{path}: column {field!r} is of type {kind}, must be string; set --field")
+                yield from texts
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as parquet ({str(error).splitlines()[0]}); download it again") from None
 
 

@@ -22,6 +22,9 @@ TIKTOKEN: dict[str, tuple[int, int | None]] = {
 }
 
 
+DOWNLOAD_SECONDS = 120  # a BPE file has up to 4 MB
+
+
 class ByteTokenizer:
     """The bytes of UTF-8; id 256 is the end of a text."""
 
@@ -71,11 +74,14 @@ class BPETokenizer:
     @cached_property
     def encoding(self) -> Any:
         """The tiktoken.Encoding, loaded at first use. Raises DataError if its BPE file cannot be downloaded."""
+        import multiprocessing.pool
+
         import tiktoken
 
         try:
-            return tiktoken.get_encoding(self.name)
-        except OSError as error:  # the exceptions of `requests` are OSErrors
+            with multiprocessing.pool.ThreadPool(1) as pool:  # tiktoken itself sets no time limit
+                return pool.apply_async(tiktoken.get_encoding, [self.name]).get(DOWNLOAD_SECONDS)
+        except (OSError, ValueError, multiprocessing.TimeoutError) as error:  # ValueError: a wrong file
             fix = "without a network, set TIKTOKEN_CACHE_DIR to a copy of the cache folder of a machine that has one"
             raise DataError(f"cannot download {self.name!r} from OpenAI ({type(error).__name__}); {fix}") from None
 

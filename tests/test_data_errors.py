@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +13,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data import tokenizer
 from data.dataset import open_dataset
 from data.errors import DataError, check_types, did_you_mean
-from data.prepare import READERS, find_files
+from data.prepare import READERS, find_files, read_plain
+from sample import read_prompt
 from tests.running import ROOT, prepare
+from training.errors import ConfigError
 
 
 def error_of(folder) -> str:
@@ -89,7 +93,11 @@ def test_text_that_cannot_be_read(tmp_path, name, text, message):
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"text": "\\ud800"}', b'{"text": ' + b"[" * 10**5, b'{"text": 1}', b"[]", b'"text"']
+    "line",
+    [
+        *(b'{"text": "\\ud800"}', b'{"text": "\xed\xa0\x80"}'),  # half of a surrogate pair
+        *(b'{"text": ' + b"[" * 10**5, b'{"text": 1}', b"[]", b'"text"'),
+    ],
 )
 def test_a_row_without_text_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
@@ -101,9 +109,14 @@ def test_a_row_without_text_is_named(tmp_path, line):
 
 
 def test_a_column_of_another_type_is_named(tmp_path):
-    table = pyarrow.table({"text": ["a"], "number": [1], "raw": [b"a"]})
+    buffers = [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xe9")]
+    latin1 = pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)
+    coded = pyarrow.array(["a"]).dictionary_encode()  # how pandas stores a column with few different texts
+    table = pyarrow.table({"text": ["a"], "number": [1], "raw": [b"a"], "coded": coded, "latin1": latin1})
     pyarrow.parquet.write_table(table, path := tmp_path / "a.parquet")
-    assert list(READERS[".parquet"](path, "text")) == ["a"]
+    assert list(READERS[".parquet"](path, "text")) == list(READERS[".parquet"](path, "coded")) == ["a"]
+    with pytest.raises(DataError, match=r"not readable as parquet \('utf-8' codec can't decode byte 0xe9"):
+        list(READERS[".parquet"](path, "latin1"))
     for field, kind in (("number", "int64"), ("raw", "binary")):
         with pytest.raises(DataError, match=f"column '{field}' is of type {kind}, must be string"):
             list(READERS[".parquet"](path, field))
@@ -113,6 +126,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(DataError, match=r"no \.txt, .* file there"):
         find_files([tmp_path / "a.txt"])
+    with pytest.raises(DataError, match=r"a\.txt: is not a file"):
+        next(read_plain(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize(
@@ -190,6 +205,23 @@ def test_no_network_is_reported_at_once(tmp_path, command, download, fix):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert download in done.stderr and fix in done.stderr
     assert time.monotonic() - start < 20
+
+
+def test_a_download_without_an_answer_ends(tmp_path, monkeypatch):
+    """Through a proxy that lets in and never answers."""
+    monkeypatch.setattr(tokenizer, "DOWNLOAD_SECONDS", 0.5)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(DataError, match=r"cannot download 'r50k_base' from OpenAI \(TimeoutError\); without a net"):
+            tokenizer.BPETokenizer("r50k_base").encode("text")
+
+
+@pytest.mark.parametrize("start", ["\udcff", "FILE:\0", "FILE:/", "FILE:\udcff"])
+def test_a_prompt_that_is_no_text_is_named(start):
+    with pytest.raises(ConfigError, match=r"start = .*: cannot be read \(.*\); name a UTF-8 text file"):
+        read_prompt(start, tokenizer.ByteTokenizer())
 
 
 def test_a_full_disk_leaves_the_data_set_that_was_there(tmp_path, make_data):
