@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.checkpoints import BYTES, SMALL, assert_same, nanogpt_file, run_folder
 from tests.running import command, message, run, start_process
 from tools.convert import WRITERS, Options, convert
 from tools.convert_read import open_source
 from training.errors import CheckpointError, UserError
+from training.model_state import TIED
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,40 @@ def test_a_ckpt_that_was_packed_again_is_read_right(kept, tmp_path):
             for entry in old.infolist():
                 new.writestr(entry.filename, old.read(entry))
         assert_same(open_source(str(tmp_path / name))[0], model, optimizer)
+
+
+def test_a_tensor_that_was_cut_off_and_packed_again_is_refused(tmp_path):
+    """Its CRC-32 is right; mapped, it would go on into the next tensor."""
+    nanogpt_file(tmp_path / "ckpt.pt")
+    with zipfile.ZipFile(tmp_path / "ckpt.pt") as old, zipfile.ZipFile(tmp_path / "cut.pt", "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry)[: 9999 if entry.filename.endswith("data/0") else None])
+    assert "record size (9999 bytes) does not match expected size (40960" in refused(tmp_path / "cut.pt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"model": [1]}, "AttributeError: 'list' object has no attribute 'items'"),
+        ({"model": {"a": "x"}}, "AttributeError: 'str' object has no attribute 'shape'"),
+        ({"model_args": None}, "TypeError: "),
+        ({"model_args": {"n_head": 5}}, "its model cannot be built (n_embd must be divisible by n_head)"),
+        ({"iter_num": "x"}, "ValueError: invalid literal for int() with base 10: 'x'"),
+        ({"best_val_loss": torch.ones(2)}, "only one element tensors can be converted"),
+        ({"optimizer": {"param_groups": [], "state": {99: {}}}}, "IndexError: list index out of range"),
+    ],
+)
+def test_a_ckpt_with_other_contents_is_refused(tmp_path, changes, told):
+    nanogpt_file(tmp_path / "ckpt.pt", **changes)
+    text = refused(tmp_path / "ckpt.pt", tmp_path)
+    assert told in text and "ckpt.pt" in text
+
+
+@pytest.mark.parametrize("header", [{"step": '"x"'}, {"model": "[" * 10**5}, {"model": "3"}, {"step": "{"}])
+def test_a_header_with_other_contents_is_refused(kept, tmp_path, header):
+    with safe_open(kept / "w.safetensors", framework="pt") as file:
+        save_file({TIED: torch.ones(1)}, tmp_path / "w.safetensors", {**file.metadata(), **header})
+    assert "w.safetensors does not describe a GPT (" in refused(tmp_path / "w.safetensors", tmp_path)
 
 
 @pytest.mark.parametrize("length", [2, 15, 99, 1000, 1685])

@@ -135,6 +135,7 @@ def test_either_script_says_what_to_do_once(gpt2, data, tmp_path, script, wrong,
             "layer_norm_epsilon = 0.001; only GPT-2 with .* = 1e-05 can be read",
         ),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False; only GPT-2 with .* = True can be read"),
+        ({"activation_function": [1]}, r"describes a 'gpt2' model with \[1\]; only GPT-2 with GELU can be read"),
         ({"n_inner": 64}, "n_inner = 64; only GPT-2 with n_inner = 128 can be read"),
     ],
 )
@@ -152,9 +153,28 @@ def test_damaged_files_are_named(gpt2, tmp_path):
         (folder / name).write_bytes((folder / name).read_bytes()[:-9])
         with pytest.raises(UserError, match=f"{name} {told}"):
             pretrained.open_weights(str(folder))
+    (folder / "config.json").write_text("[" * 10**5)
+    with pytest.raises(UserError, match=r"does not describe a GPT-2 .RecursionError"):
+        pretrained.open_weights(str(folder))
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match=r"does not describe a GPT-2 .KeyError: 'n_positions'"):
         pretrained.open_weights(str(folder))
+
+
+@pytest.mark.parametrize("files", [3, ["a"], {"a": 3}, {"a": "x.safetensors"}])
+def test_an_index_that_names_no_file(gpt2, tmp_path, files):
+    shutil.copy(gpt2[0] / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(UserError, match=r"index\.json (cannot be read|lists)"):
+        pretrained.open_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [[1], 3, {"wte.weight": 1}])
+def test_a_pickle_without_tensors(gpt2, tmp_path, content):
+    shutil.copy(gpt2[0] / "config.json", tmp_path)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin must hold tensors by name"):
+        pretrained.open_weights(str(tmp_path))
 
 
 def test_the_run_decides_on_dropout_and_context_and_the_weights_on_the_rest(gpt2):

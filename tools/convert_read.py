@@ -12,12 +12,13 @@ from typing import Any
 
 from torch.serialization import safe_globals
 
+from data.errors import DataError, check_types
 from data.tokenizer import tokenizer_from
 from model import GPTConfig
 from training import pretrained
-from training.checkpoint import METADATA, Checkpoints, find_corruption, find_damage, read_metadata, read_torch_file
+from training.checkpoint import METADATA, Checkpoints, find_corruption, find_damage, read_metadata
 from training.deepspeed_layout import STAND_INS
-from training.errors import CheckpointError, ConfigError
+from training.errors import CheckpointError, ConfigError, UserError
 from training.model_state import TIED, WEIGHT, SavedState, check_parameters, from_whole, model_shapes, open_state
 
 Metadata = dict[str, Any]
@@ -44,13 +45,18 @@ def open_source(source: str, tokenizer: Metadata | None = None) -> tuple[SavedSt
     if read is None:
         problem = "is of no known format" if path.exists() else "does not exist"
         raise CheckpointError(f"{source} {problem}; give {READABLE}, or {', '.join(pretrained.HUB)}")
-    saved, metadata = read(path)
     try:
+        saved, metadata = read(path)
         config = GPTConfig(**metadata["model"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{source} does not describe a GPT: {error}") from None
-    saved = check_parameters(saved, config)
-    return saved, add_tokenizer({**DEFAULTS, "init_from": source, **metadata, "model": asdict(config)}, tokenizer)
+        metadata = {**DEFAULTS, "init_from": source, **metadata, "model": asdict(config)}
+        if problems := check_types(metadata, {"step": int, "settings": dict}):
+            raise TypeError("; ".join(problems))
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        if read is read_run or isinstance(error, (UserError, DataError)):
+            raise
+        # Files that other programs wrote may hold anything; those of a run are checked before they are read.
+        raise CheckpointError(f"{source} does not describe a GPT ({type(error).__name__}: {error})") from None
+    return check_parameters(saved, config), add_tokenizer(metadata, tokenizer)
 
 
 def recognize(path: Path) -> Callable[[Path], tuple[SavedState, Metadata]] | None:
@@ -116,12 +122,8 @@ def read_safetensors(path: Path) -> tuple[SavedState, Metadata]:
     if "model" not in header:
         fix = "for a Hugging Face model, give the folder with its config.json"
         raise CheckpointError(f"{path} was not written by tools.convert: it has no model's dimensions; {fix}")
-    try:
-        metadata = {key: json.loads(header[key]) for key in HEADER if key in header}
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error}); take another copy") from None
     tensors.pop(TIED, None)
-    return from_whole(path, tensors, {}, {}), metadata
+    return from_whole(path, tensors, {}, {}), {key: json.loads(header[key]) for key in HEADER if key in header}
 
 
 def read_huggingface(folder: Path) -> tuple[SavedState, Metadata]:
@@ -157,7 +159,7 @@ def read_universal(folder: Path) -> tuple[SavedState, Metadata]:
             shape = expected.get(name, tensor.shape)
             saved.shapes[name] = shape if shape.numel() == tensor.numel() else tensor.shape  # flat under ZeRO-3
         if step is None:
-            step = read_torch_file(file.with_stem("step"))
+            step = pretrained.read_pickle(file.with_stem("step"))
     saved.step = float(step or 0)
     return saved, metadata
 

@@ -89,12 +89,12 @@ def find_folder(source: str) -> Path:
 def read_config(path: Path) -> GPTConfig:
     """Read their config.json. Raises UserError for any model that our GPT would compute differently."""
     try:
-        theirs = json.loads(path.read_text())
+        theirs = json.loads(path.read_bytes())
         kind, gelu = theirs.get("model_type"), theirs.get("activation_function", "gelu_new")
         sizes = {ours: theirs[name] for ours, name in SIZES.items()} if kind == "gpt2" else {}
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not describe a GPT-2 ({type(error).__name__}: {error})") from None
-    if kind != "gpt2" or gelu not in GELU:
+    if kind != "gpt2" or str(gelu) not in GELU:
         raise UserError(f"{path} describes a {kind!r} model with {gelu!r}; only GPT-2 with GELU can be read")
     for name, value in {**FIXED_SETTINGS, "n_inner": 4 * sizes["n_embd"]}.items():
         if theirs.get(name) not in (None, value):
@@ -108,15 +108,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     index, files = folder / f"{name}.index.json", [name]
     if not (folder / name).is_file() and index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            files = sorted(set(map(str, json.loads(index.read_bytes())["weight_map"].values())))
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} cannot be read ({error}); download it again") from None
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not (folder / file).is_file():
             where = f", which {index.name} lists" if file != name else f" and no {index.name}"
             raise CheckpointError(f"{folder} has no {file}{where}; download it, or write it with save_pretrained()")
-        tensors |= read_safetensors(folder / file)[0] if name == WEIGHTS else read_pickle(folder / file)
+        content = read_safetensors(folder / file)[0] if name == WEIGHTS else read_pickle(folder / file)
+        if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+            raise CheckpointError(f"{folder / file} must hold tensors by name; write it with save_pretrained()")
+        tensors |= {str(key): tensor for key, tensor in content.items()}
     return tensors
 
 
