@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -46,7 +47,7 @@ def settings_of(strategy: str, folder: Path) -> dict[str, Any]:
 def killed(out: Path, data: Path, settings: dict[str, Any]) -> None:
     tiny = {**TINY, **settings, "dataset": data, "out_dir": out}
     process = start_process(command("train_deepspeed.py", ranks=2, **tiny), stdout=subprocess.DEVNULL)
-    wait_for_step(out, process, 16)
+    wait_for_step(out, process, 18)
     process.kill()  # its ranks end with it
     assert process.wait() == -signal.SIGKILL
     assert Checkpoints(str(out)).newest()[1]["step"] == 15
@@ -70,7 +71,10 @@ def plant(folder: Path, canary: Path) -> None:
 
 @pytest.fixture(scope="module")
 def zero(once, data):
-    """zero(strategy): (run folder, settings, output) of 30 steps on 2 ranks, killed after the save of the 15th."""
+    """zero(strategy): (run folder, settings, output) of 30 steps on 2 ranks, killed after 18 and resumed from step 15.
+
+    before/metrics.jsonl beside the run folder is that of the killed run.
+    """
 
     def settings_in(folder: Path, strategy: str) -> dict[str, Any]:
         return {**settings_of(strategy, folder), "gradient_accumulation_steps": 4}
@@ -78,6 +82,8 @@ def zero(once, data):
     def make(folder: Path, strategy: str) -> None:
         settings = settings_in(folder, strategy)
         killed(folder / "out", data, settings)
+        (folder / "before").mkdir()
+        shutil.copy(folder / "out" / "metrics.jsonl", folder / "before")
         plant(folder / "out" / "checkpoints" / "step_000015", folder / "canary")
         (folder / "output").write_text(train(folder / "out", data, ranks=2, init_from="resume", **settings))
 
@@ -119,11 +125,13 @@ def compare(out: Path, one: Path, strategy: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_killed_run_resumes_exactly(tmp_path, data, zero, strategy):
-    """Within 1e-6; other strategies, whose order of additions differs, come within 1e-5."""
-    killed, settings, _ = zero(strategy)
-    train(tmp_path, data, ranks=2, **settings)
-    assert difference(tmp_path, killed) <= 1e-6 and difference(tmp_path, killed, "grad_norm") <= 1e-6
+def test_a_killed_run_resumes_exactly(zero, strategy):
+    """The steps after the checkpoint are made twice, by the killed run and by the one that resumed it: within 1e-6."""
+    resumed = zero(strategy)[0]
+    for key in ("loss", "grad_norm"):
+        before, after = losses(resumed.parent / "before", key), losses(resumed, key)
+        assert max(before) >= 18 and list(after) == list(range(30))
+        assert max(abs(after[step] - before[step]) for step in before) <= 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
