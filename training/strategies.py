@@ -4,6 +4,7 @@ Launchers, the benchmark, the planner and the advice after running out of memory
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -120,9 +121,10 @@ def out_of_memory_advice(
         lines.append(f"activations and buffers used up to {gigabytes(max(0, others))} more")
     lines.append("try, in this order (the loss stays the same):")
     if cfg.batch_size > 1:
-        batch_size = max(n for n in range(1, cfg.batch_size) if cfg.batch_size % n == 0)
-        micro_steps = cfg.gradient_accumulation_steps * cfg.batch_size // batch_size
-        lines.append(f"  --batch_size={batch_size} --gradient_accumulation_steps={micro_steps}")
+        divisors = (n for n in range(2, math.isqrt(cfg.batch_size) + 1) if cfg.batch_size % n == 0)
+        factor = next(divisors, cfg.batch_size)
+        micro_steps = cfg.gradient_accumulation_steps * factor
+        lines.append(f"  --batch_size={cfg.batch_size // factor} --gradient_accumulation_steps={micro_steps}")
     if not cfg.activation_checkpointing:
         lines.append("  --activation_checkpointing=True")
     lines += [f"  {line}" for line in smaller_strategies(strategy, ranks, size, dtype, state.total())]
