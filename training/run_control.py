@@ -5,7 +5,6 @@ together: a request to stop or save reaches all ranks at the same step, and a Na
 """
 
 import faulthandler
-import json
 import math
 import os
 import re
@@ -156,34 +155,31 @@ class Watchdog:
         self.ranks, self.limit = ranks, cfg.hang_minutes * 60
         self.folder = Path(cfg.out_dir) / "hang"
         self.paths = [self.folder / f"rank_{rank:05d}.txt" for rank in range(ranks.world_size)]
-        self.beats, self.last_event, self.last_beat = 0, "the start", time.monotonic()
+        self.last_event, self.last_beat = "the start", time.monotonic()
         if self.limit and not cfg.eval_only:
             threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def beat(self, event: str = "") -> None:
         """Report progress; event: what was reached."""
-        self.beats += 1
         self.last_event, self.last_beat = event or self.last_event, time.monotonic()
 
     def watch(self) -> None:
-        while True:
+        while time.monotonic() - self.last_beat <= self.limit:
             time.sleep(POLL_SECONDS)
-            if time.monotonic() - self.last_beat > self.limit:
-                try:
-                    self.write_stacks()
-                    time.sleep(REPORT_SECONDS)
-                    self.report()
-                except OSError as error:  # a full disk, or one that is gone
-                    text = f"rank {self.ranks.rank}: no progress for {self.limit:.0f} s after {self.last_event}"
-                    print(f"error: {text}; stacks cannot be written ({error})", file=sys.stderr, flush=True)
-                finally:
-                    os._exit(HUNG)
+        try:
+            self.write_stacks()
+            time.sleep(REPORT_SECONDS)
+            self.report()
+        except OSError as error:  # a full disk, or one that is gone
+            text = f"rank {self.ranks.rank}: no progress for {self.limit:.0f} s after {self.last_event}"
+            print(f"error: {text}; stacks cannot be written ({error})", file=sys.stderr, flush=True)
+        finally:
+            os._exit(HUNG)
 
     def write_stacks(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.paths[self.ranks.rank].open("w") as file:
-            header = {"rank": self.ranks.rank, "beats": self.beats, "after": self.last_event, "time": time.time()}
-            file.write(json.dumps(header) + "\n\n")
+            file.write(f"no progress for {self.limit:.0f} s after {self.last_event}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
@@ -193,55 +189,39 @@ class Watchdog:
         written = [rank for rank, path in enumerate(self.paths) if path.exists() and path.stat().st_mtime > since]
         if min(written) == self.ranks.rank:
             silent = [rank for rank in range(self.ranks.world_size) if rank not in written]
-            text = explain_hang({rank: self.paths[rank].read_text() for rank in written}, silent, self.limit)
+            text = explain_hang({rank: self.paths[rank].read_text() for rank in written}, silent)
             print(f"error: {text}; all stacks: {self.folder}", file=sys.stderr, flush=True)
 
 
-def explain_hang(stacks: dict[int, str], silent: list[int], limit: float) -> str:
-    """Which ranks are stuck, and where: those without stacks, else those that made fewer steps, else all."""
-    headers = {rank: json.loads(text.splitlines()[0]) for rank, text in stacks.items()}
-    most_beats = max(header["beats"] for header in headers.values())
-    behind = [rank for rank, header in headers.items() if header["beats"] < most_beats]
-    if not behind and any(map(is_waiting, stacks.values())):
-        behind = [rank for rank, text in stacks.items() if not is_waiting(text)]
-    stuck = silent or behind
+def explain_hang(stacks: dict[int, str], silent: list[int]) -> str:
+    """Where each rank is: first those without stacks, then those that are stuck, then those that wait for others."""
     places: dict[str, list[int]] = {}
     for rank, text in stacks.items():
-        if rank not in stuck:
-            places.setdefault(stack_summary(text), []).append(rank)
-    waiting = "; ".join(f"{rank_names(ranks)} in {place}" for place, ranks in places.items())
-    start = f"no progress for {limit:.0f} s after {headers[min(headers)]['after']}: "
+        places.setdefault(stack_summary(text), []).append(rank)
+    groups = [f"{rank_names(ranks)} {place}" for place, ranks in sorted(places.items())]  # "stuck" before "waiting"
     if silent:
-        return f"{start}no sign of life from {rank_names(silent)} (process, machine or network); waiting: {waiting}"
-    if behind:
-        return f"{start}{rank_names(behind)} stuck in {stack_summary(stacks[behind[0]])}; waiting: {waiting}"
-    return f"{start}{waiting}; all ranks are at the same step, so suspect the network or the device"
+        groups.insert(0, f"no sign of life from {rank_names(silent)} (process, machine or network)")
+    return f"{stacks[min(stacks)].splitlines()[0]}: {'; '.join(groups)}"
 
 
 def rank_names(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def is_waiting(text: str) -> bool:
-    """Whether the main thread is in a collective, or in a backward pass, which may wait in one."""
-    file, _, function = (main_thread(text) or [("", "", "")])[0]
-    return COLLECTIVES in file or function == "_engine_run_backward"
-
-
-def main_thread(text: str) -> list[tuple[str, str, str]]:
-    """(file, line, function) of its frames, innermost first; faulthandler writes the main thread last."""
-    return re.findall(r'File "([^"]+)", line (\d+) in (\S+)', text.split("(most recent call first):")[-1])
-
-
 def stack_summary(text: str) -> str:
-    """The collective, or else the innermost function, and the line of this repository that led there."""
-    stack = main_thread(text)
+    """Where the main thread is stuck, or in which collective it waits, and the line of this repository that led there.
+
+    A backward pass counts as waiting, because its collectives run in other threads.
+    """
+    main_thread = text.split("(most recent call first):")[-1]  # the last one, innermost frame first
+    stack = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', main_thread) or [("", "", "?")]
     own = [
         f"{Path(f).name}:{line}" for f, line, _ in stack if Path(f).is_relative_to(ROOT) and "site-packages" not in f
     ]
     collectives = [name for file, _, name in stack if COLLECTIVES in file and not name.startswith(("_", "wrapper"))]
-    inner = collectives[0] if collectives else stack[0][2] if stack else "?"
-    return f"{inner} ({own[0]})" if own else inner
+    file, _, function = stack[0]
+    state = "waiting" if COLLECTIVES in file or function == "_engine_run_backward" else "stuck"
+    return f"{state} in {(collectives or [function])[0]}" + (f" ({own[0]})" if own else "")
 
 
 class Stragglers:
