@@ -14,6 +14,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -296,8 +297,11 @@ def convert(name: str, value: Any, fields: dict[str, dataclasses.Field], is_text
         hint = did_you_mean(name, fields) or "; see --help for all keys, and begin helper variables with _"
         raise ConfigError(f"unknown key{hint}")
     kind = type(fields[name].default)
-    if is_text:
-        value = parse_text(value, kind)
+    if is_text and kind is bool:
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    elif is_text:
+        with suppress(ValueError):
+            value = kind(value)
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:
@@ -318,16 +322,6 @@ def shown(value: Any) -> str:
         return f"{value!r:.200}"
     except Exception:
         return f"a value of type {type(value).__name__}"
-
-
-def parse_text(text: str, kind: type) -> Any:
-    """text as kind, or unchanged where it is not one."""
-    if kind is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    try:
-        return kind(text)
-    except ValueError:
-        return text
 
 
 def help_text(cls: type, usage: str) -> str:

@@ -41,23 +41,20 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     damaged = []
     with path.open(errors="replace") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):  # it is being written, or a killed run left half of it
+                continue
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if is_row(row) and line.endswith("\n"):
+                is_row = type(row["step"]) is int and type(row[LOSSES.get(row["kind"], "step")]) in (int, float)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                is_row = False
+            if is_row:
                 yield line, row
-            elif line.endswith("\n"):  # else it is being written, or a killed run left half of it
+            else:
                 damaged.append(number)
     if damaged:
         lines = count(len(damaged), "damaged line")
         print(f"warning: {path}: left out {lines}, the first is line {damaged[0]}", file=sys.stderr, flush=True)
-
-
-def is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
-        return False
-    return row["kind"] not in LOSSES or type(row.get(LOSSES[row["kind"]])) in (int, float)
 
 
 def line_style(number: int) -> dict[str, Any]:

@@ -45,8 +45,6 @@ class Metrics:
         self.say(start_line(cfg, ranks, init, dtype))
         if cfg.device == "auto" and ranks.device.type == "cpu":
             self.say("no GPU found, training on the CPU; lower n_layer, n_embd, block_size or batch_size for speed")
-        if self.wandb:
-            self.say(f"W&B: {self.wandb.where}")
         self.rewind(init.step)
         self.lap()
 
@@ -171,11 +169,10 @@ class Metrics:
 
 
 def duration(seconds: float) -> str:
-    """ "45 s", "12 min", "20 h", "3 d"."""
-    for unit, length, largest in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
-        if seconds < largest:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 86400:.0f} d"
+    """ "45 s", "12 min", "20 h"."""
+    if seconds < 7200:
+        return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.0f} h"
 
 
 def start_line(cfg: TrainConfig, ranks: Ranks, init: InitState, dtype: torch.dtype) -> str:

@@ -39,7 +39,7 @@ class WandbLog:
         name: Any = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": path.read_text()}
         settings = wandb.Settings(silent=True)
         self.run: Any = wandb.init(**name, resume="allow", config=asdict(cfg), dir=cfg.out_dir, settings=settings)
-        self.where = self.run.url or f"offline; to upload: wandb sync {Path(self.run.dir).parent}"
+        print("W&B:", self.run.url or f"offline; to upload: wandb sync {Path(self.run.dir).parent}", flush=True)
 
     def log(self, row: dict[str, Any]) -> None:
         values = {PANELS.get(k, k): v for k, v in row.items() if k not in ("kind", "step", *RANK_METRICS)}
