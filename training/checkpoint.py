@@ -195,14 +195,14 @@ class CheckpointWriter:
             save_without_crc(state, buffer := io.BytesIO())
             self.pending[name] = buffer
         else:
-            with HashedFile(self.folder / name) as file, disk_errors():
+            with HashedFile(io.FileIO(self.folder / name, "wb")) as file, disk_errors():
                 save_without_crc(state, file)
                 self.checksums[name] = file.sync()
 
     def finish(self) -> None:
         while self.pending:
             name, buffer = self.pending.popitem()
-            with HashedFile(self.folder / name) as file, buffer.getbuffer() as content:
+            with HashedFile(io.FileIO(self.folder / name, "wb")) as file, buffer.getbuffer() as content:
                 file.write(content)
                 self.checksums[name] = file.sync()
 
@@ -221,10 +221,11 @@ class Saver:
     when all ranks have written their files, or absent.
     """
 
-    def __init__(self, checkpoints: Checkpoints, ranks: Ranks = SINGLE_PROCESS, background: bool = False):
-        self.checkpoints, self.ranks, self.background = checkpoints, ranks, background
-        own_group = background and ranks.world_size > 1
-        self.writing_ranks = replace(ranks, control=dist.new_group(backend="gloo")) if own_group else ranks
+    def __init__(self, checkpoints: Checkpoints, background: bool = False):
+        self.checkpoints, self.ranks, self.background = checkpoints, checkpoints.ranks, background
+        self.writing_ranks = self.ranks
+        if background and self.ranks.world_size > 1:
+            self.writing_ranks = replace(self.ranks, control=dist.new_group(backend="gloo"))
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -254,10 +255,9 @@ class Saver:
     def finish(self, ranks: Ranks, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
         with ranks.together():
             writer.finish()
-        all_checksums = ranks.share(writer.checksums)
+        merged = {name: value for checksums in ranks.share(writer.checksums) for name, value in checksums.items()}
         with ranks.together():
             if ranks.main:
-                merged = {name: value for checksums in all_checksums for name, value in checksums.items()}
                 self.checkpoints.finish(writer.folder, metadata, merged, best)
 
     def write_in_background(self, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
@@ -292,9 +292,7 @@ class Saver:
 class HashedFile(io.BufferedWriter):
     """A file that computes the CRC-32 of what is written to it."""
 
-    def __init__(self, path: Path):
-        super().__init__(io.FileIO(path, "wb"))
-        self.crc = 0
+    crc = 0
 
     def write(self, data: Any) -> int:
         self.crc = zlib.crc32(data, self.crc)
@@ -349,11 +347,10 @@ def read_torch_file(path: Path, mmap: bool = True) -> Any:
         raise CheckpointError(f"{path} cannot be read: {reason}") from None
 
 
-def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Replace a file atomically; text: its content, or its lines."""
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w") as file:
-        file.writelines([text] if isinstance(text, str) else text)
+    unfinished.write_text(text)
     sync(unfinished)
     unfinished.replace(path)
     sync(path.parent)

@@ -41,7 +41,7 @@ POSITIVE = (
     *("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "gradient_accumulation_steps"),
     *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "max_iters", "steps"),
 )
-TIME_LIMITS, MOST_MINUTES = ("max_minutes", "hang_minutes"), 525_600
+TIME_LIMITS = ("max_minutes", "hang_minutes")
 MOST = 2**31 - 1  # of every whole number: torch and DeepSpeed keep many in 32 bits
 NOT_NEGATIVE = ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed", *TIME_LIMITS)
 CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo")}
@@ -138,22 +138,19 @@ class TrainConfig(Settings):
                 raise ConfigError(f"{path}: is damaged; remove it, and give the run's settings yourself") from None
 
     def problems(self) -> Iterator[Problem]:
-        for name in POSITIVE:
-            if getattr(self, name) <= 0:
-                yield name, "must be above 0"
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                yield name, "must not be negative"
-            if name in TIME_LIMITS and getattr(self, name) > MOST_MINUTES:
-                yield name, f"must be at most {MOST_MINUTES:,}, a year; 0 sets no limit"
+        ranges = (
+            (POSITIVE, lambda value: value > 0, "must be above 0"),
+            (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+            (("dropout", "beta1", "beta2"), lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+            (TIME_LIMITS, lambda value: value <= 525_600, "must be at most 525,600, a year; 0 sets no limit"),
+        )
+        for names, is_valid, rule in ranges:
+            yield from ((name, rule) for name in names if not is_valid(getattr(self, name)))
         if not self.out_dir:
             yield "out_dir", "must not be empty; name a folder"
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 yield name, f"must be one of {', '.join(choices)}"
-        for name in ("dropout", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield name, "must be at least 0 and below 1"
         if self.benchmark and self.steps < 5:
             yield "steps", "must be 5 or more with --benchmark, because the first three are not timed"
         if self.benchmark and (self.init_from == "resume" or self.resume):
@@ -296,7 +293,7 @@ def convert(name: str, value: Any, fields: dict[str, dataclasses.Field], is_text
     if name not in fields:
         hint = did_you_mean(name, fields) or "; see --help for all keys, and begin helper variables with _"
         raise ConfigError(f"unknown key{hint}")
-    kind = type(fields[name].default)
+    kind: type = type(fields[name].default)
     if is_text and kind is bool:
         value = {"true": True, "false": False}.get(value.lower(), value)
     elif is_text:

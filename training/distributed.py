@@ -159,7 +159,6 @@ def start(
     timeout_minutes: how long to wait for other ranks, here and in every collective; 0 means ten.
     process_group: make one for a single process too; DeepSpeed and FSDP2 need it.
     cpu_tensors: ranks on GPUs also reduce tensors in host memory, as FSDP2's offloaded gradient norm does.
-    tf32: float32 matmuls on GPUs may run as TF32.
     """
     ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()))
     if ranks.device.type == "cuda":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,12 @@ from training.checkpoint import Checkpoints
 from training.config import TrainConfig
 from training.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from training.model_state import SavedState  # new runs do without it
-
 
 @dataclass(frozen=True)
 class InitState:
     model: GPTConfig
     init_from: str = "scratch"  # that of the run's first start, through all resumes
-    weights: "SavedState | None" = None
+    weights: Any = None  # a SavedState, whose module is imported only where it is needed
     checkpoint: Path | None = None
     step: int = 0
     best_val_loss: float | None = None

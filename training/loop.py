@@ -26,8 +26,7 @@ class Trainer(Protocol):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor: ...
 
     def train_step(self, step: int) -> dict[str, Any]:
-        """One update. Returns this rank's mean "loss", the global "grad_norm" (or None; both on the device), and
-        whatever else is to be logged: numbers, or scalar tensors, of which rank 0's are logged."""
+        """One update. Returns this rank's mean "loss", the global "grad_norm" or None, and other numbers to log."""
 
     def save(self, writer: CheckpointWriter) -> None: ...
 
@@ -41,7 +40,7 @@ def train(
     """
     metrics = Metrics(cfg, ranks, batches, init, trainer.dtype)
     control = RunControl(cfg, ranks, checkpoints, trainer.dtype)
-    saver = Saver(checkpoints, ranks, cfg.async_save)
+    saver = Saver(checkpoints, cfg.async_save)
     best, evaluated = init.best_val_loss or math.inf, init.evaluated
     saved_step = init.step - (not evaluated and init.step > 0)  # step of the newest checkpoint; step 0 needs none
     for step in range(init.step, metrics.end + 1):

@@ -70,21 +70,16 @@ class RunControl:
         self.signal, self.signal_time = signum, now
 
     def step_done(self, step: int, loss: Tensor, grad_norm: Tensor | None) -> None:
-        """A collective. Raises UserError on all ranks if a loss is NaN or inf.
-
-        It checks this step's numbers on CPUs, and the previous step's on GPUs, which have arrived without waiting.
-        """
-        current = StepNumbers(step, loss, grad_norm)
-        self.exchange(self.previous if self.ranks.device.type == "cuda" else current)
-        self.previous = current
+        """A collective. Raises UserError on all ranks if the loss of the previous step is NaN or inf."""
+        self.exchange(self.previous)  # a GPU's numbers have arrived by now; those of this step would make it wait
+        self.previous = StepNumbers(step, loss, grad_norm)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Wrap a save: checks the last loss first, so that nothing is saved after a NaN; clears the request."""
+        self.exchange(self.previous)
+        self.previous = None
         self.watchdog.beat("saving")
-        if self.ranks.device.type == "cuda":
-            self.exchange(self.previous)
-            self.previous = None
         yield
         if self.save and self.ranks.main:
             self.files["save"].unlink(missing_ok=True)
@@ -139,7 +134,7 @@ class StepNumbers:
     def __init__(self, step: int, loss: Tensor, grad_norm: Tensor | None):
         self.step = step
         numbers = [loss, torch.zeros(()) if grad_norm is None else grad_norm]  # an offloaded norm is on the CPU already
-        self.host = [number.detach().to("cpu", non_blocking=number.is_cuda) for number in numbers]
+        self.host = [number.detach().to("cpu", non_blocking=number.is_cuda, copy=True) for number in numbers]
         self.event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
     def read(self) -> list[float]:
@@ -187,21 +182,16 @@ class Watchdog:
         """Printed by the lowest rank that is still alive. Files are compared by the clock of the file server."""
         since = self.paths[self.ranks.rank].stat().st_mtime - 2 * REPORT_SECONDS
         written = [rank for rank, path in enumerate(self.paths) if path.exists() and path.stat().st_mtime > since]
-        if min(written) == self.ranks.rank:
-            silent = [rank for rank in range(self.ranks.world_size) if rank not in written]
-            text = explain_hang({rank: self.paths[rank].read_text() for rank in written}, silent)
-            print(f"error: {text}; all stacks: {self.folder}", file=sys.stderr, flush=True)
-
-
-def explain_hang(stacks: dict[int, str], silent: list[int]) -> str:
-    """Where each rank is: first those without stacks, then those that are stuck, then those that wait for others."""
-    places: dict[str, list[int]] = {}
-    for rank, text in stacks.items():
-        places.setdefault(stack_summary(text), []).append(rank)
-    groups = [f"{rank_names(ranks)} {place}" for place, ranks in sorted(places.items())]  # "stuck" before "waiting"
-    if silent:
-        groups.insert(0, f"no sign of life from {rank_names(silent)} (process, machine or network)")
-    return f"{stacks[min(stacks)].splitlines()[0]}: {'; '.join(groups)}"
+        if min(written) != self.ranks.rank:
+            return
+        places: dict[str, list[int]] = {}
+        for rank in written:
+            places.setdefault(stack_summary(self.paths[rank].read_text()), []).append(rank)
+        groups = [f"{rank_names(ranks)} {place}" for place, ranks in sorted(places.items())]  # "stuck", then "waiting"
+        if silent := [rank for rank in range(self.ranks.world_size) if rank not in written]:
+            groups.insert(0, f"no sign of life from {rank_names(silent)} (process, machine or network)")
+        text = f"no progress for {self.limit:.0f} s after {self.last_event}: {'; '.join(groups)}"
+        print(f"error: {text}; all stacks: {self.folder}", file=sys.stderr, flush=True)
 
 
 def rank_names(ranks: list[int]) -> str:
@@ -209,17 +199,14 @@ def rank_names(ranks: list[int]) -> str:
 
 
 def stack_summary(text: str) -> str:
-    """Where the main thread is stuck, or in which collective it waits, and the line of this repository that led there.
-
-    A backward pass counts as waiting, because its collectives run in other threads.
-    """
+    """Where the main thread is stuck, or the collective in which it waits, and the line of this repository above it."""
     main_thread = text.split("(most recent call first):")[-1]  # the last one, innermost frame first
     stack = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', main_thread) or [("", "", "?")]
     own = [
         f"{Path(f).name}:{line}" for f, line, _ in stack if Path(f).is_relative_to(ROOT) and "site-packages" not in f
     ]
     collectives = [name for file, _, name in stack if COLLECTIVES in file and not name.startswith(("_", "wrapper"))]
-    file, _, function = stack[0]
+    file, _, function = stack[0]  # a backward pass may wait for collectives in other threads
     state = "waiting" if COLLECTIVES in file or function == "_engine_run_backward" else "stuck"
     return f"{state} in {(collectives or [function])[0]}" + (f" ({own[0]})" if own else "")
 
@@ -250,11 +237,10 @@ class Stragglers:
         self.next_time = time.monotonic() + seconds * (self.repeats + 1) / PROBE_SHARE  # one more warms up
         return {name: [rank[number] for rank in values] for number, name in enumerate(RANK_METRICS)}
 
-    def newly_slow(self) -> list[str]:
+    def newly_slow(self) -> Iterator[str]:
         """A line for each rank that has become slow since the last call."""
         if len(self.history) < PROBE_HISTORY:
-            return []
-        lines = []
+            return
         for number, (name, phrase) in enumerate(RANK_METRICS.items()):
             times = [median(values[rank][number] for values in self.history) for rank in range(self.ranks.world_size)]
             typical = median_low(times)
@@ -263,5 +249,4 @@ class Stragglers:
                 if slow and (rank, name) not in self.reported:
                     self.reported.add((rank, name))
                     where = f"rank {rank} on {self.hosts[rank]}"
-                    lines.append(f"{where} slows down all ranks: {phrase} {ms:.1f} ms, the median rank's {typical:.1f}")
-        return lines
+                    yield f"{where} slows down all ranks: {phrase} {ms:.1f} ms, the median rank's {typical:.1f}"

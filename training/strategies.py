@@ -4,7 +4,6 @@ Launchers, the benchmark, the planner and the advice after running out of memory
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -121,8 +120,7 @@ def out_of_memory_advice(
         lines.append(f"activations and buffers used up to {gigabytes(max(0, others))} more")
     lines.append("try, in this order (the loss stays the same):")
     if cfg.batch_size > 1:
-        divisors = (n for n in range(2, math.isqrt(cfg.batch_size) + 1) if cfg.batch_size % n == 0)
-        factor = next(divisors, cfg.batch_size)
+        factor = next((n for n in (2, 3, 5, 7) if cfg.batch_size % n == 0), cfg.batch_size)
         micro_steps = cfg.gradient_accumulation_steps * factor
         lines.append(f"  --batch_size={cfg.batch_size // factor} --gradient_accumulation_steps={micro_steps}")
     if not cfg.activation_checkpointing:
