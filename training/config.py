@@ -238,15 +238,12 @@ def parse(cls: type[T], argv: list[str], usage: str) -> T:
 
 
 def read_arguments(argv: list[str], values: dict, problems: list[str]) -> Iterator[Setting]:
-    """Yield the settings of each argument in order; arguments that cannot be read go to problems.
-
-    --deepspeed and --local_rank=N, which DeepSpeed's launcher and its users add, are left out.
-    """
+    """Yield the settings of each argument in order; arguments that cannot be read go to problems."""
     arguments = iter(argv)
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
         name = name.replace("-", "_")
-        if argument == "--deepspeed" or name == "local_rank":
+        if argument == "--deepspeed" or name == "local_rank":  # which DeepSpeed's launcher and its users add
             continue
         if argument == "--deepspeed_config":
             yield name, next(arguments, ""), COMMAND_LINE

@@ -54,10 +54,7 @@ def agree(cfg: TrainConfig, ranks: Ranks, batches: Batches, deepspeed: dict[str,
 
 
 def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str, Any] | None = None) -> None:
-    """Create the folder; a new run moves an earlier run's files to previous/. A collective.
-
-    deepspeed: DeepSpeed's resolved JSON. An evaluation writes nothing.
-    """
+    """Create the folder; a new run moves an earlier run's files to previous/. A collective."""
     folder = Path(cfg.out_dir)
     if cfg.eval_only:
         return
