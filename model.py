@@ -56,18 +56,18 @@ class Linear(nn.Linear):
 class KVCache:
     """Attention keys and values of the tokens so far, (layers, 2, B, heads, block_size, head_size), for `generate`."""
 
-    def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device):
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch, config.n_head, config.block_size, head_size)
-        self.kv = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
+    def __init__(self, config: GPTConfig):
+        self.config, self.length = config, 0
+        self.kv: Tensor | None = None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v, (B, heads, T, head_size), and return the layer's keys and values of all tokens so far."""
-        end = self.length + k.size(2)
-        self.kv[layer, 0, :, :, self.length : end] = k
-        self.kv[layer, 1, :, :, self.length : end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        if self.kv is None:
+            batch, heads, _, head_size = k.shape
+            self.kv = k.new_empty(self.config.n_layer, 2, batch, heads, self.config.block_size, head_size)
+        keys, values = self.kv[layer, ..., : self.length + k.size(2), :]
+        keys[:, :, self.length :], values[:, :, self.length :] = k, v
+        return keys, values
 
 
 class CausalSelfAttention(nn.Module):
@@ -230,9 +230,7 @@ class GPT(nn.Module):
         that the window slides, all positions change with every token, and each token costs a full forward.
         """
         block_size = self.config.block_size
-        kind = tokens.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(self.parameters()).dtype
-        cache = KVCache(self.config, tokens.size(0), dtype, tokens.device)
+        cache = KVCache(self.config)
         for _ in range(max_new_tokens):
             fits = tokens.size(1) <= block_size
             logits = self(tokens[:, cache.length :], cache=cache) if fits else self(tokens[:, -block_size:])

@@ -81,7 +81,9 @@ class Trainer:
     def fill(self, init: InitState) -> None:
         """One parameter at a time, so that no rank ever holds all of a sharded model."""
         for name, parameter in self.model.named_parameters():
-            fsdp.copy_local_part(parameter, init.value(name, parameter.shape, self.cfg.seed))
+            whole = init.value(name, parameter.shape, self.cfg.seed)
+            local, start = fsdp.local_part(parameter)
+            local.copy_(whole.flatten()[start : start + local.numel()].view_as(local))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """For evaluation: without dropout, and without DDP, which has nothing to synchronize."""

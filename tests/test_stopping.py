@@ -135,7 +135,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path, data, script):
     output, _ = process.communicate(timeout=60)
     assert time.monotonic() - stopped < 60 and process.returncode == HUNG
     assert output.count("error: ") == 1 and "no progress for 6 s" in output, output
-    assert "no sign of life from rank 1 (process, machine or network); waiting: rank 0 in " in output, output
+    assert "no sign of life from rank 1 (process, machine or network); rank 0 waiting in " in output, output
     assert "Thread" in (folder / "hang" / "rank_00000.txt").read_text()
     assert not started_with(mark)
 
@@ -152,7 +152,7 @@ def test_a_rank_stuck_in_python_is_named_with_its_line(tmp_path, data):
     (folder / "pipe").replace(folder / "metrics.jsonl")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == HUNG, output
-    assert "rank 0 stuck in open (metrics.py:" in output and "waiting: rank 1 in " in output, output
+    assert "rank 0 stuck in open (metrics.py:" in output and "; rank 1 waiting in " in output, output
     stacks = [(folder / "hang" / f"rank_0000{rank}.txt").read_text() for rank in range(2)]
     assert "metrics.py" in stacks[0] and "in gather" in stacks[1]  # of the next step, or of the measurement
 

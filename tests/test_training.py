@@ -2,8 +2,11 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,15 +100,23 @@ def test_evaluation_is_the_mean_over_count_batches_on_any_number_of_ranks(data, 
         passes.append(1)
         return tokens.double().mean()
 
-    expected = evaluate(loss_of, Batches(cfg, SINGLE_PROCESS), SINGLE_PROCESS, count)
+    trainer: Any = SimpleNamespace(loss=loss_of)
+    expected = evaluate(trainer, Batches(cfg, SINGLE_PROCESS), count, lambda: False)
     found = dict.fromkeys(expected, 0.0)
     for rank in range(ranks):
         passes.clear()
         me = Share(rank, rank, ranks, SINGLE_PROCESS.device)
-        for split, loss in evaluate(loss_of, Batches(cfg, me), me, count).items():
+        for split, loss in evaluate(trainer, Batches(cfg, me), count, lambda: False).items():
             found[split] += loss
         assert len(passes) == 2 * math.ceil(count / ranks), "a rank with fewer passes than another would wait for it"
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_rank_0_shows_progress_and_only_on_a_terminal(capsys, monkeypatch):
+    for rank, is_terminal in ((0, False), (1, True), (0, True)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
+        assert list(replace(SINGLE_PROCESS, rank=rank).progress(range(3), "evaluating")) == [0, 1, 2]
+        assert ("evaluating: " in capsys.readouterr().err) == (rank == 0 and is_terminal)
 
 
 def test_ids_beyond_the_vocabulary_and_texts_that_are_too_short(make_data, tmp_path):

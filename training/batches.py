@@ -96,8 +96,6 @@ class Batches:
                 f"{self.dataset.vocab_size}: it is damaged, or meta.json names another tokenizer; prepare it again"
             )
         tokens = torch.from_numpy(ids.astype(np.int64))
-        if self.ranks.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)
-        elif self.ranks.device.type != "cpu":
-            tokens = tokens.to(self.ranks.device)
+        on_gpu = self.ranks.device.type == "cuda"
+        tokens = (tokens.pin_memory() if on_gpu else tokens).to(self.ranks.device, non_blocking=on_gpu)
         return tokens[:, :-1], tokens[:, 1:]

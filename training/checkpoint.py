@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.serialization import config as torch_save_config
 from tqdm import tqdm
 
 from data.errors import DAMAGED_FILE, check_types
@@ -86,31 +87,31 @@ class Checkpoints:
 
     def finished(self) -> list[Path]:
         """All checkpoints, oldest first. Raises OSError or CheckpointError if the folder cannot be read."""
-        try:
-            paths = [path for path in self.folder.iterdir() if re.fullmatch(r"step_\d+", path.name)]
-        except FileNotFoundError:
-            if self.folder.is_symlink():
-                raise CheckpointError(f"{self.folder} is a link to a folder that does not exist; mount it") from None
-            return []
-        return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise CheckpointError(f"{self.folder} is a link to a folder that does not exist; mount it")
+        paths = self.folder.iterdir() if self.folder.exists() else ()
+        finished = [path for path in paths if re.fullmatch(r"step_\d+", path.name)]
+        return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))
 
-    def usable(self, fall_back: bool) -> Path | None:
-        """The newest checkpoint, every byte of which was checked; None if there is none. A collective.
+    def usable(self, fall_back: bool) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint, every byte of which was checked, and its metadata; None: there is none. A collective.
 
         fall_back: take the one before where it is damaged. Raises UserError where ranks see different checkpoints, and
         CheckpointError where none can be used; nothing is changed.
         """
         with self.ranks.together():
             finished = self.finished()
-            damages = {path.name: find_damage(path) for path in finished}
-            content = {p.name: damages[p.name] or f"CRC-32 {read_metadata(p).get(OWN_CHECKSUM)}" for p in finished}
-        self.ranks.agree(content)
+            damages = {path: find_damage(path) for path in finished}
+            metadata = {path: read_metadata(path) for path in finished if not damages[path]}
+        self.ranks.agree({p.name: damages[p] or f"CRC-32 {metadata[p].get(OWN_CHECKSUM)}" for p in finished})
         for path in reversed(finished):
-            damage = damages[path.name] or next(filter(None, self.ranks.share(find_corruption(path, self.ranks))), None)
+            damage = damages[path] or next(filter(None, self.ranks.share(find_corruption(path, self.ranks))), None)
             if not damage:
-                return path
+                return path, metadata[path]
             if not fall_back:
-                raise self.damaged(path, damage)
+                others = [other.name for other in finished if other != path and not damages[other]]
+                fallback = f"the run then resumes from {others[-1]}" if others else "no other checkpoint is left"
+                raise CheckpointError(f"{path} is damaged: {damage}; remove that folder ({fallback})")
             if self.ranks.main:
                 print(f"warning: {path} is damaged: {damage}; trying the one before", file=sys.stderr, flush=True)
         if finished:
@@ -119,20 +120,14 @@ class Checkpoints:
         return None
 
     def newest(self) -> tuple[Path, dict[str, Any]]:
-        """The newest checkpoint and its metadata. Raises CheckpointError if there is none or it is damaged."""
-        path = self.usable(fall_back=False)
-        if not path:
-            raise self.missing()
-        return path, read_metadata(path)
+        """As `usable`; raises CheckpointError if there is none or it is damaged."""
+        if newest := self.usable(fall_back=False):
+            return newest
+        raise self.missing()
 
     def missing(self) -> CheckpointError:
         fix = "start with --init_from=scratch, or set --out_dir to the run's folder"
         return CheckpointError(f"init_from = 'resume': {self.out_dir} has no checkpoint; {fix}")
-
-    def damaged(self, path: Path, damage: str) -> CheckpointError:
-        others = [other.name for other in self.intact() if other != path]
-        fallback = f"the run then resumes from {others[-1]}" if others else "no other checkpoint is left"
-        return CheckpointError(f"{path} is damaged: {damage}; remove that folder ({fallback})")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -176,17 +171,13 @@ def find_corruption(path: Path, ranks: Ranks = SINGLE_PROCESS) -> str | None:
     """What is wrong with the bytes of this rank's share of the files. Early versions wrote no checksums."""
     metadata = read_metadata(path)
     mine = list(metadata.get("crc32", {}).items())[ranks.rank :: ranks.world_size]
-    total = sum(metadata["files"][name] for name, _ in mine)
-    quiet = None if ranks.main else True  # None: tqdm hides the bar unless stderr is a terminal
-    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
-        for name, crc in mine:
-            try:
-                actual = checksum(path / name)[1]
-            except OSError as error:
-                return f"{name} cannot be read ({error.strerror})"
-            bar.update(metadata["files"][name])
-            if actual != crc:
-                return f"{name} does not match its checksum (CRC-32 {actual}, written as {crc})"
+    for name, crc in ranks.progress(mine, "verifying"):
+        try:
+            actual = checksum(path / name)[1]
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if actual != crc:
+            return f"{name} does not match its checksum (CRC-32 {actual}, written as {crc})"
     return None
 
 
@@ -204,14 +195,14 @@ class CheckpointWriter:
             save_without_crc(state, buffer := io.BytesIO())
             self.pending[name] = buffer
         else:
-            with HashedFile(self.folder / name) as file, disk_errors():
+            with HashedFile(io.FileIO(self.folder / name, "wb")) as file, disk_errors():
                 save_without_crc(state, file)
                 self.checksums[name] = file.sync()
 
     def finish(self) -> None:
         while self.pending:
             name, buffer = self.pending.popitem()
-            with HashedFile(self.folder / name) as file, buffer.getbuffer() as content:
+            with HashedFile(io.FileIO(self.folder / name, "wb")) as file, buffer.getbuffer() as content:
                 file.write(content)
                 self.checksums[name] = file.sync()
 
@@ -230,10 +221,11 @@ class Saver:
     when all ranks have written their files, or absent.
     """
 
-    def __init__(self, checkpoints: Checkpoints, ranks: Ranks = SINGLE_PROCESS, background: bool = False):
-        self.checkpoints, self.ranks, self.background = checkpoints, ranks, background
-        own_group = background and ranks.world_size > 1
-        self.writing_ranks = replace(ranks, control=dist.new_group(backend="gloo")) if own_group else ranks
+    def __init__(self, checkpoints: Checkpoints, background: bool = False):
+        self.checkpoints, self.ranks, self.background = checkpoints, checkpoints.ranks, background
+        self.writing_ranks = self.ranks
+        if background and self.ranks.world_size > 1:
+            self.writing_ranks = replace(self.ranks, control=dist.new_group(backend="gloo"))
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -263,22 +255,19 @@ class Saver:
     def finish(self, ranks: Ranks, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
         with ranks.together():
             writer.finish()
-        all_checksums = ranks.share(writer.checksums)
+        merged = {name: value for checksums in ranks.share(writer.checksums) for name, value in checksums.items()}
         with ranks.together():
             if ranks.main:
-                merged = {name: value for checksums in all_checksums for name, value in checksums.items()}
                 self.checkpoints.finish(writer.folder, metadata, merged, best)
 
     def write_in_background(self, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
         try:
             with self.failure_explained(writer.folder):
                 self.finish(self.writing_ranks, writer, metadata, best)
-        except CheckpointError as error:
+        except Exception as error:  # `wait` raises it in the main thread, unless another save can help
             self.error = error
-            if self.ranks.main:
+            if self.ranks.main and isinstance(error, CheckpointError):
                 tqdm.write(f"{error}; training continues, the next save tries again", file=sys.stderr)
-        except Exception as error:  # such as a lost rank: raised in the main thread by `wait`
-            self.error = error
 
     @contextmanager
     def failure_explained(self, unfinished: Path) -> Iterator[None]:
@@ -303,9 +292,7 @@ class Saver:
 class HashedFile(io.BufferedWriter):
     """A file that computes the CRC-32 of what is written to it."""
 
-    def __init__(self, path: Path):
-        super().__init__(io.FileIO(path, "wb"))
-        self.crc = 0
+    crc = 0
 
     def write(self, data: Any) -> int:
         self.crc = zlib.crc32(data, self.crc)
@@ -328,14 +315,10 @@ def disk_errors() -> Iterator[None]:
         raise
 
 
+@torch_save_config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
 def save_without_crc(state: Any, file: Any) -> None:
     """torch.save without zip checksums, which take as long as everything else; checkpoint.json has its own."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(state, file)
-    finally:
-        torch.serialization.set_crc32_options(before)
+    torch.save(state, file)
 
 
 def checksum(path: Path) -> Checksum:
@@ -364,11 +347,10 @@ def read_torch_file(path: Path, mmap: bool = True) -> Any:
         raise CheckpointError(f"{path} cannot be read: {reason}") from None
 
 
-def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Replace a file atomically; text: its content, or its lines."""
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w") as file:
-        file.writelines([text] if isinstance(text, str) else text)
+    unfinished.write_text(text)
     sync(unfinished)
     unfinished.replace(path)
     sync(path.parent)

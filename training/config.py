@@ -14,6 +14,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +41,7 @@ POSITIVE = (
     *("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "gradient_accumulation_steps"),
     *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "max_iters", "steps"),
 )
-TIME_LIMITS, MOST_MINUTES = ("max_minutes", "hang_minutes"), 525_600
+TIME_LIMITS = ("max_minutes", "hang_minutes")
 MOST = 2**31 - 1  # of every whole number: torch and DeepSpeed keep many in 32 bits
 NOT_NEGATIVE = ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed", *TIME_LIMITS)
 CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo")}
@@ -137,22 +138,19 @@ class TrainConfig(Settings):
                 raise ConfigError(f"{path}: is damaged; remove it, and give the run's settings yourself") from None
 
     def problems(self) -> Iterator[Problem]:
-        for name in POSITIVE:
-            if getattr(self, name) <= 0:
-                yield name, "must be above 0"
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                yield name, "must not be negative"
-            if name in TIME_LIMITS and getattr(self, name) > MOST_MINUTES:
-                yield name, f"must be at most {MOST_MINUTES:,}, a year; 0 sets no limit"
+        ranges = (
+            (POSITIVE, lambda value: value > 0, "must be above 0"),
+            (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+            (("dropout", "beta1", "beta2"), lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+            (TIME_LIMITS, lambda value: value <= 525_600, "must be at most 525,600, a year; 0 sets no limit"),
+        )
+        for names, is_valid, rule in ranges:
+            yield from ((name, rule) for name in names if not is_valid(getattr(self, name)))
         if not self.out_dir:
             yield "out_dir", "must not be empty; name a folder"
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 yield name, f"must be one of {', '.join(choices)}"
-        for name in ("dropout", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield name, "must be at least 0 and below 1"
         if self.benchmark and self.steps < 5:
             yield "steps", "must be 5 or more with --benchmark, because the first three are not timed"
         if self.benchmark and (self.init_from == "resume" or self.resume):
@@ -240,15 +238,12 @@ def parse(cls: type[T], argv: list[str], usage: str) -> T:
 
 
 def read_arguments(argv: list[str], values: dict, problems: list[str]) -> Iterator[Setting]:
-    """Yield the settings of each argument in order; arguments that cannot be read go to problems.
-
-    --deepspeed and --local_rank=N, which DeepSpeed's launcher and its users add, are left out.
-    """
+    """Yield the settings of each argument in order; arguments that cannot be read go to problems."""
     arguments = iter(argv)
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
         name = name.replace("-", "_")
-        if argument == "--deepspeed" or name == "local_rank":
+        if argument == "--deepspeed" or name == "local_rank":  # which DeepSpeed's launcher and its users add
             continue
         if argument == "--deepspeed_config":
             yield name, next(arguments, ""), COMMAND_LINE
@@ -295,9 +290,12 @@ def convert(name: str, value: Any, fields: dict[str, dataclasses.Field], is_text
     if name not in fields:
         hint = did_you_mean(name, fields) or "; see --help for all keys, and begin helper variables with _"
         raise ConfigError(f"unknown key{hint}")
-    kind = type(fields[name].default)
-    if is_text:
-        value = parse_text(value, kind)
+    kind: type = type(fields[name].default)
+    if is_text and kind is bool:
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    elif is_text:
+        with suppress(ValueError):
+            value = kind(value)
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:
@@ -318,16 +316,6 @@ def shown(value: Any) -> str:
         return f"{value!r:.200}"
     except Exception:
         return f"a value of type {type(value).__name__}"
-
-
-def parse_text(text: str, kind: type) -> Any:
-    """text as kind, or unchanged where it is not one."""
-    if kind is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    try:
-        return kind(text)
-    except ValueError:
-        return text
 
 
 def help_text(cls: type, usage: str) -> str:

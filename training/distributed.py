@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.optim import Adam, Optimizer
+from tqdm import tqdm
 
 from data.errors import DataError
 from training.errors import LOST, STOPPED, USER_ERROR, ConfigError, NodeError, RankError, Stopped, UserError
@@ -122,6 +123,10 @@ class Ranks:
                     where = f"on rank {rank} ({host}), but {value} on rank 0 ({first})"
                     raise UserError(f"{name}: {other} {where}; make them the same")
 
+    def progress(self, items: Iterable, text: str) -> Iterable:
+        """Iterate with a progress bar on rank 0."""
+        return tqdm(items, text, leave=False, disable=None if self.main else True)  # None: only on a terminal
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Raise a user's error of any rank (a full disk, a missing file) on all ranks, with the same message."""
@@ -154,7 +159,6 @@ def start(
     timeout_minutes: how long to wait for other ranks, here and in every collective; 0 means ten.
     process_group: make one for a single process too; DeepSpeed and FSDP2 need it.
     cpu_tensors: ranks on GPUs also reduce tensors in host memory, as FSDP2's offloaded gradient norm does.
-    tf32: float32 matmuls on GPUs may run as TF32.
     """
     ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()))
     if ranks.device.type == "cuda":
@@ -169,12 +173,18 @@ def start(
         yield ranks
         return
     ranks = join(ranks, backend, timedelta(minutes=timeout_minutes or 10) + WATCHDOG_MARGIN, cpu_tensors)
+    stopped = None
     try:
         yield ranks
-    except Stopped:  # raised on all ranks
-        leave(ranks)
-        raise
-    leave(ranks)
+    except Stopped as reason:  # on all ranks; after another error some may be gone, and the barrier would wait for them
+        stopped = reason
+    dist.barrier()
+    # gloo's group of several ranks lives until `run` exits: destroyed while DDP still refers to it, it now and then
+    # waits forever for its own thread, which waits for the GIL.
+    if ranks.world_size == 1 or ranks.device.type == "cuda":
+        dist.destroy_process_group()
+    if stopped:
+        raise stopped
 
 
 def leave_out_compiler() -> None:
@@ -229,22 +239,11 @@ def local_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
     return dist.TCPStore(*address, ranks.world_size, ranks.main, timeout, master_listen_fd=listening)
 
 
-def leave(ranks: Ranks) -> None:
-    """Only after a good end: after an error other ranks may be gone, and the barrier would wait for them.
-
-    gloo's group of several ranks lives until `run` exits: destroyed while DDP still refers to it, it now and then waits
-    forever for its own thread, which waits for the GIL.
-    """
-    dist.barrier()
-    if ranks.world_size == 1 or ranks.device.type == "cuda":
-        dist.destroy_process_group()
-
-
 def pick_device(name: str, local_rank: int, ranks: int) -> torch.device:
     """This rank's device. Raises ConfigError where it does not exist."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cpu" if name == "mps" and ranks > 1 else name  # MPS has no collectives
+        use_mps = torch.backends.mps.is_available() and ranks == 1  # MPS has no collectives
+        name = "cuda" if torch.cuda.is_available() else "mps" if use_mps else "cpu"
     if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
         raise ConfigError(f"device = {name!r}: unknown; write auto, cpu, cuda, cuda:1 or mps")
     device = torch.device(name)

@@ -1,8 +1,4 @@
-"""Errors that a user can fix, and the exit statuses of a run.
-
-A UserError is one short message (value, rule, fix) and exit status 2, without a traceback. Other ends of a run have
-statuses of their own, for schedulers and supervisors.
-"""
+"""Errors that a user can fix, and the exit statuses of a run, for schedulers and supervisors."""
 
 USER_ERROR = 2
 STOPPED = 75  # stopped on request, everything saved: rerun with --resume=auto (EX_TEMPFAIL of sysexits.h)
@@ -21,7 +17,7 @@ def list_problems(problems: list[str], where: str) -> str:
 
 
 class UserError(ValueError):
-    """Ends the program with its text and exit status 2. Raise it on every rank (see Ranks.together) or on none."""
+    """Ends the program with its text: value, rule, fix. Raise it on every rank (see Ranks.together) or on none."""
 
 
 class ConfigError(UserError):

@@ -14,18 +14,11 @@ LOSSES = {"train": "loss", "eval": "val_loss"}  # kind of row -> the name of its
 DASHES = ("-", (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 1, 2)))  # keep curves visible that lie on top of each other
 
 
-def read_run(folder: Path, whole: bool = True) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(train and eval rows of metrics.jsonl, config.json). Raises UserError if there is nothing to draw.
-
-    whole: keep all numbers of a row; False: only the losses, which takes a fifth of the memory.
-    """
+def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(train and eval rows of metrics.jsonl, config.json). Raises UserError if there is nothing to draw."""
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
-        rows = [
-            row if whole else {name: row[name] for name in ("kind", "step", LOSSES[row["kind"]])}
-            for _, row in read_rows(folder / "metrics.jsonl")
-            if row["kind"] in LOSSES
-        ]
+        rows = [row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] in LOSSES]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is not a readable run folder: {error}; name the out_dir of a run") from None
     if not rows:
@@ -34,30 +27,24 @@ def read_run(folder: Path, whole: bool = True) -> tuple[list[dict[str, Any]], di
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl, each with its row; damaged lines are left out with a warning.
-
-    One line at a time, as the file of a long run is larger than memory.
-    """
+    """The lines of metrics.jsonl with their rows, one at a time, as files are large; warns of damaged ones."""
     damaged = []
     with path.open(errors="replace") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):  # it is being written, or a killed run left half of it
+                continue
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if is_row(row) and line.endswith("\n"):
+                is_row = type(row["step"]) is int and type(row[LOSSES.get(row["kind"], "step")]) in (int, float)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                is_row = False
+            if is_row:
                 yield line, row
-            elif line.endswith("\n"):  # else it is being written, or a killed run left half of it
+            else:
                 damaged.append(number)
     if damaged:
         lines = count(len(damaged), "damaged line")
         print(f"warning: {path}: left out {lines}, the first is line {damaged[0]}", file=sys.stderr, flush=True)
-
-
-def is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
-        return False
-    return row["kind"] not in LOSSES or type(row.get(LOSSES[row["kind"]])) in (int, float)
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -108,7 +95,7 @@ def draw_run(axes: Any, rows: list[dict[str, Any]], number: int = 0, name: str =
 
 def draw_loss(folder: Path, path: Path) -> None:
     """Write the PNG of one run."""
-    rows, config = read_run(folder, whole=False)
+    rows, config = read_run(folder)
     figure = new_figure(8, 5)
     axes = figure.add_subplot(xlabel="step")
     draw_run(axes, rows)

@@ -35,13 +35,6 @@ def local_part(tensor: Any) -> tuple[Tensor, int]:
     return tensor.to_local(), first * math.prod(tensor.shape[1:])
 
 
-@torch.no_grad()
-def copy_local_part(tensor: Tensor, whole: Tensor) -> None:
-    """Copy this rank's part of `whole` into a tensor that may be sharded."""
-    local, start = local_part(tensor)
-    local.copy_(whole.flatten()[start : start + local.numel()].view_as(local))
-
-
 def full_value(tensor: Any) -> Tensor:
     """A sharded tensor's full value (a collective); any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -52,9 +45,8 @@ def save_shard(
 ) -> None:
     """Write this rank's shard of parameters and optimizer states; under HSDP, only the first replica writes."""
     parameters: dict[str, Any] = dict(model.named_parameters())
-    first = next(iter(parameters.values()))
-    place = dict(zip(first.device_mesh.mesh_dim_names, first.device_mesh.get_coordinate(), strict=True))
-    if place.get("replicate", 0):
+    mesh: DeviceMesh = next(iter(parameters.values())).device_mesh
+    if "replicate" in (mesh.mesh_dim_names or ()) and mesh.get_local_rank("replicate"):
         return
     state: dict[str, Any] = {"shapes": {name: tuple(parameter.shape) for name, parameter in parameters.items()}}
     state[WEIGHT] = {name: local_part(parameter)[0] for name, parameter in parameters.items()}
@@ -65,4 +57,4 @@ def save_shard(
                 step = float(value)
             else:
                 state.setdefault(kind, {})[name] = local_part(value)[0]
-    writer.write(f"shard_{place['shard']:04d}.pt", {**state, "step": step, "scaler": scaler.state_dict()})
+    writer.write(f"shard_{mesh.get_local_rank('shard'):04d}.pt", {**state, "step": step, "scaler": scaler.state_dict()})

@@ -60,6 +60,5 @@ OTHER_CHIPS = {"laptop", "ti", "super", "max", "d", "mig"}  # words that mean a 
 def find_device(name: str) -> str | None:
     """The key in DEVICES for a name as CUDA reports it ("NVIDIA A100-SXM4-40GB") or a user writes it ("a100-40gb")."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    if words & OTHER_CHIPS:
-        return None
-    return next((key for key in DEVICES if set(key.lower().split()) <= words), None)
+    rows = (key for key in DEVICES if set(key.lower().split()) <= words and not words & OTHER_CHIPS)
+    return next(rows, None)

@@ -2,26 +2,23 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.dataset import Dataset
 from model import GPTConfig, initial_value
-from training.checkpoint import Checkpoints, read_metadata
+from training.checkpoint import Checkpoints
 from training.config import TrainConfig
 from training.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from training.model_state import SavedState  # new runs do without it
 
 
 @dataclass(frozen=True)
 class InitState:
     model: GPTConfig
     init_from: str = "scratch"  # that of the run's first start, through all resumes
-    weights: "SavedState | None" = None
+    weights: Any = None  # a SavedState, whose module is imported only where it is needed
     checkpoint: Path | None = None
     step: int = 0
     best_val_loss: float | None = None
@@ -34,12 +31,12 @@ class InitState:
 
 def find_init_state(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) -> InitState:
     """A collective. Raises UserError on all ranks if cfg.init_from does not lead to an initial state."""
-    folder = None
+    checkpoint = None
     if cfg.resume == "auto" or cfg.init_from == "resume":
-        folder = checkpoints.usable(fall_back=cfg.resume == "auto")
+        checkpoint = checkpoints.usable(fall_back=cfg.resume == "auto")
     with checkpoints.ranks.together():
-        if folder:
-            return from_checkpoint(cfg, folder, dataset)
+        if checkpoint:
+            return from_checkpoint(cfg, *checkpoint, dataset)
         if cfg.init_from == "scratch":
             return InitState(cfg.model_config(dataset.vocab_size))
         if cfg.init_from == "resume":
@@ -50,9 +47,8 @@ def find_init_state(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset
         return InitState(model, cfg.init_from, weights)
 
 
-def from_checkpoint(cfg: TrainConfig, folder: Path, dataset: Dataset) -> InitState:
+def from_checkpoint(cfg: TrainConfig, folder: Path, metadata: dict[str, Any], dataset: Dataset) -> InitState:
     """Raises CheckpointError where the checkpoint does not fit the data set or the settings."""
-    metadata = read_metadata(folder)
     saved, current, ids = metadata["tokenizer"], dataset.tokenizer.describe(), metadata["vocab_size"]
     if saved != current:
         raise CheckpointError(

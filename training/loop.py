@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from training.batches import Batches
 from training.checkpoint import Checkpoints, CheckpointWriter, Saver
@@ -27,8 +26,7 @@ class Trainer(Protocol):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor: ...
 
     def train_step(self, step: int) -> dict[str, Any]:
-        """One update. Returns this rank's mean "loss", the global "grad_norm" (or None; both on the device), and
-        whatever else is to be logged: numbers, or scalar tensors, of which rank 0's are logged."""
+        """One update. Returns this rank's mean "loss", the global "grad_norm" or None, and other numbers to log."""
 
     def save(self, writer: CheckpointWriter) -> None: ...
 
@@ -42,14 +40,14 @@ def train(
     """
     metrics = Metrics(cfg, ranks, batches, init, trainer.dtype)
     control = RunControl(cfg, ranks, checkpoints, trainer.dtype)
-    saver = Saver(checkpoints, ranks, cfg.async_save)
+    saver = Saver(checkpoints, cfg.async_save)
     best, evaluated = init.best_val_loss or math.inf, init.evaluated
     saved_step = init.step - (not evaluated and init.step > 0)  # step of the newest checkpoint; step 0 needs none
     for step in range(init.step, metrics.end + 1):
         last, improved = step == metrics.end or cfg.eval_only, False
         if cfg.eval_only or ((last or step % cfg.eval_interval == 0) and not (evaluated or cfg.benchmark)):
             with metrics.untimed():
-                losses = evaluate(trainer.loss, batches, ranks, cfg.eval_iters, control.exchange)
+                losses = evaluate(trainer, batches, cfg.eval_iters, control.exchange)
             if losses:  # empty if the run was asked to stop meanwhile
                 metrics.log_evaluation(step, losses)
                 evaluated, improved, best = True, losses["val_loss"] < best, min(best, losses["val_loss"])
@@ -76,24 +74,18 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(
-    compute_loss: Callable[[Tensor, Tensor], Tensor],
-    batches: Batches,
-    ranks: Ranks,
-    count: int,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
+def evaluate(trainer: Trainer, batches: Batches, count: int, should_stop: Callable[[], bool]) -> dict[str, float]:
     """{"train_loss", "val_loss"} in nats per token, over the same `count` batches of each split every time.
 
     A collective; {} if the run was asked to stop meanwhile. All ranks take equally many forward passes, because a rank
     with fewer would leave the others waiting under ZeRO-3 and FSDP2; passes beyond `count` are not counted.
     """
+    ranks = batches.ranks
     sums = torch.zeros(2, device=ranks.device)
-    quiet = None if ranks.main else True  # None: tqdm hides the bar unless stderr is a terminal
     for number, split in enumerate(("train", "val")):
-        for first in tqdm(range(0, count, ranks.world_size), f"evaluating {split}", leave=False, disable=quiet):
+        for first in ranks.progress(range(0, count, ranks.world_size), f"evaluating {split}"):
             index = first + ranks.rank
-            loss = compute_loss(*batches.evaluation(split, index))
+            loss = trainer.loss(*batches.evaluation(split, index))
             if index < count:
                 sums[number] += loss
             if should_stop():

@@ -45,17 +45,11 @@ class Metrics:
         self.say(start_line(cfg, ranks, init, dtype))
         if cfg.device == "auto" and ranks.device.type == "cpu":
             self.say("no GPU found, training on the CPU; lower n_layer, n_embd, block_size or batch_size for speed")
-        if self.wandb:
-            self.say(f"W&B: {self.wandb.where}")
-        self.rewind(init.step)
-        self.lap()
-
-    def rewind(self, step: int) -> None:
-        """Drop rows that a killed run logged after the checkpoint of `step`, from which this run resumes."""
-        if self.recording and self.path.exists():
+        if self.recording and self.path.exists():  # drop what a killed run logged after its last checkpoint
             rows = read_rows(self.path)
-            kept = (line for line, row in rows if row["step"] < step + (row["kind"] in BEFORE_THE_UPDATE))
-            write_text(self.path, kept)
+            kept = (line for line, row in rows if row["step"] < init.step + (row["kind"] in BEFORE_THE_UPDATE))
+            write_text(self.path, "".join(kept))
+        self.lap()
 
     def count_step(self) -> None:
         """Call after every step; does not wait for the device."""
@@ -114,8 +108,7 @@ class Metrics:
         if row["grad_norm"] is not None:
             text += f" norm {row['grad_norm']:.2f}"
         if rate := row["tokens_per_second"]:
-            text += f" {row['step_ms']:>6,.1f} ms"
-            text += f" {rate:>6,.0f} tok/s" if rate < 1e5 else f" {rate / 1e3:,.0f}k tok/s"
+            text += f" {row['step_ms']:>6,.1f} ms {rate:>6,.0f} tok/s"
             if row["mfu"] is not None:
                 text += f" MFU {100 * row['mfu']:.0f} %"
             seconds = time.perf_counter() - self.first_timed  # with the evaluations and checkpoints since then
@@ -147,7 +140,7 @@ class Metrics:
     def close(self, best_val_loss: float) -> None:
         """Draw loss.png, and say what the run reached and how to continue it."""
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.call("finish")
         if self.recording and self.path.exists():  # it does not if the first evaluation was stopped
             draw_loss(self.path.parent, self.path.with_name("loss.png"))
             if self.cfg.benchmark:
@@ -171,11 +164,10 @@ class Metrics:
 
 
 def duration(seconds: float) -> str:
-    """ "45 s", "12 min", "20 h", "3 d"."""
-    for unit, length, largest in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
-        if seconds < largest:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 86400:.0f} d"
+    """ "45 s", "12 min", "20 h"."""
+    if seconds < 7200:
+        return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.0f} h"
 
 
 def start_line(cfg: TrainConfig, ranks: Ranks, init: InitState, dtype: torch.dtype) -> str:

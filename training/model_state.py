@@ -70,15 +70,11 @@ class SavedState:
 
 def fresh_state(optimizer: Optimizer, parameter: Tensor, kinds: tuple[str, ...], step: float | None) -> dict[str, Any]:
     """The optimizer's state of a parameter after `step` updates, zero until it is filled."""
-    state: dict[str, Any] = {} if step is None else {"step": step_count(optimizer, parameter, step)}
-    return state | {kind: torch.zeros_like(parameter, requires_grad=False) for kind in kinds}
-
-
-def step_count(optimizer: Optimizer, parameter: Tensor, step: float) -> Tensor | int:
-    """In the optimizer's own form: torch's is a tensor (fused: on the parameter's device), DeepSpeed's an int."""
-    fused = optimizer.param_groups[0].get("fused")
-    is_torch = type(optimizer).__module__.startswith("torch.")
-    return torch.tensor(step, device=parameter.device if fused else "cpu") if is_torch else int(step)
+    state: dict[str, Any] = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in kinds}
+    if step is not None:  # torch's optimizers keep a tensor (fused: on the parameter's device), DeepSpeed's an int
+        fused, is_torch = optimizer.param_groups[0].get("fused"), type(optimizer).__module__.startswith("torch.")
+        state["step"] = torch.tensor(step, device=parameter.device if fused else "cpu") if is_torch else int(step)
+    return state
 
 
 def optimizer_kinds(state: dict[str, Any]) -> tuple[str, ...]:
@@ -106,10 +102,8 @@ def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"{folder} does not hold what its checkpoint.json says ({reason}); use another"
-        ) from error
+        reason = f"does not hold what its checkpoint.json says ({type(error).__name__}: {error}); use another"
+        raise CheckpointError(f"{folder} {reason}") from error
 
 
 @contextmanager

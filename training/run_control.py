@@ -5,7 +5,6 @@ together: a request to stop or save reaches all ranks at the same step, and a Na
 """
 
 import faulthandler
-import json
 import math
 import os
 import re
@@ -71,21 +70,16 @@ class RunControl:
         self.signal, self.signal_time = signum, now
 
     def step_done(self, step: int, loss: Tensor, grad_norm: Tensor | None) -> None:
-        """A collective. Raises UserError on all ranks if a loss is NaN or inf.
-
-        It checks this step's numbers on CPUs, and the previous step's on GPUs, which have arrived without waiting.
-        """
-        current = StepNumbers(step, loss, grad_norm)
-        self.exchange(self.previous if self.ranks.device.type == "cuda" else current)
-        self.previous = current
+        """A collective. Raises UserError on all ranks if the loss of the previous step is NaN or inf."""
+        self.exchange(self.previous)  # a GPU's numbers have arrived by now; those of this step would make it wait
+        self.previous = StepNumbers(step, loss, grad_norm)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Wrap a save: checks the last loss first, so that nothing is saved after a NaN; clears the request."""
+        self.exchange(self.previous)
+        self.previous = None
         self.watchdog.beat("saving")
-        if self.ranks.device.type == "cuda":
-            self.exchange(self.previous)
-            self.previous = None
         yield
         if self.save and self.ranks.main:
             self.files["save"].unlink(missing_ok=True)
@@ -140,7 +134,7 @@ class StepNumbers:
     def __init__(self, step: int, loss: Tensor, grad_norm: Tensor | None):
         self.step = step
         numbers = [loss, torch.zeros(()) if grad_norm is None else grad_norm]  # an offloaded norm is on the CPU already
-        self.host = [number.detach().to("cpu", non_blocking=number.is_cuda) for number in numbers]
+        self.host = [number.detach().to("cpu", non_blocking=number.is_cuda, copy=True) for number in numbers]
         self.event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
     def read(self) -> list[float]:
@@ -156,34 +150,31 @@ class Watchdog:
         self.ranks, self.limit = ranks, cfg.hang_minutes * 60
         self.folder = Path(cfg.out_dir) / "hang"
         self.paths = [self.folder / f"rank_{rank:05d}.txt" for rank in range(ranks.world_size)]
-        self.beats, self.last_event, self.last_beat = 0, "the start", time.monotonic()
+        self.last_event, self.last_beat = "the start", time.monotonic()
         if self.limit and not cfg.eval_only:
             threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def beat(self, event: str = "") -> None:
         """Report progress; event: what was reached."""
-        self.beats += 1
         self.last_event, self.last_beat = event or self.last_event, time.monotonic()
 
     def watch(self) -> None:
-        while True:
+        while time.monotonic() - self.last_beat <= self.limit:
             time.sleep(POLL_SECONDS)
-            if time.monotonic() - self.last_beat > self.limit:
-                try:
-                    self.write_stacks()
-                    time.sleep(REPORT_SECONDS)
-                    self.report()
-                except OSError as error:  # a full disk, or one that is gone
-                    text = f"rank {self.ranks.rank}: no progress for {self.limit:.0f} s after {self.last_event}"
-                    print(f"error: {text}; stacks cannot be written ({error})", file=sys.stderr, flush=True)
-                finally:
-                    os._exit(HUNG)
+        try:
+            self.write_stacks()
+            time.sleep(REPORT_SECONDS)
+            self.report()
+        except OSError as error:  # a full disk, or one that is gone
+            text = f"rank {self.ranks.rank}: no progress for {self.limit:.0f} s after {self.last_event}"
+            print(f"error: {text}; stacks cannot be written ({error})", file=sys.stderr, flush=True)
+        finally:
+            os._exit(HUNG)
 
     def write_stacks(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.paths[self.ranks.rank].open("w") as file:
-            header = {"rank": self.ranks.rank, "beats": self.beats, "after": self.last_event, "time": time.time()}
-            file.write(json.dumps(header) + "\n\n")
+            file.write(f"no progress for {self.limit:.0f} s after {self.last_event}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
@@ -191,57 +182,33 @@ class Watchdog:
         """Printed by the lowest rank that is still alive. Files are compared by the clock of the file server."""
         since = self.paths[self.ranks.rank].stat().st_mtime - 2 * REPORT_SECONDS
         written = [rank for rank, path in enumerate(self.paths) if path.exists() and path.stat().st_mtime > since]
-        if min(written) == self.ranks.rank:
-            silent = [rank for rank in range(self.ranks.world_size) if rank not in written]
-            text = explain_hang({rank: self.paths[rank].read_text() for rank in written}, silent, self.limit)
-            print(f"error: {text}; all stacks: {self.folder}", file=sys.stderr, flush=True)
-
-
-def explain_hang(stacks: dict[int, str], silent: list[int], limit: float) -> str:
-    """Which ranks are stuck, and where: those without stacks, else those that made fewer steps, else all."""
-    headers = {rank: json.loads(text.splitlines()[0]) for rank, text in stacks.items()}
-    most_beats = max(header["beats"] for header in headers.values())
-    behind = [rank for rank, header in headers.items() if header["beats"] < most_beats]
-    if not behind and any(map(is_waiting, stacks.values())):
-        behind = [rank for rank, text in stacks.items() if not is_waiting(text)]
-    stuck = silent or behind
-    places: dict[str, list[int]] = {}
-    for rank, text in stacks.items():
-        if rank not in stuck:
-            places.setdefault(stack_summary(text), []).append(rank)
-    waiting = "; ".join(f"{rank_names(ranks)} in {place}" for place, ranks in places.items())
-    start = f"no progress for {limit:.0f} s after {headers[min(headers)]['after']}: "
-    if silent:
-        return f"{start}no sign of life from {rank_names(silent)} (process, machine or network); waiting: {waiting}"
-    if behind:
-        return f"{start}{rank_names(behind)} stuck in {stack_summary(stacks[behind[0]])}; waiting: {waiting}"
-    return f"{start}{waiting}; all ranks are at the same step, so suspect the network or the device"
+        if min(written) != self.ranks.rank:
+            return
+        places: dict[str, list[int]] = {}
+        for rank in written:
+            places.setdefault(stack_summary(self.paths[rank].read_text()), []).append(rank)
+        groups = [f"{rank_names(ranks)} {place}" for place, ranks in sorted(places.items())]  # "stuck", then "waiting"
+        if silent := [rank for rank in range(self.ranks.world_size) if rank not in written]:
+            groups.insert(0, f"no sign of life from {rank_names(silent)} (process, machine or network)")
+        text = f"no progress for {self.limit:.0f} s after {self.last_event}: {'; '.join(groups)}"
+        print(f"error: {text}; all stacks: {self.folder}", file=sys.stderr, flush=True)
 
 
 def rank_names(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def is_waiting(text: str) -> bool:
-    """Whether the main thread is in a collective, or in a backward pass, which may wait in one."""
-    file, _, function = (main_thread(text) or [("", "", "")])[0]
-    return COLLECTIVES in file or function == "_engine_run_backward"
-
-
-def main_thread(text: str) -> list[tuple[str, str, str]]:
-    """(file, line, function) of its frames, innermost first; faulthandler writes the main thread last."""
-    return re.findall(r'File "([^"]+)", line (\d+) in (\S+)', text.split("(most recent call first):")[-1])
-
-
 def stack_summary(text: str) -> str:
-    """The collective, or else the innermost function, and the line of this repository that led there."""
-    stack = main_thread(text)
+    """Where the main thread is stuck, or the collective in which it waits, and the line of this repository above it."""
+    main_thread = text.split("(most recent call first):")[-1]  # the last one, innermost frame first
+    stack = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', main_thread) or [("", "", "?")]
     own = [
         f"{Path(f).name}:{line}" for f, line, _ in stack if Path(f).is_relative_to(ROOT) and "site-packages" not in f
     ]
     collectives = [name for file, _, name in stack if COLLECTIVES in file and not name.startswith(("_", "wrapper"))]
-    inner = collectives[0] if collectives else stack[0][2] if stack else "?"
-    return f"{inner} ({own[0]})" if own else inner
+    file, _, function = stack[0]  # a backward pass may wait for collectives in other threads
+    state = "waiting" if COLLECTIVES in file or function == "_engine_run_backward" else "stuck"
+    return f"{state} in {(collectives or [function])[0]}" + (f" ({own[0]})" if own else "")
 
 
 class Stragglers:
@@ -270,11 +237,10 @@ class Stragglers:
         self.next_time = time.monotonic() + seconds * (self.repeats + 1) / PROBE_SHARE  # one more warms up
         return {name: [rank[number] for rank in values] for number, name in enumerate(RANK_METRICS)}
 
-    def newly_slow(self) -> list[str]:
+    def newly_slow(self) -> Iterator[str]:
         """A line for each rank that has become slow since the last call."""
         if len(self.history) < PROBE_HISTORY:
-            return []
-        lines = []
+            return
         for number, (name, phrase) in enumerate(RANK_METRICS.items()):
             times = [median(values[rank][number] for values in self.history) for rank in range(self.ranks.world_size)]
             typical = median_low(times)
@@ -283,5 +249,4 @@ class Stragglers:
                 if slow and (rank, name) not in self.reported:
                     self.reported.add((rank, name))
                     where = f"rank {rank} on {self.hosts[rank]}"
-                    lines.append(f"{where} slows down all ranks: {phrase} {ms:.1f} ms, the median rank's {typical:.1f}")
-        return lines
+                    yield f"{where} slows down all ranks: {phrase} {ms:.1f} ms, the median rank's {typical:.1f}"

@@ -27,7 +27,7 @@ from training.distributed import Ranks
 from training.errors import RankError, UserError
 from training.init import InitState
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # on GPUs, and on CPUs
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's, on GPUs and CPUs
 OUT_OF_MEMORY_FILE = "out_of_memory.txt"
 PATHS = ("out_dir", "dataset", "deepspeed_config", "nvme_path")  # settings that may differ between hosts
 LOCKS: list[IO[str]] = []  # closed when the process ends
@@ -54,10 +54,7 @@ def agree(cfg: TrainConfig, ranks: Ranks, batches: Batches, deepspeed: dict[str,
 
 
 def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str, Any] | None = None) -> None:
-    """Create the folder; a new run moves an earlier run's files to previous/. A collective.
-
-    deepspeed: DeepSpeed's resolved JSON. An evaluation writes nothing.
-    """
+    """Create the folder; a new run moves an earlier run's files to previous/. A collective."""
     folder = Path(cfg.out_dir)
     if cfg.eval_only:
         return
@@ -136,12 +133,12 @@ def explain_out_of_memory(
     """Wrap everything that allocates: out of memory becomes a RankError that says what uses it and what to try."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not any(text in str(error) for text in OUT_OF_MEMORY):
+    except (RuntimeError, MemoryError) as error:  # torch's; Python's and NumPy's
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         from training.strategies import out_of_memory_advice
 
-        reason = f"rank {ranks.rank}: {str(error).splitlines()[0]}"
+        reason = f"rank {ranks.rank}: {(str(error) or 'out of memory').splitlines()[0]}"
         advice = out_of_memory_advice(cfg, ranks, model, strategy, dtype, reason)
         note = Path(cfg.out_dir) / OUT_OF_MEMORY_FILE
         try:  # ranks often run out at the same step: the first to write the note reports; an evaluation writes none

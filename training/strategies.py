@@ -120,9 +120,9 @@ def out_of_memory_advice(
         lines.append(f"activations and buffers used up to {gigabytes(max(0, others))} more")
     lines.append("try, in this order (the loss stays the same):")
     if cfg.batch_size > 1:
-        batch_size = max(n for n in range(1, cfg.batch_size) if cfg.batch_size % n == 0)
-        micro_steps = cfg.gradient_accumulation_steps * cfg.batch_size // batch_size
-        lines.append(f"  --batch_size={batch_size} --gradient_accumulation_steps={micro_steps}")
+        factor = next((n for n in (2, 3, 5, 7) if cfg.batch_size % n == 0), cfg.batch_size)
+        micro_steps = cfg.gradient_accumulation_steps * factor
+        lines.append(f"  --batch_size={cfg.batch_size // factor} --gradient_accumulation_steps={micro_steps}")
     if not cfg.activation_checkpointing:
         lines.append("  --activation_checkpointing=True")
     lines += [f"  {line}" for line in smaller_strategies(strategy, ranks, size, dtype, state.total())]

@@ -1,8 +1,7 @@
 """Weights & Biases, for runs with --wandb_log. It may fail at any time without ending the run."""
 
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,25 +38,18 @@ class WandbLog:
         name: Any = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": path.read_text()}
         settings = wandb.Settings(silent=True)
         self.run: Any = wandb.init(**name, resume="allow", config=asdict(cfg), dir=cfg.out_dir, settings=settings)
-        self.where = self.run.url or f"offline; to upload: wandb sync {Path(self.run.dir).parent}"
+        print("W&B:", self.run.url or f"offline; to upload: wandb sync {Path(self.run.dir).parent}", flush=True)
 
     def log(self, row: dict[str, Any]) -> None:
         values = {PANELS.get(k, k): v for k, v in row.items() if k not in ("kind", "step", *RANK_METRICS)}
         by_rank = {f"{k}/rank {rank}": v for k in RANK_METRICS for rank, v in enumerate(row.get(k, ()))}
-        with self.may_fail():
-            if self.run:
-                self.run.log({**values, **by_rank}, step=row["step"])
+        self.call("log", {**values, **by_rank}, step=row["step"])
 
-    def finish(self) -> None:
-        with self.may_fail():
-            if self.run:
-                self.run.finish()
-
-    @contextmanager
-    def may_fail(self) -> Iterator[None]:
+    def call(self, method: str, *arguments: Any, **options: Any) -> None:
         """Losing W&B is a warning: metrics.jsonl has everything. What it raises differs from version to version."""
         try:
-            yield
+            if self.run:
+                getattr(self.run, method)(*arguments, **options)
         except Exception as error:
             print(f"warning: lost W&B ({error!r}); training continues, and metrics.jsonl has all metrics", flush=True)
             self.run = None
