@@ -9,6 +9,7 @@ docs/convert.md lists what can be read. A target is one file (safetensors), a fo
 """
 
 import json
+import math
 import shutil
 import signal
 import sys
@@ -131,15 +132,18 @@ def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) ->
     failed = "verification failed, so nothing was written; try again, or on another disk:"
     if saved.kinds and saved.step != again.step:
         raise UserError(f"{failed} the optimizer has made {again.step} steps, not {saved.step}")
-    for name, shape in again.shapes.items():
-        known = name in saved.shapes
-        for kind in (WEIGHT, *saved.kinds) if known else (WEIGHT,):
-            expected = saved.whole(name, kind).to(dtype).float() if known else torch.zeros(shape)
-            actual = again.whole(name, kind)
-            if not torch.stack(expected.aminmax()).isfinite().all():  # without a mask as large as the tensor
-                raise UserError(f"{saved.folder}: the {kind} of {name} has NaN or inf; convert an earlier checkpoint")
-            if expected.shape != shape or not torch.equal(expected.view(torch.int32), actual.view(torch.int32)):
-                raise UserError(f"{failed} the {kind} of {name} differs")
+    for name, kind in {**again.pieces, **saved.pieces}:
+        expected = saved.whole(name, kind) if name in saved.shapes else torch.zeros(again.shapes[name])
+        if not math.isfinite(largest(expected)):
+            raise UserError(f"{saved.folder}: the {kind} of {name} has NaN or inf; convert an earlier checkpoint")
+        expected, actual = expected.to(dtype).float(), again.whole(name, kind)
+        if expected.shape != actual.shape or not torch.equal(expected.view(torch.int32), actual.view(torch.int32)):
+            raise UserError(f"{failed} the {kind} of {name} differs")
+
+
+def largest(tensor: torch.Tensor) -> float:
+    """The largest absolute value, NaN if there is one; needs no memory as large as the tensor."""
+    return torch.linalg.vector_norm(tensor, math.inf).item()
 
 
 def write_run(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
@@ -193,9 +197,10 @@ def write_weights(saved: SavedState, metadata: Metadata, target: Path, options: 
 
 
 def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Raises UserError if a weight is too large for float16."""
-    if dtype == torch.float16 and weight.abs().max() > torch.finfo(dtype).max:
-        raise UserError(f"{name} has values up to {weight.abs().max():.1e}, too large for float16; use bfloat16")
+    """Raises UserError if a weight is too large for dtype."""
+    if torch.finfo(dtype).max < largest(weight) < math.inf:
+        narrow, wider = ("float16", "bfloat16") if dtype == torch.float16 else ("bfloat16", "float32")
+        raise UserError(f"{name} has values up to {largest(weight):.1e}, too large for {narrow}; use {wider}")
     return weight.to(dtype).contiguous()
 
 

@@ -83,9 +83,8 @@ def read_run(folder: Path) -> tuple[SavedState, Metadata]:
             raise CheckpointError(f"{folder}: the run has not saved a checkpoint yet")
         folder = finished[-1]
     check(folder)
-    config = folder.parent.parent / "config.json"
-    settings = json.loads(config.read_text()) if config.is_file() else {}
-    metadata = {"settings": {key: settings[key] for key in SETTINGS if key in settings}, **read_metadata(folder)}
+    settings = parse(TrainConfig, [f"--out_dir={folder.parent.parent}", "--init_from=resume"], "")
+    metadata = {"settings": {key: getattr(settings, key) for key in SETTINGS}, **read_metadata(folder)}
     return open_state(folder, metadata), metadata
 
 

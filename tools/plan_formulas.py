@@ -7,7 +7,6 @@ number in matmuls (2 or 4); n: ranks that take part. Sizes are bytes of one rank
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from model import GPTConfig
 from training.config import ROOT
 from training.errors import ConfigError
-from training.strategies import Strategy, model_state_bytes, strategies
+from training.strategies import ModelState, Strategy, model_state_bytes, strategies
 
 FP32, TOKEN_BYTES = 4, 16  # bytes of a number; of a token and its target, int64 each
 LOSS_ROWS, LOSS_ELEMENTS = 2048, 2**21  # logits in fp32 at a time: rows on a GPU, elements on a CPU (model.py)
@@ -71,12 +70,18 @@ class Candidate:
         self.head = model.vocab_size * model.n_embd  # the largest matrix, which embeds tokens and projects to logits
         self.block = (self.parameters - self.head - model.block_size * model.n_embd) // model.n_layer
         self.deepspeed = strategy.script == "train_deepspeed.py"
-        self.zero = {k: model.n_embd**2 if v == "auto" else v for k, v in zero_block(strategy).items()}  # as HF Trainer
+        self.zero: dict[str, Any] = {}
+        if self.deepspeed:
+            config = json.loads((ROOT / strategy.arguments[0].removeprefix("--deepspeed_config=")).read_text())
+            zero = config.get("zero_optimization", {})
+            self.zero = {key: model.n_embd**2 if value == "auto" else value for key, value in zero.items()}  # as HF Trainer
         self.offloads = strategy.optimizer_device != "gpu" and system.on_gpu  # CPU ranks have only one memory
         self.shards = system.gpus if strategy.hybrid else system.ranks  # ranks that share one copy of the model state
         self.compute_bytes = FP32 if system.dtype == torch.float32 else 2
         # parameters, norms and the residual stream stay in fp32 while matmuls are in half precision
         self.autocast = strategy.stage == 0 and self.compute_bytes < FP32
+        self.residual_bytes = FP32 if self.autocast else self.compute_bytes
+        self.tokens = self.batch * model.block_size  # per micro-step
         # whether stages 1 to 3 communicate beside computing; FSDP2 always does
         self.overlap_comm = system.on_gpu and (not self.deepspeed or bool(self.zero.get("overlap_comm")))
         # how often a micro-step gathers the parameters; FSDP2's root unit keeps the head until backward
@@ -90,18 +95,11 @@ class Candidate:
         return self.system.memory - self.memory.total()
 
     def tokens_per_second(self) -> float:
-        return self.batch * self.micro_steps * self.system.ranks * self.model.block_size / self.time.total()
+        return self.tokens * self.micro_steps * self.system.ranks / self.time.total()
 
     def mfu(self) -> float:
         """Model FLOP/s, without recomputation, over the matmul peak or the measured ceiling."""
         return self.tokens_per_second() * self.model.flops_per_token() / (self.system.ranks * self.system.flops)
-
-
-@cache
-def zero_block(strategy: Strategy) -> dict[str, Any]:
-    """zero_optimization of the strategy's JSON; empty for train.py's strategies."""
-    paths = [argument.partition("=")[2] for argument in strategy.arguments if "deepspeed_config=" in argument]
-    return json.loads((ROOT / paths[0]).read_text()).get("zero_optimization", {}) if paths else {}
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,15 @@ class Memory:
         return self.model_state + self.activations + self.buffers + self.other
 
 
+def by_device(state: ModelState, optimizer_device: str, parameter_device: str) -> dict[str, float]:
+    """Bytes of a rank's model state on gpu, cpu and nvme; gradients are never on NVMe."""
+    sizes = dict.fromkeys(("gpu", "cpu", "nvme"), 0.0)
+    sizes[parameter_device] += state.parameters
+    sizes["gpu" if optimizer_device == "gpu" else "cpu"] += state.gradients
+    sizes[optimizer_device] += state.optimizer_states
+    return sizes
+
+
 def memory(case: Candidate) -> Memory:
     """Model state: (2 + 2 + 12) P bytes less what is partitioned (ZeRO, arXiv:1910.02054, section 3.1).
 
@@ -127,55 +134,50 @@ def memory(case: Candidate) -> Memory:
     strategy, system = case.strategy, case.system
     name = f"zero{strategy.stage}" if case.deepspeed else strategy.name  # whatever the JSON is called
     state = model_state_bytes(name, case.shards, case.parameters, system.dtype)
-    held = {"gpu": 0.0, "cpu": 0.0, "nvme": 0.0}
-    gradient_device = "cpu" if strategy.optimizer_device == "nvme" else strategy.optimizer_device
-    devices = (strategy.parameter_device, gradient_device, strategy.optimizer_device)
-    for device, size in zip(devices, (state.parameters, state.gradients, state.optimizer_states), strict=True):
-        held[device if system.on_gpu or device == "nvme" else "gpu"] += size
+    sizes = by_device(state, strategy.optimizer_device, strategy.parameter_device)
+    on_device, on_host = (sizes["gpu"], sizes["cpu"]) if system.on_gpu else (sizes["gpu"] + sizes["cpu"], 0.0)
     activations = peak_activations(case)
     buffers = gathered_parameters(case) + gradient_buffers(case, activations)
     other = system.baseline + system.fragmentation * (activations + buffers)
     buffers += FP32 * case.parameters if strategy.name == "ddp" and case.micro_steps > 1 else 0
-    host, nvme = system.gpus * held["cpu"], system.gpus * held["nvme"]
-    return Memory(held["gpu"], activations, buffers, other, host, nvme)
+    return Memory(on_device, activations, buffers, other, system.gpus * on_host, system.gpus * sizes["nvme"])
 
 
-def block_activations(model: GPTConfig, tokens: int, compute: int, residual: int) -> float:
+def block_activations(case: Candidate) -> float:
     """A block saves 16 c s b h bytes for backward, 36 s b h under autocast, whose residual stream is fp32.
 
     Korthikanti et al. (arXiv:2205.05198, section 4.1) count s b h (34 + 5 a s / h) in half precision for a heads. The
     5 a s² b are the attention matrix, which FlashAttention (arXiv:2205.14135) never stores; 2 s b h are dropout masks.
     """
     # inputs of 2 norms | c_attn, attention (3), its c_proj, c_fc, GELU (4), the MLP's c_proj (4)
-    saved = (2 * residual + 14 * compute) * model.n_embd
-    masks = 2 * model.n_embd if model.dropout else 0  # one byte per element
-    statistics = FP32 * (4 + model.n_head)  # mean and deviation of two norms, logsumexp of each head
-    return tokens * (saved + masks + statistics)
+    saved = (2 * case.residual_bytes + 14 * case.compute_bytes) * case.model.n_embd
+    masks = 2 * case.model.n_embd if case.model.dropout else 0  # one byte per element
+    statistics = FP32 * (4 + case.model.n_head)  # mean and deviation of two norms, logsumexp of each head
+    return case.tokens * (saved + masks + statistics)
 
 
-def head_activations(model: GPTConfig, tokens: int, compute: int, residual: int) -> float:
+def head_activations(case: Candidate) -> float:
     """The last norm, the output projection, and c s b V of logits, whose gradient takes their place (model.py)."""
-    per_token = model.n_embd * (residual + compute) + model.vocab_size * compute
-    return tokens * (per_token + 2 * FP32 + TOKEN_BYTES)
+    norm = case.model.n_embd * (case.residual_bytes + case.compute_bytes) + 2 * FP32
+    return case.tokens * (norm + case.model.vocab_size * case.compute_bytes + TOKEN_BYTES)
 
 
-def saved_activations(model: GPTConfig, tokens: int, compute: int, residual: int, checkpointing: bool) -> float:
+def saved_activations(case: Candidate) -> float:
     """At the end of forward. With activation checkpointing a block saves its input only (section 5 of that paper)."""
-    block = tokens * model.n_embd * residual if checkpointing else block_activations(model, tokens, compute, residual)
-    return model.n_layer * block + head_activations(model, tokens, compute, residual)
+    block = case.tokens * case.model.n_embd * case.residual_bytes if case.checkpointing else block_activations(case)
+    return case.model.n_layer * block + head_activations(case)
 
 
 def peak_activations(case: Candidate) -> float:
     """The larger of two moments: in the loss, and in backward of the last block, when the logits are gone."""
-    model, compute, tokens = case.model, case.compute_bytes, case.batch * case.model.block_size
-    sizes = (model, tokens, compute, FP32 if case.autocast else compute)
+    model = case.model
     rows = LOSS_ROWS if case.system.on_gpu else max(1, LOSS_ELEMENTS // model.vocab_size)
-    in_loss = FP32 * model.vocab_size * min(tokens, rows)
-    gradients = tokens * compute * 9 * model.n_embd  # of the MLP's hidden layer, twice, and the residual stream
-    recomputed = block_activations(*sizes) if case.checkpointing else 0
+    in_loss = FP32 * model.vocab_size * min(case.tokens, rows)
+    gradients = 9 * case.tokens * model.n_embd  # of the MLP's hidden layer, twice, and the residual stream
     # the gradient of the output projection waits for that of the embedding until the end of backward
-    in_backward = recomputed + gradients + case.head * compute - head_activations(*sizes)
-    return saved_activations(*sizes, case.checkpointing) + max(in_loss, in_backward)
+    in_backward = case.compute_bytes * (gradients + case.head) - head_activations(case)
+    in_backward += block_activations(case) if case.checkpointing else 0  # recomputed
+    return saved_activations(case) + max(in_loss, in_backward)
 
 
 def gathered_parameters(case: Candidate) -> float:
@@ -251,7 +253,7 @@ def step_time(case: Candidate) -> StepTime:
     bytes a parameter of the shard; offload moves weights and gradients over PCIe in each micro-step.
     """
     system, strategy, work = case.system, case.strategy, RECOMPUTED if case.checkpointing else 1.0
-    once = case.batch * case.model.block_size * case.model.flops_per_token() / (system.flops * system.achievable)
+    once = case.tokens * case.model.flops_per_token() / (system.flops * system.achievable)
     found = transfers(case, FORWARD * once, (work - FORWARD) * once)
     communication = sum(max(0.0, seconds - system.overlap * beside) for _, seconds, beside in found)
     shard = case.parameters / (case.shards if strategy.stage else 1)
