@@ -15,7 +15,7 @@ from tests.checkpoints import initialized
 from tests.running import ROOT
 from tools import plan_formulas
 from tools.plan import MODELS
-from tools.plan_formulas import Candidate, System, transfers
+from tools.plan_formulas import Candidate, Machines, transfers
 from training.strategies import find_strategy, model_state_bytes
 
 PAGE = (ROOT / "docs/plan.md").read_text()
@@ -23,9 +23,8 @@ PUBLISHED = {"gpt2": 124.44e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-
 PUBLISHED |= {"gpt3-6.7b": 6.7e9, "gpt3-175b": 175e9}
 SMALL = GPTConfig(64, 512, 3, 4, 64, bias=False)
 XL = GPTConfig(*MODELS["gpt2-xl"])
-ASSUMED: dict[str, Any] = {"achievable": 0.5, "link_share": 0.8, "overlap": 0.8, "fragmentation": 0.1, "baseline": 1e9}
-RATES: dict[str, Any] = {"flops": 312e12, "memory_bandwidth": 2e12, "node_link": 300e9, "link": 50e9}
-SYSTEM = System("A100", True, gpus=8, nodes=1, dtype=torch.bfloat16, memory=80e9, **RATES, **ASSUMED)
+RATES: dict[str, Any] = {"tflops": 312.0, "memory_bandwidth": 2000.0, "node_link": 2400.0, "link": 400.0}
+SYSTEM = Machines(gpu_memory=80.0, dtype="bfloat16", baseline=1.0, **RATES)
 
 
 def table(title: str) -> list[list[str]]:
@@ -120,7 +119,7 @@ def test_step_times_as_measured_over_links():
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp_grad_op", "fsdp_hsdp"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fsdp_partitions_16_bytes_a_parameter(name, dtype):
     found = case(name, nodes=4, dtype=dtype)
     shards = 8 if name == "fsdp_hsdp" else 32
@@ -154,7 +153,7 @@ def saved_bytes(config: GPTConfig, batch: int, half: bool, autocast: bool) -> in
 @pytest.mark.parametrize("config", [SMALL, GPTConfig(128, 257, 2, 2, 96)], ids=["small", "wide"])
 def test_activations_as_pytorch_saves_them(half, autocast, checkpointing, config):
     batch = 5  # no activation has the shape of a weight
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = "bfloat16" if half else "float32"
     found = case("ddp" if autocast else "zero1", batch, 1, checkpointing, model=config, dtype=dtype)
     measured = saved_bytes(replace(config, activation_checkpointing=checkpointing), batch, half, autocast)
     assert plan_formulas.saved_activations(found) == pytest.approx(measured, rel=0.02)
@@ -210,7 +209,7 @@ def test_offload_moves_bytes_to_the_host_and_to_nvme():
     assert nvme.nvme == pytest.approx(8 * base * 14 / 18) and nvme.host == pytest.approx(8 * base * 4 / 18)
     kept = case("zero2_offload").memory
     assert kept.model_state == 2 * XL.parameter_count()
-    on_cpu = case("zero3_offload", on_gpu=False).memory
+    on_cpu = case("zero3_offload", device="cpu").memory
     assert on_cpu.host == 0 and on_cpu.model_state == base, "CPU ranks have one memory"
 
 
@@ -223,7 +222,7 @@ def test_buckets_of_the_json_are_counted():
 
 
 def test_ddps_buckets_are_beside_gradients_of_several_micro_steps():
-    once, several = (case("ddp", 1, micro_steps, dtype=torch.float32).memory.buffers for micro_steps in (1, 2))
+    once, several = (case("ddp", 1, micro_steps, dtype="float32").memory.buffers for micro_steps in (1, 2))
     assert once == 0 and several == 4 * XL.parameter_count()
 
 

@@ -17,6 +17,7 @@ from data.tokenizer import tokenizer_from
 from model import GPTConfig
 from training import pretrained
 from training.checkpoint import METADATA, Checkpoints, find_corruption, find_damage, read_metadata
+from training.config import TrainConfig, parse
 from training.deepspeed_layout import STAND_INS
 from training.errors import CheckpointError, ConfigError, UserError
 from training.model_state import TIED, WEIGHT, SavedState, check_parameters, from_whole, model_shapes, open_state

@@ -5,16 +5,15 @@ number in matmuls (2 or 4); n: ranks that take part. Sizes are bytes of one rank
 """
 
 import json
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from model import GPTConfig
-from training.config import ROOT
-from training.errors import ConfigError
-from training.strategies import ModelState, Strategy, model_state_bytes, strategies
+from training.config import ROOT, Settings, key
+from training.gpus import DEVICES
+from training.strategies import ModelState, Strategy, model_state_bytes
 
 FP32, TOKEN_BYTES = 4, 16  # bytes of a number; of a token and its target, int64 each
 LOSS_ROWS, LOSS_ELEMENTS = 2048, 2**21  # logits in fp32 at a time: rows on a GPU, elements on a CPU (model.py)
@@ -29,28 +28,31 @@ ALIKE = 0.02  # of a step's time: less is no reason for the more complicated str
 
 
 @dataclass(frozen=True)
-class System:
-    """The machines. Sizes and rates are those of one rank, in bytes and bytes/s, unless a comment says otherwise."""
+class Machines(Settings):
+    """The machines, in the units of the planner's options. Before a plan, 0 is replaced by the data sheet's number."""
 
-    device: str
-    on_gpu: bool
-    gpus: int  # ranks per node
-    nodes: int
-    dtype: torch.dtype
-    memory: float
-    flops: float  # FLOP/s: the matmul peak of the data sheet, or the measured ceiling
-    memory_bandwidth: float
-    node_link: float  # between the GPUs of a node
-    link: float  # from a node to the others, per node
-    achievable: float  # shares, explained in tools/plan.py
-    link_share: float
-    overlap: float
-    fragmentation: float
-    baseline: float
+    gpus: int = key(8, "GPUs, or CPU ranks, per node; also --ranks", "Machines")
+    nodes: int = key(1, "number of nodes")
+    device: str = key("A100", ", ".join(DEVICES))
+    gpu_memory: float = key(0.0, "GB, instead of the device's; of a CPU rank, its part of the host's")
+    memory_bandwidth: float = key(0.0, "GB/s of that memory, instead of the device's")
+    tflops: float = key(0.0, "peak of dense matmuls in dtype, instead of the device's")
+    link: float = key(400.0, "Gbit/s of a node to the others, all of its ports together")
+    node_link: float = key(0.0, "Gbit/s between the ranks of a node, instead of the device's")
+    dtype: str = key("", "bfloat16, float16, float32; empty: the recipe's, else the measured, else bfloat16")
+    achievable: float = key(0.5, "share of the peak that computing reaches; nanoGPT's GPT-2 0.3 (A100)", "Assumptions")
+    link_share: float = key(0.8, "share of a link's rate that collectives reach; 1 on CPU ranks")
+    overlap: float = key(0.8, "share of computing that hides communication; 0.5 on CPU ranks (results/zero_links)")
+    fragmentation: float = key(0.1, "share of activations and buffers that the allocator loses; 0 on CPU ranks")
+    baseline: float = key(1.5, "GB of a process besides tensors: CUDA, NCCL")
 
     @property
     def ranks(self) -> int:
         return self.gpus * self.nodes
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Candidate:
 
     model: GPTConfig
     strategy: Strategy
-    system: System
+    system: Machines
     batch: int  # sequences per rank and micro-step
     micro_steps: int
     checkpointing: bool
@@ -73,11 +75,11 @@ class Candidate:
         self.zero: dict[str, Any] = {}
         if self.deepspeed:
             config = json.loads((ROOT / strategy.arguments[0].removeprefix("--deepspeed_config=")).read_text())
-            zero = config.get("zero_optimization", {})
-            self.zero = {key: model.n_embd**2 if value == "auto" else value for key, value in zero.items()}  # as HF Trainer
+            zero = config.get("zero_optimization", {})  # "auto" as in the Hugging Face Trainer
+            self.zero = {name: model.n_embd**2 if value == "auto" else value for name, value in zero.items()}
         self.offloads = strategy.optimizer_device != "gpu" and system.on_gpu  # CPU ranks have only one memory
         self.shards = system.gpus if strategy.hybrid else system.ranks  # ranks that share one copy of the model state
-        self.compute_bytes = FP32 if system.dtype == torch.float32 else 2
+        self.compute_bytes = FP32 if system.dtype == "float32" else 2
         # parameters, norms and the residual stream stay in fp32 while matmuls are in half precision
         self.autocast = strategy.stage == 0 and self.compute_bytes < FP32
         self.residual_bytes = FP32 if self.autocast else self.compute_bytes
@@ -92,14 +94,14 @@ class Candidate:
 
     def spare(self) -> float:
         """Bytes of the device that stay free; negative if the candidate does not fit."""
-        return self.system.memory - self.memory.total()
+        return 1e9 * self.system.gpu_memory - self.memory.total()
 
     def tokens_per_second(self) -> float:
         return self.tokens * self.micro_steps * self.system.ranks / self.time.total()
 
     def mfu(self) -> float:
         """Model FLOP/s, without recomputation, over the matmul peak or the measured ceiling."""
-        return self.tokens_per_second() * self.model.flops_per_token() / (self.system.ranks * self.system.flops)
+        return self.tokens_per_second() * self.model.flops_per_token() / (self.system.ranks * 1e12 * self.system.tflops)
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,12 @@ def memory(case: Candidate) -> Memory:
     """
     strategy, system = case.strategy, case.system
     name = f"zero{strategy.stage}" if case.deepspeed else strategy.name  # whatever the JSON is called
-    state = model_state_bytes(name, case.shards, case.parameters, system.dtype)
+    state = model_state_bytes(name, case.shards, case.parameters, getattr(torch, system.dtype))
     sizes = by_device(state, strategy.optimizer_device, strategy.parameter_device)
     on_device, on_host = (sizes["gpu"], sizes["cpu"]) if system.on_gpu else (sizes["gpu"] + sizes["cpu"], 0.0)
     activations = peak_activations(case)
     buffers = gathered_parameters(case) + gradient_buffers(case, activations)
-    other = system.baseline + system.fragmentation * (activations + buffers)
+    other = 1e9 * system.baseline + system.fragmentation * (activations + buffers)
     buffers += FP32 * case.parameters if strategy.name == "ddp" and case.micro_steps > 1 else 0
     return Memory(on_device, activations, buffers, other, system.gpus * on_host, system.gpus * sizes["nvme"])
 
@@ -216,8 +218,9 @@ def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[fl
     and gradients. FSDP2 does the same with gradients in fp32; HSDP also all-reduces shards between nodes.
     """
     system, stage, steps = case.system, case.strategy.stage, case.micro_steps
-    ring, between = (case.shards - 1) / case.shards, system.link_share * min(system.node_link, system.link)
-    bandwidth = system.link_share * system.node_link if case.shards <= system.gpus else between
+    ring, rate = (case.shards - 1) / case.shards, system.link_share * 1e9 / 8  # bytes/s per Gbit/s
+    between = rate * min(system.node_link, system.link)
+    bandwidth = rate * system.node_link if case.shards <= system.gpus else between
     gradients, weights = FP32 * case.parameters, case.compute_bytes * case.parameters
     if stage == 0:
         sent = 2 * ring * gradients
@@ -253,11 +256,12 @@ def step_time(case: Candidate) -> StepTime:
     bytes a parameter of the shard; offload moves weights and gradients over PCIe in each micro-step.
     """
     system, strategy, work = case.system, case.strategy, RECOMPUTED if case.checkpointing else 1.0
-    once = case.tokens * case.model.flops_per_token() / (system.flops * system.achievable)
+    once = case.tokens * case.model.flops_per_token() / (1e12 * system.tflops * system.achievable)
     found = transfers(case, FORWARD * once, (work - FORWARD) * once)
     communication = sum(max(0.0, seconds - system.overlap * beside) for _, seconds, beside in found)
     shard = case.parameters / (case.shards if strategy.stage else 1)
-    update = shard * UPDATE_BYTES / (HOST_BANDWIDTH / system.gpus if case.offloads else system.memory_bandwidth)
+    bandwidth = HOST_BANDWIDTH / system.gpus if case.offloads else 1e9 * system.memory_bandwidth
+    update = shard * UPDATE_BYTES / bandwidth
     if case.offloads:
         slowest = NVME_BANDWIDTH / system.gpus if strategy.parameter_device == "nvme" else HOST_LINK
         seconds = case.micro_steps * (1 / HOST_LINK + case.gathers / slowest) + 1 / HOST_LINK
@@ -267,55 +271,10 @@ def step_time(case: Candidate) -> StepTime:
     return StepTime(case.micro_steps * work * once, communication, update, sum(sent for sent, _, _ in found))
 
 
-@dataclass(frozen=True)
-class Request:
-    """A model, the machines, and what a step and a run are to be."""
-
-    name: str
-    model: GPTConfig
-    system: System
-    strategies: tuple[Strategy, ...]  # empty: all that are possible
-    global_batch: int  # sequences per step
-    tokens: float  # of the run
-    batch_size: int  # 0: the best
-    checkpointing: tuple[bool, ...]
-    recipes: list[str]  # and settings
-
-    def candidates(self) -> list[Candidate]:
-        """All strategies and micro-batches, also those that do not fit; ConfigError if the batch is not divisible."""
-        ranks = self.system.ranks
-        sequences, rest = divmod(self.global_batch, ranks)
-        if rest or not sequences:
-            rule = f"must be divisible by the {ranks} ranks; set {ranks * max(1, sequences)}"
-            raise ConfigError(f"global_batch = {self.global_batch}: {rule}")
-        batches = [n for n in range(1, sequences + 1) if sequences % n == 0 and self.batch_size in (0, n)]
-        if not batches:
-            raise ConfigError(f"batch_size = {self.batch_size}: must divide the {sequences} sequences per rank")
-        return [
-            Candidate(self.model, strategy, self.system, batch, sequences // batch, checkpointing)
-            for strategy in filter(self.possible, self.strategies or strategies().values())
-            for batch in batches
-            for checkpointing in self.checkpointing
-        ]
-
-    def possible(self, strategy: Strategy) -> bool:
-        """One process cannot be DDP, and HSDP needs several nodes of several GPUs."""
-        if strategy.hybrid:
-            return self.system.nodes > 1 and self.system.gpus > 1
-        return strategy.name != ("ddp" if self.system.ranks == 1 else "single")
-
-    def at(self, ranks: int) -> "Request":
-        """The same on so many ranks, nodes filled first; the global batch is rounded up to a multiple of them."""
-        gpus = math.gcd(ranks, self.system.gpus)
-        batch = math.ceil(self.global_batch / ranks) * ranks
-        system = replace(self.system, gpus=gpus, nodes=ranks // gpus)
-        return replace(self, system=system, global_batch=batch, batch_size=0)
-
-
 def fast(candidates: list[Candidate]) -> list[Candidate]:
     """The fastest that fits, and those about as fast; only those that leave ROOM, if there are any."""
     fitting = [candidate for candidate in candidates if candidate.spare() >= 0]
-    fitting = [c for c in fitting if c.spare() >= ROOM * c.system.memory] or fitting
+    fitting = [c for c in fitting if c.spare() >= ROOM * 1e9 * c.system.gpu_memory] or fitting
     fastest = min((candidate.time.total() for candidate in fitting), default=0.0)
     return [candidate for candidate in fitting if candidate.time.total() <= fastest * (1 + ALIKE)]
 
