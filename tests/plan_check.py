@@ -45,7 +45,7 @@ def system(gpus: int, nodes: int, process_bytes: float = 0.0, link: float = 1.0)
 def predict(model: GPTConfig, batch: int, strategy: str, ranks: int, process_bytes: float) -> float:
     """Bytes of a rank at peak."""
     machine = system(ranks, 1, process_bytes)
-    return Candidate(model, find_strategy(strategy), machine, batch, MICRO_STEPS, checkpointing=False).memory.total()
+    return Candidate(model, find_strategy(strategy), machine, batch, MICRO_STEPS, checkpointing=False).memory
 
 
 def step_times() -> list[Row]:
@@ -54,9 +54,9 @@ def step_times() -> list[Row]:
     for name, gbit in (("10gbit", 10.0), ("1gbit", 1.0), ("100mbit", 0.1)):
         for row in json.loads((ROOT / f"results/zero_links/{name}/benchmark.json").read_text())["rows"]:
             machine = system(1, 2, link=gbit)
-            time = Candidate(LINKED, find_strategy(row["strategy"]), machine, 4, 1, checkpointing=False).time
+            case = Candidate(LINKED, find_strategy(row["strategy"]), machine, 4, 1, checkpointing=False)
             about = {"link": f"{gbit:g} Gbit/s", "strategy": row["strategy"]}
-            found.append({**about, "predicted": time.total(), "measured": row["step_ms"] / 1e3})
+            found.append({**about, "predicted": case.seconds, "measured": row["step_ms"] / 1e3})
     return found
 
 

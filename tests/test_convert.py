@@ -121,13 +121,20 @@ def test_weights_in_half_precision_are_rounded(source, tmp_path):
         assert torch.equal(weight, model.state_dict()[name].bfloat16()), name
 
 
-def test_weights_too_large_for_float16_are_refused(tmp_path):
+@pytest.mark.parametrize("dtype, value", [(torch.float16, 1e5), (torch.float16, 3.4e38), (torch.bfloat16, 3.4e38)])
+def test_weights_too_large_for_half_precision_are_refused(tmp_path, dtype, value):
     model, _ = run_folder(tmp_path / "run")
     with torch.no_grad():
-        model.transformer.ln_f.bias[3] = 1e5
+        model.transformer.ln_f.bias[3] = value
     torch.save({"model": model.state_dict(), "model_args": vars(SMALL)}, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match=r"transformer.ln_f.bias has values up to 1.0e\+05, too large for float16"):
-        convert(str(tmp_path / "ckpt.pt"), tmp_path / "w", "safetensors", Options(dtype=torch.float16))
+    name, shown = str(dtype).removeprefix("torch."), f"{value:.1e}".replace("+", r"\+")
+    for to in WEIGHTS_ONLY:
+        with pytest.raises(UserError, match=rf"transformer.ln_f.bias has values up to {shown}, too large for {name}"):
+            convert(str(tmp_path / "ckpt.pt"), tmp_path / "w", to, Options(dtype=dtype))
+    assert "every tensor equal" in convert(str(tmp_path / "ckpt.pt"), tmp_path / "w", "safetensors", Options())[-1]
+    saved, rounded = open_source(str(tmp_path / "ckpt.pt"))[0], open_source(str(tmp_path / "run"))[0]
+    with pytest.raises(UserError, match=r"verification failed, .*the weight of .* differs"):
+        compare_tensors(saved, rounded, dtype)  # the source is not blamed
 
 
 def test_verification_finds_a_wrong_target(source):

@@ -36,7 +36,7 @@ from training.checkpoint import Checkpoints, Saver, disk_errors, sync
 from training.config import TrainConfig
 from training.errors import ConfigError, UserError
 from training.model_state import TIED, WEIGHT, SavedState, model_shapes
-from training.optim import make_optimizer, states_by_name
+from training.optim import make_optimizer
 from training.pretrained import FIXED_SETTINGS, GELU, SIZES, TRANSPOSED, WEIGHTS
 
 WEIGHTS_ONLY = ("safetensors", "hf")  # without optimizer states, and of any dtype
@@ -109,11 +109,10 @@ def check_target(source: Path, target: Path, force: bool) -> None:
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """Yield a path in a folder beside the target; it becomes the target, or is removed after an error or SIGTERM."""
+    """Yield a path in a folder beside the target; it becomes the target, or is removed after an error."""
     scratch = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed conversion
     unfinished = scratch / f"new{target.suffix}"
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         scratch.mkdir()
         yield unfinished
@@ -124,7 +123,6 @@ def writing(target: Path) -> Iterator[Path]:
         unfinished.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        signal.signal(signal.SIGTERM, before)
 
 
 def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) -> None:
@@ -134,25 +132,23 @@ def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) ->
         raise UserError(f"{failed} the optimizer has made {again.step} steps, not {saved.step}")
     for name, kind in {**again.pieces, **saved.pieces}:
         expected = saved.whole(name, kind) if name in saved.shapes else torch.zeros(again.shapes[name])
-        if not math.isfinite(largest(expected)):
+        if not math.isfinite(torch.linalg.vector_norm(expected, math.inf)):  # needs no mask as large as the tensor
             raise UserError(f"{saved.folder}: the {kind} of {name} has NaN or inf; convert an earlier checkpoint")
         expected, actual = expected.to(dtype).float(), again.whole(name, kind)
         if expected.shape != actual.shape or not torch.equal(expected.view(torch.int32), actual.view(torch.int32)):
             raise UserError(f"{failed} the {kind} of {name} differs")
 
 
-def largest(tensor: torch.Tensor) -> float:
-    """The largest absolute value, NaN if there is one; needs no memory as large as the tensor."""
-    return torch.linalg.vector_norm(tensor, math.inf).item()
-
-
 def write_run(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
     """Write a run folder with one checkpoint, as train.py in one process does."""
-    model, optimizer = load(saved, metadata)
+    # Copied, because torch.save writes all of the mapped file that a tensor is a part of.
+    weights = {name: saved.whole(name).clone() for name in saved.shapes}
+    step = {} if saved.step is None else {"step": torch.tensor(saved.step)}
+    states = {name: step | {kind: saved.whole(name, kind).clone() for kind in saved.kinds} for name in weights}
     metadata = {**metadata, "strategy": "single", "world_size": 1, "dtype": "float32"}
     with Saver(Checkpoints(str(target))).writing(metadata, best=False) as files:
-        files.write("model.pt", dict(model.named_parameters()))
-        files.write("optimizer.pt", {"optimizer": states_by_name(model, optimizer), "scaler": saved.scaler})
+        files.write("model.pt", weights)
+        files.write("optimizer.pt", {"optimizer": states, "scaler": saved.scaler})
     return []
 
 
@@ -160,16 +156,18 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, options: 
     """Write nanoGPT's ckpt.pt, to a target named *.pt or into the folder target, as in nanoGPT's out_dir."""
     path = target if target.suffix == ".pt" else target / NANOGPT_FILE
     path.parent.mkdir(exist_ok=True)
-    model, optimizer = load(saved, metadata)
+    model = GPT(GPTConfig(**metadata["model"]))
+    optimizer = make_optimizer(model, TrainConfig(**metadata["settings"]))
+    saved.into(model, optimizer)
     for group in optimizer.param_groups:
         group["fused"] = None  # nanoGPT sets it for GPUs alone
-    best_val_loss = metadata["best_val_loss"]
+    loss = metadata["best_val_loss"]
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "model_args": {key: metadata["model"][key] for key in MODEL_ARGS},
         "iter_num": metadata["step"],
-        "best_val_loss": 1e9 if best_val_loss is None else best_val_loss,  # 1e9: where nanoGPT starts
+        "best_val_loss": 1e9 if loss is None else loss,  # 1e9: where nanoGPT starts
         "config": metadata["settings"],
     }
     with path.open("wb") as file, disk_errors():
@@ -177,14 +175,6 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, options: 
     if metadata["model"]["gelu"] == "none":
         return []
     return ["the weights were trained with the tanh GELU; nanoGPT computes the exact one, so its loss differs slightly"]
-
-
-def load(saved: SavedState, metadata: Metadata) -> tuple[GPT, torch.optim.Optimizer]:
-    """Return a model and its AdamW with the saved weights, moments and step."""
-    model = GPT(GPTConfig(**metadata["model"]))
-    optimizer = make_optimizer(model, TrainConfig(**metadata["settings"]))
-    saved.into(model, optimizer)
-    return model, optimizer
 
 
 def write_weights(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
@@ -198,9 +188,10 @@ def write_weights(saved: SavedState, metadata: Metadata, target: Path, options: 
 
 def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Raises UserError if a weight is too large for dtype."""
-    if torch.finfo(dtype).max < largest(weight) < math.inf:
+    largest = torch.linalg.vector_norm(weight, math.inf).item()
+    if torch.finfo(dtype).max < largest < math.inf:
         narrow, wider = ("float16", "bfloat16") if dtype == torch.float16 else ("bfloat16", "float32")
-        raise UserError(f"{name} has values up to {largest(weight):.1e}, too large for {narrow}; use {wider}")
+        raise UserError(f"{name} has values up to {largest:.1e}, too large for {narrow}; use {wider}")
     return weight.to(dtype).contiguous()
 
 
@@ -282,6 +273,7 @@ def main() -> None:
     add("--verify", choices=("tensors", "none"), default="tensors", help="compare all tensors, or nothing")
     add("--force", action="store_true", help="overwrite the target")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves nothing, as an error does
     tokenizer = open_dataset(DATA_FOLDER / args.dataset).tokenizer.describe() if args.dataset else None
     options = Options(getattr(torch, args.dtype), args.max_shard_size, args.verify == "tensors", tokenizer, args.force)
     print("\n  ".join(convert(args.source, args.target, args.to, options)))

@@ -68,13 +68,9 @@ def recognize(path: Path) -> Callable[[Path], tuple[SavedState, Metadata]] | Non
         if start[8:9] == b"{":  # the header follows its own length
             return read_safetensors
         return read_nanogpt if start[:2] in (b"PK", b"\x80\x02") else None  # zip file, or a pickle of torch < 1.6
-    if (path / "zero" / "optimizer_state.pt").is_file():
-        return read_universal
-    if (path / METADATA).is_file() or (path / "checkpoints").is_dir():
-        return read_run
-    if (path / NANOGPT_FILE).is_file():
-        return read_nanogpt
-    return read_huggingface if (path / "config.json").is_file() else None
+    readers = {"zero/optimizer_state.pt": read_universal, METADATA: read_run, "checkpoints": read_run}
+    readers |= {NANOGPT_FILE: read_nanogpt, "config.json": read_huggingface}
+    return next((read for name, read in readers.items() if (path / name).exists()), None)
 
 
 def read_run(folder: Path) -> tuple[SavedState, Metadata]:

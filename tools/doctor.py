@@ -38,7 +38,7 @@ from training.errors import UserError, count
 from training.strategies import model_state_bytes
 
 FINDING = {"check": "", "value": "", "fix": ""}  # an example: what a host prints is checked against it
-ANSWER = {"marker": "", "findings": [FINDING], "data": 0, "device": "", "clock": 0.0, "markers": [""], **hosts.ANSWER}
+ANSWER = {"findings": [FINDING], "data": 0, "device": "", "clock": 0.0, "markers": [""], **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
 CLOCK_SECONDS = 1.0  # file times and logs of several hosts are compared
 SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
@@ -91,7 +91,8 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
             yield Finding(f"{what} of all hosts", problem or "same", not problem, fix, name)
         skew = facts["clock"] - facts["arrived"]
         yield Finding("clock", f"{skew:+.3f} s", abs(skew) <= CLOCK_SECONDS, "run chrony or ntpd there", name)
-        shared = not answers[one]["marker"] or answers[one]["marker"] in facts["markers"]
+        seen = set(answers[one]["markers"])  # empty where it cannot write
+        shared = not seen or bool(seen & set(facts["markers"]))
         fix = "put --out_dir on a disk that all hosts share"
         yield Finding("out_dir, shared", "yes" if shared else f"not the one of {one}", shared, fix, name)
 

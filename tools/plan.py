@@ -225,12 +225,11 @@ def table(request: Request, candidates: list[Candidate]) -> str:
     """A line per candidate."""
     rows = []
     for c in candidates:
-        memory = {"state": c.memory.model_state, "activ.": c.memory.activations, "buffers": c.memory.buffers}
-        memory |= {"other": c.memory.other, "total": c.memory.total(), "free": c.spare(), "host": c.memory.host}
-        sizes = {**memory, "NVMe": c.memory.nvme, "sent": c.time.sent}
+        sizes = {"state": c.model_state, "activ.": c.activations, "buffers": c.buffers, "other": c.other}
+        sizes |= {"total": c.memory, "free": c.spare(), "host": c.host, "NVMe": c.nvme, "sent": c.sent}
         row = {"strategy": c.strategy.name, "batch": f"{c.batch} x {c.micro_steps}{' *' * c.checkpointing}"}
         row |= {title: cell(size / 1e9) for title, size in sizes.items()}
-        row |= {"step, s": cell(c.time.total()), "tokens/s": f"{c.tokens_per_second():,.0f}", "MFU": f"{c.mfu():.0%}"}
+        row |= {"step, s": cell(c.seconds), "tokens/s": f"{c.tokens_per_second():,.0f}", "MFU": f"{c.mfu():.0%}"}
         rows.append({**row, "days": cell(request.tokens / c.tokens_per_second() / 86400)})
     return align([list(rows[0]), *(list(row.values()) for row in rows)], ("strategy", "batch"))
 
@@ -285,7 +284,7 @@ def print_curve(request: Request) -> None:
         found = request.at(ranks).candidates()
         for best in best_of_each(found):
             name = best.strategy.name.replace("single", "ddp")  # on one GPU, DDP is one process
-            least = min(c.memory.total() for c in found if c.strategy == best.strategy)
+            least = min(c.memory for c in found if c.strategy == best.strategy)
             sizes.setdefault(name, {})[ranks] = least / 1e9
             rates.setdefault(name, {}).update({ranks: best.tokens_per_second() / ranks} if best.spare() >= 0 else {})
     rows = [

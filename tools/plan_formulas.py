@@ -89,34 +89,61 @@ class Candidate:
         # how often a micro-step gathers the parameters; FSDP2's root unit keeps the head until backward
         again = 0.0 if strategy.keeps_parameters else 1.0 if self.deepspeed else 1 - self.head / self.parameters
         self.gathers = 1 + again if strategy.stage == 3 else 0.0
-        self.memory = memory(self)
-        self.time = step_time(self)
+        self.predict_memory()
+        self.predict_time()
+
+    def predict_memory(self) -> None:
+        """Bytes of a rank at peak; host and nvme per node.
+
+        Model state: (2 + 2 + 12) P bytes less what is partitioned (ZeRO, arXiv:1910.02054, section 3.1). DDP, FSDP2 and
+        fp32 have 4 + 4 + 8. DDP's buckets, 4 P, lie beside gradients that several micro-steps add up.
+        """
+        strategy, system = self.strategy, self.system
+        name = f"zero{strategy.stage}" if self.deepspeed else strategy.name  # whatever the JSON is called
+        state = model_state_bytes(name, self.shards, self.parameters, getattr(torch, system.dtype))
+        sizes = by_device(state, strategy.optimizer_device, strategy.parameter_device)
+        on_host = sizes["cpu"] if system.on_gpu else 0.0
+        self.model_state = sizes["gpu"] + sizes["cpu"] - on_host
+        self.host, self.nvme = system.gpus * on_host, system.gpus * sizes["nvme"]
+        self.activations = peak_activations(self)
+        self.buffers = gathered_parameters(self) + gradient_buffers(self)
+        self.other = 1e9 * system.baseline + system.fragmentation * (self.activations + self.buffers)
+        self.buffers += FP32 * self.parameters if strategy.name == "ddp" and self.micro_steps > 1 else 0
+        self.memory = self.model_state + self.activations + self.buffers + self.other
+
+    def predict_time(self) -> None:
+        """s b (6 P + 12 L h s) FLOPs a micro-step (PaLM, arXiv:2204.02311, appendix B), a third more to recompute.
+
+        Communication counts where it is longer than the `overlap` share of the computing beside it. The update moves 40
+        bytes a parameter of the shard; offload moves weights and gradients over PCIe in each micro-step.
+        """
+        system, strategy, work = self.system, self.strategy, RECOMPUTED if self.checkpointing else 1.0
+        once = self.tokens * self.model.flops_per_token() / (1e12 * system.tflops * system.achievable)
+        self.computing = self.micro_steps * work * once
+        found = transfers(self, FORWARD * once, (work - FORWARD) * once)
+        self.sent = sum(sent for sent, _, _ in found)
+        self.communication = sum(max(0.0, seconds - system.overlap * beside) for _, seconds, beside in found)
+        shard = self.parameters / (self.shards if strategy.stage else 1)
+        bandwidth = HOST_BANDWIDTH / system.gpus if self.offloads else 1e9 * system.memory_bandwidth
+        self.update = shard * UPDATE_BYTES / bandwidth
+        if self.offloads:
+            slowest = NVME_BANDWIDTH / system.gpus if strategy.parameter_device == "nvme" else HOST_LINK
+            seconds = self.micro_steps * (1 / HOST_LINK + self.gathers / slowest) + 1 / HOST_LINK
+            self.communication += seconds * self.compute_bytes * self.parameters / self.shards
+        if strategy.optimizer_device == "nvme":
+            self.update += 2 * SWAP_BYTES * shard * system.gpus / NVME_BANDWIDTH
+        self.seconds = self.computing + self.communication + self.update
 
     def spare(self) -> float:
         """Bytes of the device that stay free; negative if the candidate does not fit."""
-        return 1e9 * self.system.gpu_memory - self.memory.total()
+        return 1e9 * self.system.gpu_memory - self.memory
 
     def tokens_per_second(self) -> float:
-        return self.tokens * self.micro_steps * self.system.ranks / self.time.total()
+        return self.tokens * self.micro_steps * self.system.ranks / self.seconds
 
     def mfu(self) -> float:
         """Model FLOP/s, without recomputation, over the matmul peak or the measured ceiling."""
         return self.tokens_per_second() * self.model.flops_per_token() / (self.system.ranks * 1e12 * self.system.tflops)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a rank at peak; host and nvme are per node."""
-
-    model_state: float  # parameters, gradients, optimizer states
-    activations: float
-    buffers: float  # gathered parameters, and gradients in flight
-    other: float  # fragmentation, and what the process holds besides tensors
-    host: float
-    nvme: float
-
-    def total(self) -> float:
-        return self.model_state + self.activations + self.buffers + self.other
 
 
 def by_device(state: ModelState, optimizer_device: str, parameter_device: str) -> dict[str, float]:
@@ -126,23 +153,6 @@ def by_device(state: ModelState, optimizer_device: str, parameter_device: str) -
     sizes["gpu" if optimizer_device == "gpu" else "cpu"] += state.gradients
     sizes[optimizer_device] += state.optimizer_states
     return sizes
-
-
-def memory(case: Candidate) -> Memory:
-    """Model state: (2 + 2 + 12) P bytes less what is partitioned (ZeRO, arXiv:1910.02054, section 3.1).
-
-    DDP, FSDP2 and fp32 have 4 + 4 + 8. DDP's buckets, 4 P, lie beside gradients that several micro-steps add up.
-    """
-    strategy, system = case.strategy, case.system
-    name = f"zero{strategy.stage}" if case.deepspeed else strategy.name  # whatever the JSON is called
-    state = model_state_bytes(name, case.shards, case.parameters, getattr(torch, system.dtype))
-    sizes = by_device(state, strategy.optimizer_device, strategy.parameter_device)
-    on_device, on_host = (sizes["gpu"], sizes["cpu"]) if system.on_gpu else (sizes["gpu"] + sizes["cpu"], 0.0)
-    activations = peak_activations(case)
-    buffers = gathered_parameters(case) + gradient_buffers(case, activations)
-    other = 1e9 * system.baseline + system.fragmentation * (activations + buffers)
-    buffers += FP32 * case.parameters if strategy.name == "ddp" and case.micro_steps > 1 else 0
-    return Memory(on_device, activations, buffers, other, system.gpus * on_host, system.gpus * sizes["nvme"])
 
 
 def block_activations(case: Candidate) -> float:
@@ -192,20 +202,20 @@ def gathered_parameters(case: Candidate) -> float:
     return case.compute_bytes * count if case.autocast or (case.gathers and case.shards > 1) else 0.0
 
 
-def gradient_buffers(case: Candidate, activations: float) -> float:
+def gradient_buffers(case: Candidate) -> float:
     """ZeRO: buckets and a flat copy, or in the optimizer step a partition's fp32 gradients; FSDP2: those of a block."""
     compute, stage = case.compute_bytes, case.strategy.stage
     if not case.deepspeed:
         return case.block * (compute + FP32) if stage == 3 else 0.0
     if stage == 0:
-        return max(0.0, FP32 * min(case.parameters, ZERO0_BUCKET) - activations)
+        return max(0.0, FP32 * min(case.parameters, ZERO0_BUCKET) - case.activations)
     bucket = case.zero.get("reduce_bucket_size", 5e8)
     copied: float = compute * min(case.parameters, case.block if stage == 3 else max(bucket, case.head))
     in_backward = copied + compute * min(case.parameters, bucket * (1 + case.overlap_comm))
     in_step = 0.0 if case.offloads else FP32 * min(case.parameters / case.shards, case.zero.get("sub_group_size", 1e9))
     if stage == 1 and not case.overlap_comm:  # reduces when backward is done
         in_backward, in_step = 0.0, max(in_step, copied)
-    return max(in_backward, in_step - activations)
+    return max(in_backward, in_step - case.activations)
 
 
 def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[float, float, float]]:
@@ -236,47 +246,12 @@ def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[fl
     return [(sent + crossing, seconds, steps * (forward + backward) if case.overlap_comm else 0.0)]
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of a step; communication: the part that computing does not hide."""
-
-    computing: float
-    communication: float
-    update: float
-    sent: float  # bytes of a rank
-
-    def total(self) -> float:
-        return self.computing + self.communication + self.update
-
-
-def step_time(case: Candidate) -> StepTime:
-    """s b (6 P + 12 L h s) FLOPs a micro-step (PaLM, arXiv:2204.02311, appendix B), a third more to recompute.
-
-    Communication counts where it is longer than the `overlap` share of the computing beside it. The update moves 40
-    bytes a parameter of the shard; offload moves weights and gradients over PCIe in each micro-step.
-    """
-    system, strategy, work = case.system, case.strategy, RECOMPUTED if case.checkpointing else 1.0
-    once = case.tokens * case.model.flops_per_token() / (1e12 * system.tflops * system.achievable)
-    found = transfers(case, FORWARD * once, (work - FORWARD) * once)
-    communication = sum(max(0.0, seconds - system.overlap * beside) for _, seconds, beside in found)
-    shard = case.parameters / (case.shards if strategy.stage else 1)
-    bandwidth = HOST_BANDWIDTH / system.gpus if case.offloads else 1e9 * system.memory_bandwidth
-    update = shard * UPDATE_BYTES / bandwidth
-    if case.offloads:
-        slowest = NVME_BANDWIDTH / system.gpus if strategy.parameter_device == "nvme" else HOST_LINK
-        seconds = case.micro_steps * (1 / HOST_LINK + case.gathers / slowest) + 1 / HOST_LINK
-        communication += seconds * case.compute_bytes * case.parameters / case.shards
-    if strategy.optimizer_device == "nvme":
-        update += 2 * SWAP_BYTES * shard * system.gpus / NVME_BANDWIDTH
-    return StepTime(case.micro_steps * work * once, communication, update, sum(sent for sent, _, _ in found))
-
-
 def fast(candidates: list[Candidate]) -> list[Candidate]:
     """The fastest that fits, and those about as fast; only those that leave ROOM, if there are any."""
     fitting = [candidate for candidate in candidates if candidate.spare() >= 0]
     fitting = [c for c in fitting if c.spare() >= ROOM * 1e9 * c.system.gpu_memory] or fitting
-    fastest = min((candidate.time.total() for candidate in fitting), default=0.0)
-    return [candidate for candidate in fitting if candidate.time.total() <= fastest * (1 + ALIKE)]
+    fastest = min((candidate.seconds for candidate in fitting), default=0.0)
+    return [candidate for candidate in fitting if candidate.seconds <= fastest * (1 + ALIKE)]
 
 
 def best_of_each(candidates: list[Candidate]) -> list[Candidate]:
