@@ -13,11 +13,8 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import tiktoken.load
 import torch
@@ -68,14 +65,24 @@ def convert(source: str, target: Path, to: str, options: Options) -> list[str]:
         fix = "give --dataset=FOLDER, a prepared data set with the same ids"
         raise ConfigError(f"{source} does not say which tokenizer its {metadata['vocab_size']} ids belong to; {fix}")
     saved, notes = match_optimizer_state(saved, to)
+    scratch = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed conversion
+    unfinished = scratch / f"new{target.suffix}"
     try:
-        with writing(target) as unfinished:
-            notes += WRITERS[to](saved, metadata, unfinished, options)
-            if options.verify:
-                compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], options.dtype)
-            notes.append("verified: every tensor equal" if options.verify else "not verified")
+        scratch.mkdir()
+        notes += WRITERS[to](saved, metadata, unfinished, options)
+        if options.verify:
+            compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], options.dtype)
+        for path in [unfinished, *unfinished.rglob("*")]:
+            sync(path)
+        if target.is_dir():  # a folder cannot be replaced in one step
+            target.rename(scratch / "replaced")
+        unfinished.replace(target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target}: {getattr(error, 'strerror', None) or error}; nothing was written") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    notes.append("verified: every tensor equal" if options.verify else "not verified")
     count, dtype = GPTConfig(**metadata["model"]).parameter_count(), str(options.dtype).removeprefix("torch.")
     return [f"{target}: {count:,} parameters of {saved.folder}, {dtype}", *notes]
 
@@ -105,24 +112,6 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise ConfigError(f"{target} exists; --force overwrites it")
     if target.is_dir() and any(target.iterdir()) and recognize(target) is None:
         raise ConfigError(f"{target} is a folder without weights, which --force does not overwrite; remove it yourself")
-
-
-@contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """Yield a path in a folder beside the target; it becomes the target, or is removed after an error."""
-    scratch = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed conversion
-    unfinished = scratch / f"new{target.suffix}"
-    try:
-        scratch.mkdir()
-        yield unfinished
-        for path in [unfinished, *unfinished.rglob("*")]:
-            sync(path)
-        if target.is_dir():  # a folder cannot be replaced in one step
-            target.rename(scratch / "replaced")
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) -> None:
@@ -213,8 +202,9 @@ def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, optio
         "activation_function": next(theirs for theirs, ours in GELU.items() if ours == config.gelu),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
     }
-    write_json(target / "config.json", {**about, **FIXED_SETTINGS, **special})
-    write_json(target / "generation_config.json", {**special, **({"suppress_tokens": padding} if padding else {})})
+    generation = {**special, **({"suppress_tokens": padding} if padding else {})}
+    (target / "config.json").write_text(json.dumps({**about, **FIXED_SETTINGS, **special}, indent=2))
+    (target / "generation_config.json").write_text(json.dumps(generation))
     if tokenizer and tokenizer["name"] == "gpt2":
         return notes + write_tokenizer(target, config.block_size)
     name = tokenizer["name"] if tokenizer else "unknown"
@@ -237,7 +227,7 @@ def write_shards(saved: SavedState, config: GPTConfig, target: Path, options: Op
         save_file(tensors, target / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(target / f"{WEIGHTS}.index.json", index)
+        (target / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
 def write_tokenizer(folder: Path, block_size: int) -> list[str]:
@@ -250,12 +240,8 @@ def write_tokenizer(folder: Path, block_size: int) -> list[str]:
         (folder / name).write_bytes(tiktoken.load.read_file_cached(file))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, **special}
-    write_json(folder / "tokenizer_config.json", settings)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return []
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 WRITERS = {"safetensors": write_weights, "hf": write_huggingface, "nanogpt": write_nanogpt, "train": write_run}

@@ -30,7 +30,7 @@ from training.devices import gigabytes
 from training.errors import ConfigError, UserError
 from training.figures import label_ends, line_style, new_figure, style_axes
 from training.gpus import DEVICES, Device, find_device
-from training.strategies import Strategy, find_strategy, strategies
+from training.strategies import find_strategy, strategies
 
 # name -> block_size, vocab_size, n_layer, n_head, n_embd (Radford et al., 2019, table 2; arXiv:2005.14165, table 2.1)
 GPT2_VOCABULARY = 50257
@@ -50,7 +50,6 @@ RANGES = {"gpus": (1, 10**5), "nodes": (1, 10**5), "achievable": (0.01, 1), "lin
 RANGES |= {"fragmentation": (0, 1), "link": (0.001, 10**6)}
 ON_CPU = {"device": "cpu", "overlap": 0.5, "fragmentation": 0.0, "link_share": 1.0}  # results/zero_links
 MOST_RANKS, CONFIG = 1024, "config/planned.py"
-MARKED = ("gpus", "device", "link", "global_batch")  # keys whose defaults are pointed out
 CURVE = "single,ddp,zero1,zero2,zero3,zero3_offload"  # if --strategies does not name others
 FOOTER = """\
 GB per rank: model state (parameters, gradients, optimizer states), activations, buffers (gathered parameters, gradients
@@ -72,7 +71,6 @@ class PlanConfig(Machines):
     curve: str = key("", "table: from 1 to 1,024 GPUs, of five strategies or those named; FILE.png: drawn as well")
 
     def problems(self) -> Iterator[Problem]:
-        """Key and rule of each value that cannot be."""
         for name, value in vars(self).items():
             low, high = RANGES.get(name, (0, math.inf))
             if isinstance(value, int | float) and not low <= value <= high:
@@ -123,14 +121,9 @@ def fill_in(cfg: PlanConfig) -> PlanConfig:
     device = DEVICES[name] if name else Device(0, 0, 0, 0, HOST_BANDWIDTH / 1e9 / cfg.gpus, cfg.link / 8)
     if cfg.dtype == "bfloat16" and not device.has_bf16:
         raise ConfigError(f"dtype = 'bfloat16': {name} lacks it; use --dtype=float16 or float32")
-    return replace(
-        cfg,
-        device=name or "cpu",
-        gpu_memory=cfg.gpu_memory or device.memory,
-        memory_bandwidth=cfg.memory_bandwidth or device.bandwidth,
-        tflops=cfg.tflops or device.peak(getattr(torch, cfg.dtype), tf32=True) / 1e12,
-        node_link=cfg.node_link or 8 * device.link,
-    )
+    sheet: dict[str, Any] = {"gpu_memory": device.memory, "memory_bandwidth": device.bandwidth}
+    sheet |= {"node_link": 8 * device.link, "tflops": device.peak(getattr(torch, cfg.dtype), tf32=True) / 1e12}
+    return replace(cfg, device=name or "cpu", **{key: getattr(cfg, key) or value for key, value in sheet.items()})
 
 
 @dataclass(frozen=True)
@@ -154,19 +147,16 @@ class Request:
         if not batches:
             raise ConfigError(f"batch_size = {cfg.batch_size}: must divide the {sequences} sequences per rank")
         chosen = [find_strategy(name) for name in cfg.strategies.split(",") if name] or strategies().values()
+        impossible = "ddp" if ranks == 1 else "single"
+        several = cfg.nodes > 1 and cfg.gpus > 1  # nodes of several GPUs, which HSDP needs
         return [
             Candidate(self.model, strategy, cfg, batch, sequences // batch, checkpointing)
-            for strategy in filter(self.possible, chosen)
+            for strategy in chosen
+            if strategy.name != impossible and (several or not strategy.hybrid)
             for batch in batches
             for checkpointing in (False, True)
             if cfg.activation_checkpointing in ("", str(checkpointing))
         ]
-
-    def possible(self, strategy: Strategy) -> bool:
-        """One process cannot be DDP, and HSDP needs several nodes of several GPUs."""
-        if strategy.hybrid:
-            return self.cfg.nodes > 1 and self.cfg.gpus > 1
-        return strategy.name != ("ddp" if self.cfg.ranks == 1 else "single")
 
     def at(self, ranks: int) -> "Request":
         """The same on so many ranks, nodes filled first; the global batch is rounded up to a multiple of them."""
@@ -205,7 +195,8 @@ def build_request(argv: list[str]) -> Request:
 def header(request: Request) -> str:
     """What is planned, in three lines; defaults that matter are marked."""
     cfg, model, tokens = request.cfg, request.model, request.global_batch * request.model.block_size
-    gpus, device, link, batch = (" (default)" if getattr(cfg, k) == getattr(PlanConfig, k) else "" for k in MARKED)
+    marked = ("gpus", "device", "link", "global_batch")
+    gpus, device, link, batch = (" (default)" if getattr(cfg, k) == getattr(PlanConfig, k) else "" for k in marked)
     batch = "" if request.recipes else batch  # a recipe sets it
     where = f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}{gpus}, {cfg.device}{device}"
     where += f", {gigabytes(1e9 * cfg.gpu_memory)} each, {cfg.dtype}"
@@ -222,7 +213,6 @@ def cell(value: float) -> str:
 
 
 def table(request: Request, candidates: list[Candidate]) -> str:
-    """A line per candidate."""
     rows = []
     for c in candidates:
         sizes = {"state": c.model_state, "activ.": c.activations, "buffers": c.buffers, "other": c.other}

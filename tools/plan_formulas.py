@@ -194,11 +194,9 @@ def peak_activations(case: Candidate) -> float:
 
 def gathered_parameters(case: Candidate) -> float:
     """FSDP2 holds the head and three blocks, or all; ZeRO-3 stage3_max_live_parameters; autocast a 16-bit copy."""
-    count: float = case.parameters
-    if case.strategy.stage == 3 and case.deepspeed:
-        count = min(count, case.zero.get("stage3_max_live_parameters", 1e9))
-    elif case.strategy.stage == 3 and not case.strategy.keeps_parameters:
-        count = min(count, case.head + 3 * case.block)
+    limit = case.zero.get("stage3_max_live_parameters", 1e9) if case.deepspeed else case.head + 3 * case.block
+    limited = case.strategy.stage == 3 and not case.strategy.keeps_parameters
+    count = min(case.parameters, limit) if limited else case.parameters
     return case.compute_bytes * count if case.autocast or (case.gathers and case.shards > 1) else 0.0
 
 
