@@ -88,17 +88,15 @@ def convert(source: str, target: Path, to: str, options: Options) -> list[str]:
 
 
 def match_optimizer_state(saved: SavedState, to: str) -> tuple[SavedState, list[str]]:
-    """Drop the optimizer state that a format cannot hold, or add that of a new AdamW; return notes for the user."""
-    weights = {(name, WEIGHT): saved.pieces[name, WEIGHT] for name in saved.shapes}
+    """Drop an optimizer state that the format cannot hold; return notes for the user."""
     if to in WEIGHTS_ONLY:
         notes = ["the optimizer state is left out: the format stores weights only"] if saved.kinds else []
-        return replace(saved, pieces=weights), notes
-    if set(saved.kinds) == set(ADAMW_KINDS) or (saved.kinds and to == "train"):
+    elif saved.kinds and (to == "train" or set(saved.kinds) == set(ADAMW_KINDS)):
         return saved, []
-    zeros = {name: [torch.zeros(()).expand(shape.numel())] for name, shape in saved.shapes.items()}
-    moments = {(name, kind): zeros[name] for name in zeros for kind in ADAMW_KINDS}
-    note = "AdamW starts at step 0 with zero moments: the source has no state of it"
-    return replace(saved, pieces={**weights, **moments}, step=0.0), [note]
+    else:
+        notes = ["AdamW starts at step 0 with zero moments: the source has no state of it"]
+    weights = {(name, kind): pieces for (name, kind), pieces in saved.pieces.items() if kind == WEIGHT}
+    return replace(saved, pieces=weights, step=None), notes
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
