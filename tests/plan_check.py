@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from data.prepare import Writer
 from data.tokenizer import ByteTokenizer
 from model import GPTConfig
 from tests.running import ROOT, run
-from tools.plan_formulas import Candidate, System
+from tools.plan_formulas import Candidate, Machines
 from training.strategies import find_strategy
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # bytes from which on glibc maps memory, and unmaps it when freed
@@ -30,23 +29,23 @@ MODELS = {  # with the sequences of a rank and micro-step
     "57M": (GPTConfig(128, 257, 8, 12, 768, bias=False), 1),
 }
 SAMPLE = GPTConfig(128, 257, 2, 8, 512, bias=False), 1
-LINKED, FLOPS = GPTConfig(128, 257, 4, 4, 256, bias=False), 49.25e9  # of results/zero_links
+LINKED, TFLOPS = GPTConfig(128, 257, 4, 4, 256, bias=False), 0.04925  # of results/zero_links
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 MICRO_STEPS = 2
 Row = dict[str, Any]
 
 
-def system(gpus: int, nodes: int, process_bytes: float = 0.0, link: float = 1.0) -> System:
-    """CPU ranks in fp32. FLOPS is what makes DDP's step over the fastest link of results/zero_links as it was."""
-    rates = {"memory": 1.0, "flops": FLOPS, "memory_bandwidth": 20e9, "node_link": link, "link": link}
-    shares = {"achievable": 1.0, "link_share": 1.0, "overlap": 0.5, "fragmentation": 0.0, "baseline": process_bytes}
-    return System("CPU", on_gpu=False, gpus=gpus, nodes=nodes, dtype=torch.float32, **rates, **shares)
+def system(gpus: int, nodes: int, process_bytes: float = 0.0, link: float = 1.0) -> Machines:
+    """CPU ranks in fp32. TFLOPS is what makes DDP's step over the fastest link of results/zero_links as it was."""
+    rates = {"gpu_memory": 1.0, "tflops": TFLOPS, "memory_bandwidth": 20.0, "node_link": link, "link": link}
+    shares = {"achievable": 1.0, "link_share": 1.0, "overlap": 0.5, "fragmentation": 0.0}
+    return Machines(gpus, nodes, "cpu", dtype="float32", baseline=process_bytes / 1e9, **rates, **shares)
 
 
 def predict(model: GPTConfig, batch: int, strategy: str, ranks: int, process_bytes: float) -> float:
     """Bytes of a rank at peak."""
     machine = system(ranks, 1, process_bytes)
-    return Candidate(model, find_strategy(strategy), machine, batch, MICRO_STEPS, checkpointing=False).memory.total()
+    return Candidate(model, find_strategy(strategy), machine, batch, MICRO_STEPS, checkpointing=False).memory
 
 
 def step_times() -> list[Row]:
@@ -54,10 +53,10 @@ def step_times() -> list[Row]:
     found = []
     for name, gbit in (("10gbit", 10.0), ("1gbit", 1.0), ("100mbit", 0.1)):
         for row in json.loads((ROOT / f"results/zero_links/{name}/benchmark.json").read_text())["rows"]:
-            machine = system(1, 2, link=gbit * 1e9 / 8)
-            time = Candidate(LINKED, find_strategy(row["strategy"]), machine, 4, 1, checkpointing=False).time
+            machine = system(1, 2, link=gbit)
+            case = Candidate(LINKED, find_strategy(row["strategy"]), machine, 4, 1, checkpointing=False)
             about = {"link": f"{gbit:g} Gbit/s", "strategy": row["strategy"]}
-            found.append({**about, "predicted": time.total(), "measured": row["step_ms"] / 1e3})
+            found.append({**about, "predicted": case.seconds, "measured": row["step_ms"] / 1e3})
     return found
 
 

@@ -197,6 +197,25 @@ def test_a_header_with_other_contents_is_refused(kept, tmp_path, header):
     assert "w.safetensors does not describe a GPT (" in refused(tmp_path / "w.safetensors", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"\xff{", "config.json: is damaged; remove it"),
+        (b"{", "config.json: is damaged; remove it"),
+        (b"[" * 10**5, "config.json: is damaged; remove it"),
+        (b"[1]", "config.json: is damaged; remove it"),
+        (b'{"learning_rate": "x"}', "learning_rate = 'x' ("),
+        (b'{"beta1": 2.0}', "run/config.json): must be at least 0 and below 1"),
+    ],
+)
+def test_settings_of_a_run_that_cannot_be_used(kept, tmp_path, content, told):
+    shutil.copytree(kept / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_source(str(tmp_path / "run"))
+    assert told in str(error.value) and "run/config.json" in str(error.value)
+
+
 @pytest.mark.parametrize("length", [2, 15, 99, 1000, 1685])
 def test_a_file_of_torch_before_1_6_that_was_cut_off(tmp_path, length):
     nanogpt_file(tmp_path / "new.pt")

@@ -125,7 +125,7 @@ def test_what_a_host_prints_besides_its_answer(tmp_path):
         assert answer().startswith(f"printed {text[:80]!r} instead of an answer; it needs the same code"), text
     text = message(start(f"--hostfile={tmp_path}/hostfile", f"--ssh={ssh}"))
     assert text.splitlines()[1].startswith("  host1: printed '{")
-    facts = {**right, "marker": "", "data": 0, "device": "CPU", "clock": 1.0, "markers": [], "findings": []}
+    facts = {**right, "data": 0, "device": "CPU", "clock": 1.0, "markers": [], "findings": []}
     finding = {"check": "GPUs", "value": "none", "ok": None}
     assert hosts.parse_answer(json.dumps(facts), doctor.ANSWER)
     assert not hosts.parse_answer(json.dumps({**facts, "findings": [finding]}), doctor.ANSWER)

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.text import Text
 
 from tests.running import ROOT, message, run
-from tools.plan import build_request, command, config_lines, draw, header, print_report
-from tools.plan_formulas import Request, best_of_each, recommend
+from tools.plan import Request, build_request, command, config_lines, draw, header, print_report
+from tools.plan_formulas import best_of_each, recommend
 from training.errors import UserError
 
 GPT2 = "--model=gpt2"
@@ -57,7 +57,7 @@ WRONG = {
 
 
 def request(*arguments: str) -> Request:
-    return build_request(list(arguments))[1]
+    return build_request(list(arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +69,13 @@ def at_the_root(monkeypatch):
 def test_what_is_wrong_ends_in_one_message(name):
     arguments, text = WRONG[name]
     with pytest.raises(UserError) as error:
-        print_report(*build_request(arguments))
+        print_report(build_request(arguments))
     assert text in str(error.value)
 
 
 def test_settings_belong_to_the_recipe():
     found = request("config/train_gpt2.py", "--n-layer=24", "--block_size=2048", "--ranks=2", "--global-batch=8")
-    assert (found.model.n_layer, found.model.block_size, found.system.gpus, found.global_batch) == (24, 2048, 2, 8)
+    assert (found.model.n_layer, found.model.block_size, found.cfg.gpus, found.global_batch) == (24, 2048, 2, 8)
     line = "./launch_traditional_ddp.sh 2 config/train_gpt2.py --n_layer=24 --block_size=2048 config/planned.py"
     ddp = next(c for c in found.candidates() if c.strategy.name == "ddp")
     assert command(found, ddp) == line
@@ -87,7 +87,7 @@ def test_settings_belong_to_the_recipe():
 
 
 def first_lines(*arguments: str) -> str:
-    return header(*build_request(list(arguments)))
+    return header(request(*arguments))
 
 
 def test_defaults_are_pointed_out():
@@ -115,7 +115,7 @@ def test_larger_models_need_higher_stages():
 def test_room_is_left_where_there_is_a_choice():
     asked = ("--model=gpt3-6.7b", "--strategies=zero2", "--activation_checkpointing=False")
     found = request(*asked).candidates()
-    needed = found[1].memory.total() / 0.97e9  # 2 sequences would fill such a device to 97 %
+    needed = found[1].memory / 0.97e9  # 2 sequences would fill such a device to 97 %
     found = request(*asked, f"--gpu_memory={needed:.3f}").candidates()
     assert [c.batch for c in found if c.spare() >= 0] == [1, 2] and recommend(best_of_each(found)) == found[0]
     alone = request(*asked, f"--gpu_memory={needed:.3f}", "--batch_size=2").candidates()
@@ -155,13 +155,13 @@ def test_the_command_of_a_strategy(name):
 
 
 def test_what_was_measured_takes_the_place_of_table_and_assumptions(tmp_path):
-    found = request(GPT2, MEASURED, "--gpus=2", "--gpu_memory=8").system
+    found = request(GPT2, MEASURED, "--gpus=2", "--gpu_memory=8").cfg
     row = json.loads((ROOT / "results/speed_124m/benchmark.json").read_text())["rows"][0]
-    assert not found.on_gpu and found.flops == row["ceiling_flops"] / 2 and found.memory == 8e9
-    assert found.baseline == row["memory"]["interpreter"] and 0.4 < found.achievable < 0.6
+    assert not found.on_gpu and found.tflops == row["ceiling_flops"] / 2e12 and found.gpu_memory == 8
+    assert found.baseline == row["memory"]["interpreter"] / 1e9 and 0.4 < found.achievable < 0.6
     (tmp_path / "short.py").write_text("block_size = 256\n")
     its_step = ("config/train_gpt2.py", f"{tmp_path}/short.py", "--global_batch=4", "--batch_size=2")
-    predicted = request(*its_step, MEASURED, "--gpus=2", "--gpu_memory=8").candidates()[0].time.computing
+    predicted = request(*its_step, MEASURED, "--gpus=2", "--gpu_memory=8").candidates()[0].computing
     measured = sum(row["breakdown_ms"][part] for part in ("forward", "backward")) / 1e3
     assert predicted == pytest.approx(measured, rel=0.05), "it is the step that was measured"
     benchmark = json.loads((ROOT / "results/speed_124m/benchmark.json").read_text())
@@ -169,10 +169,10 @@ def test_what_was_measured_takes_the_place_of_table_and_assumptions(tmp_path):
     benchmark["machine"]["process_bytes"] = 3e8
     (tmp_path / "benchmark.json").write_text(json.dumps(benchmark))
     mine = (f"--measured={tmp_path}/benchmark.json", "--gpus=2", "--gpu_memory=8")
-    found = request(GPT2, *mine, "--dtype=float32").system
-    assert (found.flops, found.node_link, found.link_share, found.baseline) == (1e11, 2e9, 1.0, 3e8)
-    found = request(GPT2, *mine, "--baseline=1", "--achievable=0.9", "--tflops=0.5").system
-    assert (found.flops, found.baseline, found.achievable) == (0.5e12, 1e9, 0.9), "what is given goes before it"
+    found = request(GPT2, *mine, "--dtype=float32").cfg
+    assert (found.tflops, found.node_link, found.link_share, found.baseline) == (0.1, 16, 1, 0.3)
+    found = request(GPT2, *mine, "--baseline=1", "--achievable=0.9", "--tflops=0.5").cfg
+    assert (found.tflops, found.baseline, found.achievable) == (0.5, 1, 0.9), "what is given goes before it"
 
 
 def test_a_benchmark_of_gpus(tmp_path):
@@ -181,9 +181,9 @@ def test_a_benchmark_of_gpus(tmp_path):
     for row in benchmark["rows"]:
         row["peak_device_bytes"] = 10**9
     (tmp_path / "benchmark.json").write_text(json.dumps(benchmark))
-    found = request(GPT2, f"--measured={tmp_path}/benchmark.json").system
-    assert (found.device, found.memory, found.baseline, found.node_link) == ("H100", 80e9, 1.5e9, 450e9)
-    assert found.flops == benchmark["rows"][0]["ceiling_flops"] / 2
+    found = request(GPT2, f"--measured={tmp_path}/benchmark.json").cfg
+    assert (found.device, found.gpu_memory, found.baseline, found.node_link) == ("H100", 80, 1.5, 3600)
+    assert found.tflops == benchmark["rows"][0]["ceiling_flops"] / 2e12
 
 
 def test_the_command_says_what_to_paste():
@@ -234,7 +234,7 @@ def test_labels_of_the_curve_stand_at_their_lines():
     rates = {"a": {1: 5.0, 2: 1.0}, "b": {1: 5.0, 2: 1.01}, "none fits": {}}
     figure = draw(
         "one\ntwo\nthree",
-        request(GPT2).system,
+        request(GPT2).cfg,
         rates,
         {"a": {1: 1.0, 2: 4.0}, "b": {1: 1.0, 2: 4.0}, "none fits": {1: 90.0, 2: 90.0}},
     )

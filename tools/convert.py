@@ -9,14 +9,12 @@ docs/convert.md lists what can be read. A target is one file (safetensors), a fo
 """
 
 import json
+import math
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import tiktoken.load
 import torch
@@ -35,7 +33,7 @@ from training.checkpoint import Checkpoints, Saver, disk_errors, sync
 from training.config import TrainConfig
 from training.errors import ConfigError, UserError
 from training.model_state import TIED, WEIGHT, SavedState, model_shapes
-from training.optim import make_optimizer, states_by_name
+from training.optim import make_optimizer
 from training.pretrained import FIXED_SETTINGS, GELU, SIZES, TRANSPOSED, WEIGHTS
 
 WEIGHTS_ONLY = ("safetensors", "hf")  # without optimizer states, and of any dtype
@@ -67,30 +65,38 @@ def convert(source: str, target: Path, to: str, options: Options) -> list[str]:
         fix = "give --dataset=FOLDER, a prepared data set with the same ids"
         raise ConfigError(f"{source} does not say which tokenizer its {metadata['vocab_size']} ids belong to; {fix}")
     saved, notes = match_optimizer_state(saved, to)
+    scratch = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed conversion
+    unfinished = scratch / f"new{target.suffix}"
     try:
-        with writing(target) as unfinished:
-            notes += WRITERS[to](saved, metadata, unfinished, options)
-            if options.verify:
-                compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], options.dtype)
-            notes.append("verified: every tensor equal" if options.verify else "not verified")
+        scratch.mkdir()
+        notes += WRITERS[to](saved, metadata, unfinished, options)
+        if options.verify:
+            compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], options.dtype)
+        for path in [unfinished, *unfinished.rglob("*")]:
+            sync(path)
+        if target.is_dir():  # a folder cannot be replaced in one step
+            target.rename(scratch / "replaced")
+        unfinished.replace(target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target}: {getattr(error, 'strerror', None) or error}; nothing was written") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    notes.append("verified: every tensor equal" if options.verify else "not verified")
     count, dtype = GPTConfig(**metadata["model"]).parameter_count(), str(options.dtype).removeprefix("torch.")
     return [f"{target}: {count:,} parameters of {saved.folder}, {dtype}", *notes]
 
 
 def match_optimizer_state(saved: SavedState, to: str) -> tuple[SavedState, list[str]]:
-    """Drop the optimizer state that a format cannot hold, or add that of a new AdamW; return notes for the user."""
-    weights = {(name, WEIGHT): saved.pieces[name, WEIGHT] for name in saved.shapes}
+    """Drop an optimizer state that the format cannot hold; return notes for the user."""
     if to in WEIGHTS_ONLY:
         notes = ["the optimizer state is left out: the format stores weights only"] if saved.kinds else []
-        return replace(saved, pieces=weights), notes
-    if set(saved.kinds) == set(ADAMW_KINDS) or (saved.kinds and to == "train"):
+    elif saved.kinds and (to == "train" or set(saved.kinds) == set(ADAMW_KINDS)):
         return saved, []
-    zeros = {name: [torch.zeros(()).expand(shape.numel())] for name, shape in saved.shapes.items()}
-    moments = {(name, kind): zeros[name] for name in zeros for kind in ADAMW_KINDS}
-    note = "AdamW starts at step 0 with zero moments: the source has no state of it"
-    return replace(saved, pieces={**weights, **moments}, step=0.0), [note]
+    else:
+        notes = ["AdamW starts at step 0 with zero moments: the source has no state of it"]
+    weights = {(name, kind): pieces for (name, kind), pieces in saved.pieces.items() if kind == WEIGHT}
+    return replace(saved, pieces=weights, step=None), notes
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
@@ -106,49 +112,30 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise ConfigError(f"{target} is a folder without weights, which --force does not overwrite; remove it yourself")
 
 
-@contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """Yield a path in a folder beside the target; it becomes the target, or is removed after an error or SIGTERM."""
-    scratch = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed conversion
-    unfinished = scratch / f"new{target.suffix}"
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        scratch.mkdir()
-        yield unfinished
-        for path in [unfinished, *unfinished.rglob("*")]:
-            sync(path)
-        if target.is_dir():  # a folder cannot be replaced in one step
-            target.rename(scratch / "replaced")
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        signal.signal(signal.SIGTERM, before)
-
-
 def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) -> None:
     """Compare weights, rounded to dtype, and optimizer states. Biases that only the target has must be zero."""
     failed = "verification failed, so nothing was written; try again, or on another disk:"
     if saved.kinds and saved.step != again.step:
         raise UserError(f"{failed} the optimizer has made {again.step} steps, not {saved.step}")
-    for name, shape in again.shapes.items():
-        known = name in saved.shapes
-        for kind in (WEIGHT, *saved.kinds) if known else (WEIGHT,):
-            expected = saved.whole(name, kind).to(dtype).float() if known else torch.zeros(shape)
-            actual = again.whole(name, kind)
-            if not torch.stack(expected.aminmax()).isfinite().all():  # without a mask as large as the tensor
-                raise UserError(f"{saved.folder}: the {kind} of {name} has NaN or inf; convert an earlier checkpoint")
-            if expected.shape != shape or not torch.equal(expected.view(torch.int32), actual.view(torch.int32)):
-                raise UserError(f"{failed} the {kind} of {name} differs")
+    for name, kind in {**again.pieces, **saved.pieces}:
+        expected = saved.whole(name, kind) if name in saved.shapes else torch.zeros(again.shapes[name])
+        if not math.isfinite(torch.linalg.vector_norm(expected, math.inf)):  # needs no mask as large as the tensor
+            raise UserError(f"{saved.folder}: the {kind} of {name} has NaN or inf; convert an earlier checkpoint")
+        expected, actual = expected.to(dtype).float(), again.whole(name, kind)
+        if expected.shape != actual.shape or not torch.equal(expected.view(torch.int32), actual.view(torch.int32)):
+            raise UserError(f"{failed} the {kind} of {name} differs")
 
 
 def write_run(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
     """Write a run folder with one checkpoint, as train.py in one process does."""
-    model, optimizer = load(saved, metadata)
+    # Copied, because torch.save writes all of the mapped file that a tensor is a part of.
+    weights = {name: saved.whole(name).clone() for name in saved.shapes}
+    step = {} if saved.step is None else {"step": torch.tensor(saved.step)}
+    states = {name: step | {kind: saved.whole(name, kind).clone() for kind in saved.kinds} for name in weights}
     metadata = {**metadata, "strategy": "single", "world_size": 1, "dtype": "float32"}
     with Saver(Checkpoints(str(target))).writing(metadata, best=False) as files:
-        files.write("model.pt", dict(model.named_parameters()))
-        files.write("optimizer.pt", {"optimizer": states_by_name(model, optimizer), "scaler": saved.scaler})
+        files.write("model.pt", weights)
+        files.write("optimizer.pt", {"optimizer": states, "scaler": saved.scaler})
     return []
 
 
@@ -156,16 +143,18 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, options: 
     """Write nanoGPT's ckpt.pt, to a target named *.pt or into the folder target, as in nanoGPT's out_dir."""
     path = target if target.suffix == ".pt" else target / NANOGPT_FILE
     path.parent.mkdir(exist_ok=True)
-    model, optimizer = load(saved, metadata)
+    model = GPT(GPTConfig(**metadata["model"]))
+    optimizer = make_optimizer(model, TrainConfig(**metadata["settings"]))
+    saved.into(model, optimizer)
     for group in optimizer.param_groups:
         group["fused"] = None  # nanoGPT sets it for GPUs alone
-    best_val_loss = metadata["best_val_loss"]
+    loss = metadata["best_val_loss"]
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "model_args": {key: metadata["model"][key] for key in MODEL_ARGS},
         "iter_num": metadata["step"],
-        "best_val_loss": 1e9 if best_val_loss is None else best_val_loss,  # 1e9: where nanoGPT starts
+        "best_val_loss": 1e9 if loss is None else loss,  # 1e9: where nanoGPT starts
         "config": metadata["settings"],
     }
     with path.open("wb") as file, disk_errors():
@@ -173,14 +162,6 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, options: 
     if metadata["model"]["gelu"] == "none":
         return []
     return ["the weights were trained with the tanh GELU; nanoGPT computes the exact one, so its loss differs slightly"]
-
-
-def load(saved: SavedState, metadata: Metadata) -> tuple[GPT, torch.optim.Optimizer]:
-    """Return a model and its AdamW with the saved weights, moments and step."""
-    model = GPT(GPTConfig(**metadata["model"]))
-    optimizer = make_optimizer(model, TrainConfig(**metadata["settings"]))
-    saved.into(model, optimizer)
-    return model, optimizer
 
 
 def write_weights(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
@@ -193,9 +174,11 @@ def write_weights(saved: SavedState, metadata: Metadata, target: Path, options: 
 
 
 def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Raises UserError if a weight is too large for float16."""
-    if dtype == torch.float16 and weight.abs().max() > torch.finfo(dtype).max:
-        raise UserError(f"{name} has values up to {weight.abs().max():.1e}, too large for float16; use bfloat16")
+    """Raises UserError if a weight is too large for dtype."""
+    largest = torch.linalg.vector_norm(weight, math.inf).item()
+    if torch.finfo(dtype).max < largest < math.inf:
+        narrow, wider = ("float16", "bfloat16") if dtype == torch.float16 else ("bfloat16", "float32")
+        raise UserError(f"{name} has values up to {largest:.1e}, too large for {narrow}; use {wider}")
     return weight.to(dtype).contiguous()
 
 
@@ -217,8 +200,9 @@ def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, optio
         "activation_function": next(theirs for theirs, ours in GELU.items() if ours == config.gelu),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
     }
-    write_json(target / "config.json", {**about, **FIXED_SETTINGS, **special})
-    write_json(target / "generation_config.json", {**special, **({"suppress_tokens": padding} if padding else {})})
+    generation = {**special, **({"suppress_tokens": padding} if padding else {})}
+    (target / "config.json").write_text(json.dumps({**about, **FIXED_SETTINGS, **special}, indent=2))
+    (target / "generation_config.json").write_text(json.dumps(generation))
     if tokenizer and tokenizer["name"] == "gpt2":
         return notes + write_tokenizer(target, config.block_size)
     name = tokenizer["name"] if tokenizer else "unknown"
@@ -241,7 +225,7 @@ def write_shards(saved: SavedState, config: GPTConfig, target: Path, options: Op
         save_file(tensors, target / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(target / f"{WEIGHTS}.index.json", index)
+        (target / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
 def write_tokenizer(folder: Path, block_size: int) -> list[str]:
@@ -254,12 +238,8 @@ def write_tokenizer(folder: Path, block_size: int) -> list[str]:
         (folder / name).write_bytes(tiktoken.load.read_file_cached(file))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, **special}
-    write_json(folder / "tokenizer_config.json", settings)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return []
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 WRITERS = {"safetensors": write_weights, "hf": write_huggingface, "nanogpt": write_nanogpt, "train": write_run}
@@ -277,6 +257,7 @@ def main() -> None:
     add("--verify", choices=("tensors", "none"), default="tensors", help="compare all tensors, or nothing")
     add("--force", action="store_true", help="overwrite the target")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves nothing, as an error does
     tokenizer = open_dataset(DATA_FOLDER / args.dataset).tokenizer.describe() if args.dataset else None
     options = Options(getattr(torch, args.dtype), args.max_shard_size, args.verify == "tensors", tokenizer, args.force)
     print("\n  ".join(convert(args.source, args.target, args.to, options)))

@@ -17,11 +17,13 @@ from data.tokenizer import tokenizer_from
 from model import GPTConfig
 from training import pretrained
 from training.checkpoint import METADATA, Checkpoints, find_corruption, find_damage, read_metadata
+from training.config import TrainConfig, parse
 from training.deepspeed_layout import STAND_INS
 from training.errors import CheckpointError, ConfigError, UserError
 from training.model_state import TIED, WEIGHT, SavedState, check_parameters, from_whole, model_shapes, open_state
 
 Metadata = dict[str, Any]
+Reader = Callable[[Path], tuple[SavedState, Metadata]]
 ADAMW_KINDS = ("exp_avg", "exp_avg_sq")
 NANOGPT_FILE = "ckpt.pt"
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
@@ -59,7 +61,7 @@ def open_source(source: str, tokenizer: Metadata | None = None) -> tuple[SavedSt
     return check_parameters(saved, config), add_tokenizer(metadata, tokenizer)
 
 
-def recognize(path: Path) -> Callable[[Path], tuple[SavedState, Metadata]] | None:
+def recognize(path: Path) -> Reader | None:
     """Return the function that reads the format of a path; None if it has none of them."""
     if path.is_file():
         with path.open("rb") as file:
@@ -67,13 +69,9 @@ def recognize(path: Path) -> Callable[[Path], tuple[SavedState, Metadata]] | Non
         if start[8:9] == b"{":  # the header follows its own length
             return read_safetensors
         return read_nanogpt if start[:2] in (b"PK", b"\x80\x02") else None  # zip file, or a pickle of torch < 1.6
-    if (path / "zero" / "optimizer_state.pt").is_file():
-        return read_universal
-    if (path / METADATA).is_file() or (path / "checkpoints").is_dir():
-        return read_run
-    if (path / NANOGPT_FILE).is_file():
-        return read_nanogpt
-    return read_huggingface if (path / "config.json").is_file() else None
+    readers: dict[str, Reader] = {"zero/optimizer_state.pt": read_universal, METADATA: read_run}
+    readers |= {"checkpoints": read_run, NANOGPT_FILE: read_nanogpt, "config.json": read_huggingface}
+    return next((read for name, read in readers.items() if (path / name).exists()), None)
 
 
 def read_run(folder: Path) -> tuple[SavedState, Metadata]:
@@ -83,9 +81,8 @@ def read_run(folder: Path) -> tuple[SavedState, Metadata]:
             raise CheckpointError(f"{folder}: the run has not saved a checkpoint yet")
         folder = finished[-1]
     check(folder)
-    config = folder.parent.parent / "config.json"
-    settings = json.loads(config.read_text()) if config.is_file() else {}
-    metadata = {"settings": {key: settings[key] for key in SETTINGS if key in settings}, **read_metadata(folder)}
+    settings = parse(TrainConfig, [f"--out_dir={folder.parent.parent}", "--init_from=resume"], "")
+    metadata = {"settings": {key: getattr(settings, key) for key in SETTINGS}, **read_metadata(folder)}
     return open_state(folder, metadata), metadata
 
 
@@ -101,11 +98,11 @@ def read_nanogpt(path: Path) -> tuple[SavedState, Metadata]:
     state = pretrained.read_pickle(path)
     if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
         raise CheckpointError(f"{path} is not from nanoGPT: it lacks 'model' or 'model_args'; give {READABLE}")
-    weights = {}
-    for name, weight in state["model"].items():
-        name = name.replace("_orig_mod.", "").replace("module.", "")  # of torch.compile, DDP
-        if name != TIED and not name.endswith(".attn.bias"):  # the causal mask of attention without flash
-            weights[name] = weight
+    weights = {  # names without the prefixes of torch.compile and DDP
+        name.replace("_orig_mod.", "").replace("module.", ""): weight
+        for name, weight in state["model"].items()
+        if not name.endswith((TIED, ".attn.bias"))  # attn.bias: the causal mask of attention without flash
+    }
     model, settings, loss = state["model_args"], state.get("config") or {}, state.get("best_val_loss")
     return from_whole(path, weights, state.get("optimizer") or {}, {}), {
         "model": {key: model[key] for key in MODEL_ARGS if key in model},

@@ -28,6 +28,7 @@ from launch.ranks import END_NOW, watch
 from model import GPTConfig
 from tools.doctor_host import Finding
 from tools.plan import GPT2_VOCABULARY, MODELS, RecipeConfig
+from tools.plan_formulas import by_device
 from tools.terminal import make_parser, underscored
 from training import deepspeed_config, distributed
 from training.config import ROOT, parse
@@ -37,7 +38,7 @@ from training.errors import UserError, count
 from training.strategies import model_state_bytes
 
 FINDING = {"check": "", "value": "", "fix": ""}  # an example: what a host prints is checked against it
-ANSWER = {"marker": "", "findings": [FINDING], "data": 0, "device": "", "clock": 0.0, "markers": [""], **hosts.ANSWER}
+ANSWER = {"findings": [FINDING], "data": 0, "device": "", "clock": 0.0, "markers": [""], **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
 CLOCK_SECONDS = 1.0  # file times and logs of several hosts are compared
 SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
@@ -59,15 +60,11 @@ def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict
     parameters = model.parameter_count() if known else 0
     ranks = sum(len(host.slots) for host in all_hosts)
     state = model_state_bytes(strategy, cfg.shard_ranks or ranks, parameters, torch.float32)  # bf16 takes less
-    state_bytes = dict.fromkeys(("gpu", "cpu", "nvme"), 0.0)
-    state_bytes[weights] += state.parameters
-    state_bytes["gpu" if optimizer == "gpu" else "cpu"] += state.gradients  # where they are accumulated
-    state_bytes[optimizer] += state.optimizer_states
     request = {
         "device": cfg.device,  # auto, cpu, cuda
         "environment": hosts.forwarded_environment(os.environ),  # of the ranks
         "ops": list(needed(config, "cpu")),  # DeepSpeed's C++ ops
-        "state_bytes": state_bytes,  # model state of a rank
+        "state_bytes": by_device(state, optimizer, weights),  # model state of a rank
         "nvme_path": next((cfg.nvme_path or disk.get("nvme_path", "/local_nvme") for disk in nvme_blocks(config)), ""),
         "out_dir": cfg.out_dir,
         "kept_bytes": (cfg.keep_checkpoints + 2) * CHECKPOINT_BYTES * parameters,  # the best and the one written, too
@@ -94,7 +91,8 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
             yield Finding(f"{what} of all hosts", problem or "same", not problem, fix, name)
         skew = facts["clock"] - facts["arrived"]
         yield Finding("clock", f"{skew:+.3f} s", abs(skew) <= CLOCK_SECONDS, "run chrony or ntpd there", name)
-        shared = not answers[one]["marker"] or answers[one]["marker"] in facts["markers"]
+        seen = set(answers[one]["markers"])  # empty where it cannot write
+        shared = not seen or bool(seen & set(facts["markers"]))
         fix = "put --out_dir on a disk that all hosts share"
         yield Finding("out_dir, shared", "yes" if shared else f"not the one of {one}", shared, fix, name)
 

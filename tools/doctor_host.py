@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import resource
-import runpy
 import select
 import shutil
 import subprocess
@@ -13,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +40,9 @@ def compare(check: str, free: float, needed: float, fix: str) -> Finding:
     return Finding(check, f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB needed", free >= needed, fix)
 
 
-def check_software(packages: dict[str, str], gpus: int) -> Iterator[Finding]:
-    spec = find_spec("torch")  # its version file is run: importing torch takes seconds
-    cuda = runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda") if spec and spec.origin else None
+def check_software(packages: dict[str, str]) -> Iterator[Finding]:
     version = tuple(int(part) for part in packages["torch"].split(".")[:2] if part.isdecimal())
-    ok, fix = TORCH[0] <= version <= TORCH[1], REQUIREMENTS
-    if gpus and not cuda:
-        ok, fix = False, "it cannot use the GPUs; install the build for CUDA from https://pytorch.org"
-    yield Finding("torch", f"{packages['torch']}, {f'CUDA {cuda}' if cuda else 'for the CPU'}", ok, fix)
+    yield Finding("torch", packages["torch"], TORCH[0] <= version <= TORCH[1], REQUIREMENTS)
     missing = [name for name in ("deepspeed", "numpy", "tiktoken") if packages[name] == "missing"]
     yield Finding("packages", f"missing: {', '.join(missing)}" if missing else "installed", not missing, REQUIREMENTS)
 
@@ -75,7 +68,7 @@ def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
     done = subprocess.run([sys.executable, "-c", COUNT_GPUS], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     usable = ((done.stdout or done.stderr).strip().splitlines() or [f"status {done.returncode}"])[-1]
     ok = usable.isdecimal() and int(usable) > max(request["slots"])
-    fix = "install a driver for the CUDA version of torch, or write fewer slots"
+    fix = "install a driver and a torch of one CUDA version (https://pytorch.org), or write fewer slots"
     yield Finding("GPUs", f"{gpus} x {rows[0][0]}, driver {rows[0][2]}; usable by torch: {usable}", ok, fix)
     free = min((int(row[1]) * 2**20 for row in rows if row[1].isdecimal()), default=0)
     fix = "use a higher ZeRO stage, offload or more ranks; or end what else runs there (nvidia-smi)"
@@ -133,16 +126,15 @@ def main() -> None:
     path = Path(request["out_dir"]).absolute()
     out_dir = next(folder for folder in (path, *path.parents) if folder.is_dir())
     with contextlib.ExitStack() as stack:
-        facts = {**machine.describe(), "marker": ""}
         with contextlib.suppress(OSError):  # check_disk reports it
-            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=out_dir, prefix=request["marker"]))
-            facts["marker"] = Path(file.name).name
+            stack.enter_context(tempfile.NamedTemporaryFile(dir=out_dir, prefix=request["marker"]))
+        facts = machine.describe()
         gpus = facts["gpus"] if request["device"] in ("auto", "cuda") else 0
-        findings = [*check_software(facts["packages"], gpus), *check_compiler(request["ops"], request["environment"])]
+        findings = [*check_software(facts["packages"]), *check_compiler(request["ops"], request["environment"])]
         findings += [*check_gpus(request, gpus), *check_memory(request, gpus), *check_storage(request, out_dir)]
-        facts["findings"] = [asdict(finding) for finding in findings]
+        facts |= {"findings": [asdict(finding) for finding in findings], "device": "GPU" if facts["gpus"] else "CPU"}
         facts["data"] = data_bytes(Path(request["dataset"])) if request["dataset"] else 0
-        facts["device"], deadline = "GPU" if facts["gpus"] else "CPU", time.monotonic() + MARKER_SECONDS
+        deadline = time.monotonic() + MARKER_SECONDS
         while len(markers := [path.name for path in out_dir.glob(f"{request['marker']}*")]) < request["hosts"]:
             if time.monotonic() > deadline or select.select([sys.stdin], [], [], 0.1)[0]:  # readable: it was closed
                 break

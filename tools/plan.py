@@ -21,15 +21,15 @@ import torch
 
 from data.errors import did_you_mean
 from model import GPTConfig
-from tools.plan_formulas import ALIKE, HOST_BANDWIDTH, Candidate, Request, System, best_of_each, recommend
+from tools.plan_formulas import ALIKE, HOST_BANDWIDTH, Candidate, Machines, best_of_each, recommend
 from tools.terminal import align, underscored
 from training import distributed
-from training.config import ROOT, PlainTrainConfig, Problem, Settings, key, parse
+from training.config import ROOT, PlainTrainConfig, Problem, key, parse
 from training.deepspeed_config import DeepSpeedTrainConfig
 from training.devices import gigabytes
 from training.errors import ConfigError, UserError
 from training.figures import label_ends, line_style, new_figure, style_axes
-from training.gpus import DEVICES, find_device
+from training.gpus import DEVICES, Device, find_device
 from training.strategies import find_strategy, strategies
 
 # name -> block_size, vocab_size, n_layer, n_head, n_embd (Radford et al., 2019, table 2; arXiv:2005.14165, table 2.1)
@@ -50,8 +50,7 @@ RANGES = {"gpus": (1, 10**5), "nodes": (1, 10**5), "achievable": (0.01, 1), "lin
 RANGES |= {"fragmentation": (0, 1), "link": (0.001, 10**6)}
 ON_CPU = {"device": "cpu", "overlap": 0.5, "fragmentation": 0.0, "link_share": 1.0}  # results/zero_links
 MOST_RANKS, CONFIG = 1024, "config/planned.py"
-MARKED = ("gpus", "device", "link", "global_batch")  # keys whose defaults are pointed out
-CURVE = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")  # if --strategies does not name others
+CURVE = "single,ddp,zero1,zero2,zero3,zero3_offload"  # if --strategies does not name others
 FOOTER = """\
 GB per rank: model state (parameters, gradients, optimizer states), activations, buffers (gathered parameters, gradients
 in flight), other (process, fragments); sent per step. host, NVMe: GB per node. MFU: of the matmul peak.
@@ -59,33 +58,19 @@ batch: sequences x micro-steps of a rank, * with activation checkpointing."""
 
 
 @dataclass(frozen=True)
-class PlanConfig(Settings):
+class PlanConfig(Machines):
     """The keys of the planner. Empty text and 0 mean: not given."""
 
     model: str = key("", ", ".join(MODELS), "Model (or a recipe, config/x.py)")
-    gpus: int = key(8, "GPUs, or CPU ranks, per node; also --ranks", "Machines")
-    nodes: int = key(1, "number of nodes")
-    device: str = key("A100", ", ".join(DEVICES))
-    gpu_memory: float = key(0.0, "GB, instead of the device's; of a CPU rank, its part of the host's")
-    tflops: float = key(0.0, "peak of dense matmuls in dtype, instead of the device's")
-    link: float = key(400.0, "Gbit/s of a node to the others, all of its ports together")
-    node_link: float = key(0.0, "Gbit/s between the ranks of a node, instead of the device's")
     measured: str = key("", "benchmark.json: matmul peak, link and process memory as tools.benchmark measured them")
-    dtype: str = key("", "bfloat16, float16, float32; empty: the recipe's, else the measured, else bfloat16", "Step")
-    global_batch: int = key(0, f"sequences per step; 0: the recipe's, or about {STEP_TOKENS:,} tokens")
+    global_batch: int = key(0, f"sequences per step; 0: the recipe's, or about {STEP_TOKENS:,} tokens", "Step")
     batch_size: int = key(0, "sequences per rank and micro-step; 0: the best")
     activation_checkpointing: str = key("", "True, False; empty: whichever is better")
     strategies: str = key("", f"{','.join(strategies())}; empty: all")
-    achievable: float = key(0.5, "share of the peak that computing reaches; nanoGPT's GPT-2 0.3 (A100)", "Assumptions")
-    link_share: float = key(0.8, "share of a link's rate that collectives reach; 1 on CPU ranks")
-    overlap: float = key(0.8, "share of computing that hides communication; 0.5 on CPU ranks (results/zero_links)")
-    fragmentation: float = key(0.1, "share of activations and buffers that the allocator loses; 0 on CPU ranks")
-    baseline: float = key(1.5, "GB of a process besides tensors: CUDA, NCCL")
     all: bool = key(False, "print every micro-batch, with and without activation checkpointing", "Output")
     curve: str = key("", "table: from 1 to 1,024 GPUs, of five strategies or those named; FILE.png: drawn as well")
 
     def problems(self) -> Iterator[Problem]:
-        """Key and rule of each value that cannot be."""
         for name, value in vars(self).items():
             low, high = RANGES.get(name, (0, math.inf))
             if isinstance(value, int | float) and not low <= value <= high:
@@ -125,40 +110,69 @@ def read_benchmark(path: str, dtype: str) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def build_system(cfg: PlanConfig, dtype: torch.dtype) -> System:
-    """The data sheet of the device, replaced by the keys that are given."""
-    values: dict[str, Any] = {name: getattr(cfg, name) for name in RANGES}
-    values |= {"link": 1e9 / 8 * cfg.link, "baseline": 1e9 * cfg.baseline}
+def fill_in(cfg: PlanConfig) -> PlanConfig:
+    """The data sheet's numbers of the device, where no others are given."""
     name = find_device(cfg.device)
-    if name:
-        device = DEVICES[name]
-        if dtype == torch.bfloat16 and not device.has_bf16:
-            raise ConfigError(f"dtype = 'bfloat16': {name} lacks it; use --dtype=float16 or float32")
-        values |= {"memory": 1e9 * device.memory, "memory_bandwidth": 1e9 * device.bandwidth}
-        values |= {"flops": device.peak(dtype, tf32=True), "node_link": 1e9 * device.link}
-    elif cfg.device != "cpu":
+    if not name and cfg.device != "cpu":
         hint = f"{did_you_mean(cfg.device, DEVICES)}; name a similar one and your --tflops"
         raise ConfigError(f"device = {cfg.device!r}: unknown{hint}")
-    elif not cfg.tflops or not cfg.gpu_memory:
+    if not name and not (cfg.tflops and cfg.gpu_memory):
         raise ConfigError("device = 'cpu': needs --measured=benchmark.json and the memory of a rank, --gpu_memory=8")
-    else:
-        values |= {"memory_bandwidth": HOST_BANDWIDTH / cfg.gpus, "node_link": values["link"]}
-    given = {"memory": 1e9 * cfg.gpu_memory, "flops": 1e12 * cfg.tflops, "node_link": 1e9 / 8 * cfg.node_link}
-    values |= {key: value for key, value in given.items() if value}
-    return System(device=name or "CPU", on_gpu=bool(name), dtype=dtype, **values)
+    device = DEVICES[name] if name else Device(0, 0, 0, 0, HOST_BANDWIDTH / 1e9 / cfg.gpus, cfg.link / 8)
+    if cfg.dtype == "bfloat16" and not device.has_bf16:
+        raise ConfigError(f"dtype = 'bfloat16': {name} lacks it; use --dtype=float16 or float32")
+    sheet: dict[str, Any] = {"gpu_memory": device.memory, "memory_bandwidth": device.bandwidth}
+    sheet |= {"node_link": 8 * device.link, "tflops": device.peak(getattr(torch, cfg.dtype), tf32=True) / 1e12}
+    return replace(cfg, device=name or "cpu", **{key: getattr(cfg, key) or value for key, value in sheet.items()})
 
 
-def is_option(argument: str) -> bool:
-    """Whether an argument is the planner's, and not a recipe or a setting of the train scripts."""
-    name = argument.lstrip("-").partition("=")[0]
-    return argument.startswith("-") and (hasattr(PlanConfig, name) or not did_you_mean(name, vars(RecipeConfig())))
+@dataclass(frozen=True)
+class Request:
+    """What to plan: a model, the machines, a step and a run."""
+
+    cfg: PlanConfig
+    model: GPTConfig
+    recipes: list[str]  # and settings
+    global_batch: int  # sequences per step
+    tokens: float  # of the run
+
+    def candidates(self) -> list[Candidate]:
+        """All strategies and micro-batches, also those that do not fit; ConfigError if the batch is not divisible."""
+        cfg, ranks = self.cfg, self.cfg.ranks
+        sequences, rest = divmod(self.global_batch, ranks)
+        if rest or not sequences:
+            rule = f"must be divisible by the {ranks} ranks; set {ranks * max(1, sequences)}"
+            raise ConfigError(f"global_batch = {self.global_batch}: {rule}")
+        batches = [n for n in range(1, sequences + 1) if sequences % n == 0 and cfg.batch_size in (0, n)]
+        if not batches:
+            raise ConfigError(f"batch_size = {cfg.batch_size}: must divide the {sequences} sequences per rank")
+        chosen = [find_strategy(name) for name in cfg.strategies.split(",") if name] or strategies().values()
+        impossible = "ddp" if ranks == 1 else "single"
+        several = cfg.nodes > 1 and cfg.gpus > 1  # nodes of several GPUs, which HSDP needs
+        return [
+            Candidate(self.model, strategy, cfg, batch, sequences // batch, checkpointing)
+            for strategy in chosen
+            if strategy.name != impossible and (several or not strategy.hybrid)
+            for batch in batches
+            for checkpointing in (False, True)
+            if cfg.activation_checkpointing in ("", str(checkpointing))
+        ]
+
+    def at(self, ranks: int) -> "Request":
+        """The same on so many ranks, nodes filled first; the global batch is rounded up to a multiple of them."""
+        gpus = math.gcd(ranks, self.cfg.gpus)
+        cfg = replace(self.cfg, gpus=gpus, nodes=ranks // gpus, batch_size=0)
+        return replace(self, cfg=cfg, global_batch=math.ceil(self.global_batch / ranks) * ranks)
 
 
-def build_request(argv: list[str]) -> tuple[PlanConfig, Request]:
+def build_request(argv: list[str]) -> Request:
     """Raises ConfigError where the parts of the command line do not fit together."""
-    argv = [argument.replace("--ranks=", "--gpus=") for argument in underscored(argv)]
-    options = [argument for argument in argv if is_option(argument)]
-    recipes = [argument for argument in argv if not is_option(argument)]
+    options, recipes = list[str](), list[str]()  # the planner's own; recipes and settings of the train scripts
+    for argument in underscored(argv):
+        argument = argument.replace("--ranks=", "--gpus=")
+        name, is_path = argument.lstrip("-").partition("=")[0], not argument.startswith("-")
+        of_recipe = is_path or (not hasattr(PlanConfig, name) and did_you_mean(name, vars(RecipeConfig())))
+        (recipes if of_recipe else options).append(argument)
     cfg = parse(PlanConfig, options, __doc__ or "")
     if bool(cfg.model) == bool(recipes):
         raise ConfigError("give a model, --model=gpt2-xl, or a recipe, config/x.py --key=value, and not both")
@@ -169,28 +183,27 @@ def build_request(argv: list[str]) -> tuple[PlanConfig, Request]:
     dtype = cfg.dtype or recipe.dtype.replace("auto", "")
     if cfg.measured:  # the options, given after it, replace what was measured
         cfg = parse(PlanConfig, [*read_benchmark(cfg.measured, dtype), *options], "")
-    system = build_system(cfg, getattr(torch, cfg.dtype or dtype or "bfloat16"))
-    per_rank = max(1.0, STEP_TOKENS / model.block_size / system.ranks)
-    batch = recipe.batch_size * recipe.gradient_accumulation_steps if recipes else 0
-    batch = cfg.global_batch or batch or system.ranks * 2 ** round(math.log2(per_rank))
-    tokens = recipe.max_iters * batch * model.block_size if recipes else TOKENS_PER_PARAMETER * model.parameter_count()
-    checkpointing = {"": (False, True), "True": (True,), "False": (False,)}[cfg.activation_checkpointing]
-    chosen = tuple(find_strategy(name) for name in cfg.strategies.split(",") if name)
-    name = cfg.model or " ".join(recipes)
-    return cfg, Request(name, model, system, chosen, batch, tokens, cfg.batch_size, checkpointing, recipes)
+    cfg = fill_in(replace(cfg, dtype=cfg.dtype or dtype or "bfloat16"))
+    batch = recipe.batch_size * recipe.gradient_accumulation_steps
+    tokens = recipe.max_iters * (cfg.global_batch or batch) * model.block_size
+    if cfg.model:
+        batch = cfg.ranks * 2 ** round(math.log2(max(1.0, STEP_TOKENS / model.block_size / cfg.ranks)))
+        tokens = TOKENS_PER_PARAMETER * model.parameter_count()
+    return Request(cfg, model, recipes, cfg.global_batch or batch, tokens)
 
 
-def header(cfg: PlanConfig, request: Request) -> str:
+def header(request: Request) -> str:
     """What is planned, in three lines; defaults that matter are marked."""
-    system, model, tokens = request.system, request.model, request.global_batch * request.model.block_size
-    gpus, device, link, batch = (" (default)" if getattr(cfg, k) == getattr(PlanConfig, k) else "" for k in MARKED)
+    cfg, model, tokens = request.cfg, request.model, request.global_batch * request.model.block_size
+    marked = ("gpus", "device", "link", "global_batch")
+    gpus, device, link, batch = (" (default)" if getattr(cfg, k) == getattr(PlanConfig, k) else "" for k in marked)
     batch = "" if request.recipes else batch  # a recipe sets it
-    where = f"{system.gpus} {'GPUs' if system.on_gpu else 'CPU ranks'}{gpus}, {system.device}{device}"
-    where += f", {gigabytes(system.memory)} each, {str(system.dtype).removeprefix('torch.')}"
-    if system.nodes > 1:
-        where = f"{system.nodes} nodes of {where}, {8e-9 * system.link:,.4g} Gbit/s between them{link}"
+    where = f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}{gpus}, {cfg.device}{device}"
+    where += f", {gigabytes(1e9 * cfg.gpu_memory)} each, {cfg.dtype}"
+    if cfg.nodes > 1:
+        where = f"{cfg.nodes} nodes of {where}, {cfg.link:,.4g} Gbit/s between them{link}"
     step = f"{request.global_batch:,} sequences of {model.block_size:,} = {tokens:,} tokens{batch}"
-    name = f"{request.name}: {model.parameter_count():,} parameters"
+    name = f"{cfg.model or ' '.join(request.recipes)}: {model.parameter_count():,} parameters"
     return f"{name}\n{where}\na step: {step}; the run: {request.tokens:.3g} tokens"
 
 
@@ -200,17 +213,15 @@ def cell(value: float) -> str:
 
 
 def table(request: Request, candidates: list[Candidate]) -> str:
-    """A line per candidate."""
-    rows = [["strategy", "batch", "state", "activ.", "buffers", "other", "total", "free", "host", "NVMe", "sent"]]
-    rows[0] += ["step, s", "tokens/s", "MFU", "days"]
+    rows = []
     for c in candidates:
-        memory, days = c.memory, request.tokens / c.tokens_per_second() / 86400
-        sizes = [memory.model_state, memory.activations, memory.buffers, memory.other, memory.total(), c.spare()]
-        sizes += [memory.host, memory.nvme, c.time.sent]
-        batch = f"{c.batch} x {c.micro_steps}{' *' * c.checkpointing}"
-        speed = [cell(c.time.total()), f"{c.tokens_per_second():,.0f}", f"{c.mfu():.0%}", cell(days)]
-        rows.append([c.strategy.name, batch, *(cell(size / 1e9) for size in sizes), *speed])
-    return align(rows, ("strategy", "batch"))
+        sizes = {"state": c.model_state, "activ.": c.activations, "buffers": c.buffers, "other": c.other}
+        sizes |= {"total": c.memory, "free": c.spare(), "host": c.host, "NVMe": c.nvme, "sent": c.sent}
+        row = {"strategy": c.strategy.name, "batch": f"{c.batch} x {c.micro_steps}{' *' * c.checkpointing}"}
+        row |= {title: cell(size / 1e9) for title, size in sizes.items()}
+        row |= {"step, s": cell(c.seconds), "tokens/s": f"{c.tokens_per_second():,.0f}", "MFU": f"{c.mfu():.0%}"}
+        rows.append({**row, "days": cell(request.tokens / c.tokens_per_second() / 86400)})
+    return align([list(rows[0]), *(list(row.values()) for row in rows)], ("strategy", "batch"))
 
 
 def config_lines(request: Request, taken: Candidate) -> list[str]:
@@ -221,7 +232,7 @@ def config_lines(request: Request, taken: Candidate) -> list[str]:
         f"batch_size = {taken.batch}",
         f"gradient_accumulation_steps = {taken.micro_steps * taken.system.ranks}  # all ranks together",
         f"activation_checkpointing = {taken.checkpointing}",
-        f"dtype = '{str(taken.system.dtype).removeprefix('torch.')}'",
+        f"dtype = '{taken.system.dtype}'",
         f"block_size = {request.model.block_size}",
         f"max_iters = {math.ceil(request.tokens / step)}  # {step:,} tokens each",
         *(f"{name} = {getattr(request.model, name)}" for name in names),
@@ -240,12 +251,12 @@ def command(request: Request, taken: Candidate) -> str:
     return " ".join([*hosts, strategy.launcher, *ranks, *request.recipes, CONFIG, *arguments])
 
 
-def print_report(cfg: PlanConfig, request: Request) -> None:
+def print_report(request: Request) -> None:
     """Print every candidate, or the best of each strategy, and what to do; UserError if none fits."""
     if not (candidates := request.candidates()):
-        raise UserError(f"strategies: not possible with {request.system.ranks} ranks on {request.system.nodes} nodes")
+        raise UserError(f"strategies: not possible with {request.cfg.ranks} ranks on {request.cfg.nodes} nodes")
     bests = best_of_each(candidates)
-    print(header(cfg, request), table(request, candidates if cfg.all else bests), FOOTER, sep="\n\n")
+    print(header(request), table(request, candidates if request.cfg.all else bests), FOOTER, sep="\n\n")
     if not (taken := recommend(bests)):
         nearest = max(candidates, key=Candidate.spare)
         lacking = f"{nearest.strategy.name} comes nearest and lacks {gigabytes(-nearest.spare())} per rank"
@@ -254,32 +265,32 @@ def print_report(cfg: PlanConfig, request: Request) -> None:
     print(f"\n# {CONFIG}", *config_lines(request, taken), "", command(request, taken), sep="\n")
 
 
-def print_curve(cfg: PlanConfig, request: Request) -> None:
+def print_curve(request: Request) -> None:
     """Print tokens/s per GPU from 1 to MOST_RANKS GPUs, "-" where nothing fits; if --curve is a PNG, draw it."""
-    request = replace(request, strategies=request.strategies or tuple(map(find_strategy, CURVE)))
+    request = replace(request, cfg=replace(request.cfg, strategies=request.cfg.strategies or CURVE))
     sizes, rates = dict[str, dict[int, float]](), dict[str, dict[int, float]]()  # strategy -> GPUs -> GB; tokens/s
     counts = [2**power for power in range(MOST_RANKS.bit_length())]
     for ranks in counts:
         found = request.at(ranks).candidates()
         for best in best_of_each(found):
             name = best.strategy.name.replace("single", "ddp")  # on one GPU, DDP is one process
-            least = min(c.memory.total() for c in found if c.strategy == best.strategy)
+            least = min(c.memory for c in found if c.strategy == best.strategy)
             sizes.setdefault(name, {})[ranks] = least / 1e9
             rates.setdefault(name, {}).update({ranks: best.tokens_per_second() / ranks} if best.spare() >= 0 else {})
     rows = [
         [f"{ranks:,}", *(f"{row[ranks]:,.0f}" if ranks in row else "-" for row in rates.values())] for ranks in counts
     ]
     request = request.at(MOST_RANKS)
-    title = header(cfg, request)
+    title = header(request)
     print(title, "tokens/s per GPU", align([["GPUs", *rates], *rows], ()), sep="\n\n")
-    if cfg.curve.endswith(".png"):
-        draw(title, request.system, rates, sizes).savefig(cfg.curve)
-        print(f"\n{cfg.curve}")
+    if (file := request.cfg.curve) != "table":
+        draw(title, request.cfg, rates, sizes).savefig(file)
+        print(f"\n{file}")
 
 
-def draw(title: str, system: System, rates: dict[str, dict[int, float]], sizes: dict[str, dict[int, float]]) -> Any:
+def draw(title: str, system: Machines, rates: dict[str, dict[int, float]], sizes: dict[str, dict[int, float]]) -> Any:
     """A matplotlib figure: both tables of print_curve over the number of GPUs."""
-    figure, limit = new_figure(8, 6.5), system.memory / 1e9
+    figure, limit = new_figure(8, 6.5), system.gpu_memory
     speed, memory = figure.subplots(2, 1, sharex=True)
     for axes, lines in ((speed, rates), (memory, sizes)):
         for number, (name, line) in enumerate(lines.items()):
@@ -298,8 +309,8 @@ def draw(title: str, system: System, rates: dict[str, dict[int, float]], sizes: 
 
 
 def main() -> None:
-    cfg, request = build_request(sys.argv[1:])
-    (print_curve if cfg.curve else print_report)(cfg, request)
+    request = build_request(sys.argv[1:])
+    (print_curve if request.cfg.curve else print_report)(request)
 
 
 if __name__ == "__main__":

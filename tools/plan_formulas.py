@@ -5,17 +5,15 @@ number in matmuls (2 or 4); n: ranks that take part. Sizes are bytes of one rank
 """
 
 import json
-import math
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from model import GPTConfig
-from training.config import ROOT
-from training.errors import ConfigError
-from training.strategies import Strategy, model_state_bytes, strategies
+from training.config import ROOT, Settings, key
+from training.gpus import DEVICES
+from training.strategies import ModelState, Strategy, model_state_bytes
 
 FP32, TOKEN_BYTES = 4, 16  # bytes of a number; of a token and its target, int64 each
 LOSS_ROWS, LOSS_ELEMENTS = 2048, 2**21  # logits in fp32 at a time: rows on a GPU, elements on a CPU (model.py)
@@ -30,28 +28,31 @@ ALIKE = 0.02  # of a step's time: less is no reason for the more complicated str
 
 
 @dataclass(frozen=True)
-class System:
-    """The machines. Sizes and rates are those of one rank, in bytes and bytes/s, unless a comment says otherwise."""
+class Machines(Settings):
+    """The machines, in the units of the planner's options. Before a plan, 0 is replaced by the data sheet's number."""
 
-    device: str
-    on_gpu: bool
-    gpus: int  # ranks per node
-    nodes: int
-    dtype: torch.dtype
-    memory: float
-    flops: float  # FLOP/s: the matmul peak of the data sheet, or the measured ceiling
-    memory_bandwidth: float
-    node_link: float  # between the GPUs of a node
-    link: float  # from a node to the others, per node
-    achievable: float  # shares, explained in tools/plan.py
-    link_share: float
-    overlap: float
-    fragmentation: float
-    baseline: float
+    gpus: int = key(8, "GPUs, or CPU ranks, per node; also --ranks", "Machines")
+    nodes: int = key(1, "number of nodes")
+    device: str = key("A100", ", ".join(DEVICES))
+    gpu_memory: float = key(0.0, "GB, instead of the device's; of a CPU rank, its part of the host's")
+    memory_bandwidth: float = key(0.0, "GB/s of that memory, instead of the device's")
+    tflops: float = key(0.0, "peak of dense matmuls in dtype, instead of the device's")
+    link: float = key(400.0, "Gbit/s of a node to the others, all of its ports together")
+    node_link: float = key(0.0, "Gbit/s between the ranks of a node, instead of the device's")
+    dtype: str = key("", "bfloat16, float16, float32; empty: the recipe's, else the measured, else bfloat16")
+    achievable: float = key(0.5, "share of the peak that computing reaches; nanoGPT's GPT-2 0.3 (A100)", "Assumptions")
+    link_share: float = key(0.8, "share of a link's rate that collectives reach; 1 on CPU ranks")
+    overlap: float = key(0.8, "share of computing that hides communication; 0.5 on CPU ranks (results/zero_links)")
+    fragmentation: float = key(0.1, "share of activations and buffers that the allocator loses; 0 on CPU ranks")
+    baseline: float = key(1.5, "GB of a process besides tensors: CUDA, NCCL")
 
     @property
     def ranks(self) -> int:
         return self.gpus * self.nodes
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Candidate:
 
     model: GPTConfig
     strategy: Strategy
-    system: System
+    system: Machines
     batch: int  # sequences per rank and micro-step
     micro_steps: int
     checkpointing: bool
@@ -71,137 +72,148 @@ class Candidate:
         self.head = model.vocab_size * model.n_embd  # the largest matrix, which embeds tokens and projects to logits
         self.block = (self.parameters - self.head - model.block_size * model.n_embd) // model.n_layer
         self.deepspeed = strategy.script == "train_deepspeed.py"
-        self.zero = {k: model.n_embd**2 if v == "auto" else v for k, v in zero_block(strategy).items()}  # as HF Trainer
+        self.zero: dict[str, Any] = {}
+        if self.deepspeed:
+            config = json.loads((ROOT / strategy.arguments[0].removeprefix("--deepspeed_config=")).read_text())
+            zero = config.get("zero_optimization", {})  # "auto" as in the Hugging Face Trainer
+            self.zero = {name: model.n_embd**2 if value == "auto" else value for name, value in zero.items()}
         self.offloads = strategy.optimizer_device != "gpu" and system.on_gpu  # CPU ranks have only one memory
         self.shards = system.gpus if strategy.hybrid else system.ranks  # ranks that share one copy of the model state
-        self.compute_bytes = FP32 if system.dtype == torch.float32 else 2
+        self.compute_bytes = FP32 if system.dtype == "float32" else 2
         # parameters, norms and the residual stream stay in fp32 while matmuls are in half precision
         self.autocast = strategy.stage == 0 and self.compute_bytes < FP32
+        self.residual_bytes = FP32 if self.autocast else self.compute_bytes
+        self.tokens = self.batch * model.block_size  # per micro-step
         # whether stages 1 to 3 communicate beside computing; FSDP2 always does
         self.overlap_comm = system.on_gpu and (not self.deepspeed or bool(self.zero.get("overlap_comm")))
         # how often a micro-step gathers the parameters; FSDP2's root unit keeps the head until backward
         again = 0.0 if strategy.keeps_parameters else 1.0 if self.deepspeed else 1 - self.head / self.parameters
         self.gathers = 1 + again if strategy.stage == 3 else 0.0
-        self.memory = memory(self)
-        self.time = step_time(self)
+        self.predict_memory()
+        self.predict_time()
+
+    def predict_memory(self) -> None:
+        """Bytes of a rank at peak; host and nvme per node.
+
+        Model state: (2 + 2 + 12) P bytes less what is partitioned (ZeRO, arXiv:1910.02054, section 3.1). DDP, FSDP2 and
+        fp32 have 4 + 4 + 8. DDP's buckets, 4 P, lie beside gradients that several micro-steps add up.
+        """
+        strategy, system = self.strategy, self.system
+        name = f"zero{strategy.stage}" if self.deepspeed else strategy.name  # whatever the JSON is called
+        state = model_state_bytes(name, self.shards, self.parameters, getattr(torch, system.dtype))
+        sizes = by_device(state, strategy.optimizer_device, strategy.parameter_device)
+        on_host = sizes["cpu"] if system.on_gpu else 0.0
+        self.model_state = sizes["gpu"] + sizes["cpu"] - on_host
+        self.host, self.nvme = system.gpus * on_host, system.gpus * sizes["nvme"]
+        self.activations = peak_activations(self)
+        self.buffers = gathered_parameters(self) + gradient_buffers(self)
+        self.other = 1e9 * system.baseline + system.fragmentation * (self.activations + self.buffers)
+        self.buffers += FP32 * self.parameters if strategy.name == "ddp" and self.micro_steps > 1 else 0
+        self.memory = self.model_state + self.activations + self.buffers + self.other
+
+    def predict_time(self) -> None:
+        """s b (6 P + 12 L h s) FLOPs a micro-step (PaLM, arXiv:2204.02311, appendix B), a third more to recompute.
+
+        Communication counts where it is longer than the `overlap` share of the computing beside it. The update moves 40
+        bytes a parameter of the shard; offload moves weights and gradients over PCIe in each micro-step.
+        """
+        system, strategy, work = self.system, self.strategy, RECOMPUTED if self.checkpointing else 1.0
+        once = self.tokens * self.model.flops_per_token() / (1e12 * system.tflops * system.achievable)
+        self.computing = self.micro_steps * work * once
+        found = transfers(self, FORWARD * once, (work - FORWARD) * once)
+        self.sent = sum(sent for sent, _, _ in found)
+        self.communication = sum(max(0.0, seconds - system.overlap * beside) for _, seconds, beside in found)
+        shard = self.parameters / (self.shards if strategy.stage else 1)
+        bandwidth = HOST_BANDWIDTH / system.gpus if self.offloads else 1e9 * system.memory_bandwidth
+        self.update = shard * UPDATE_BYTES / bandwidth
+        if self.offloads:
+            slowest = NVME_BANDWIDTH / system.gpus if strategy.parameter_device == "nvme" else HOST_LINK
+            seconds = self.micro_steps * (1 / HOST_LINK + self.gathers / slowest) + 1 / HOST_LINK
+            self.communication += seconds * self.compute_bytes * self.parameters / self.shards
+        if strategy.optimizer_device == "nvme":
+            self.update += 2 * SWAP_BYTES * shard * system.gpus / NVME_BANDWIDTH
+        self.seconds = self.computing + self.communication + self.update
 
     def spare(self) -> float:
         """Bytes of the device that stay free; negative if the candidate does not fit."""
-        return self.system.memory - self.memory.total()
+        return 1e9 * self.system.gpu_memory - self.memory
 
     def tokens_per_second(self) -> float:
-        return self.batch * self.micro_steps * self.system.ranks * self.model.block_size / self.time.total()
+        return self.tokens * self.micro_steps * self.system.ranks / self.seconds
 
     def mfu(self) -> float:
         """Model FLOP/s, without recomputation, over the matmul peak or the measured ceiling."""
-        return self.tokens_per_second() * self.model.flops_per_token() / (self.system.ranks * self.system.flops)
+        return self.tokens_per_second() * self.model.flops_per_token() / (self.system.ranks * 1e12 * self.system.tflops)
 
 
-@cache
-def zero_block(strategy: Strategy) -> dict[str, Any]:
-    """zero_optimization of the strategy's JSON; empty for train.py's strategies."""
-    paths = [argument.partition("=")[2] for argument in strategy.arguments if "deepspeed_config=" in argument]
-    return json.loads((ROOT / paths[0]).read_text()).get("zero_optimization", {}) if paths else {}
+def by_device(state: ModelState, optimizer_device: str, parameter_device: str) -> dict[str, float]:
+    """Bytes of a rank's model state on gpu, cpu and nvme; gradients are never on NVMe."""
+    sizes = dict.fromkeys(("gpu", "cpu", "nvme"), 0.0)
+    sizes[parameter_device] += state.parameters
+    sizes["gpu" if optimizer_device == "gpu" else "cpu"] += state.gradients
+    sizes[optimizer_device] += state.optimizer_states
+    return sizes
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a rank at peak; host and nvme are per node."""
-
-    model_state: float  # parameters, gradients, optimizer states
-    activations: float
-    buffers: float  # gathered parameters, and gradients in flight
-    other: float  # fragmentation, and what the process holds besides tensors
-    host: float
-    nvme: float
-
-    def total(self) -> float:
-        return self.model_state + self.activations + self.buffers + self.other
-
-
-def memory(case: Candidate) -> Memory:
-    """Model state: (2 + 2 + 12) P bytes less what is partitioned (ZeRO, arXiv:1910.02054, section 3.1).
-
-    DDP, FSDP2 and fp32 have 4 + 4 + 8. DDP's buckets, 4 P, lie beside gradients that several micro-steps add up.
-    """
-    strategy, system = case.strategy, case.system
-    name = f"zero{strategy.stage}" if case.deepspeed else strategy.name  # whatever the JSON is called
-    state = model_state_bytes(name, case.shards, case.parameters, system.dtype)
-    held = {"gpu": 0.0, "cpu": 0.0, "nvme": 0.0}
-    gradient_device = "cpu" if strategy.optimizer_device == "nvme" else strategy.optimizer_device
-    devices = (strategy.parameter_device, gradient_device, strategy.optimizer_device)
-    for device, size in zip(devices, (state.parameters, state.gradients, state.optimizer_states), strict=True):
-        held[device if system.on_gpu or device == "nvme" else "gpu"] += size
-    activations = peak_activations(case)
-    buffers = gathered_parameters(case) + gradient_buffers(case, activations)
-    other = system.baseline + system.fragmentation * (activations + buffers)
-    buffers += FP32 * case.parameters if strategy.name == "ddp" and case.micro_steps > 1 else 0
-    host, nvme = system.gpus * held["cpu"], system.gpus * held["nvme"]
-    return Memory(held["gpu"], activations, buffers, other, host, nvme)
-
-
-def block_activations(model: GPTConfig, tokens: int, compute: int, residual: int) -> float:
+def block_activations(case: Candidate) -> float:
     """A block saves 16 c s b h bytes for backward, 36 s b h under autocast, whose residual stream is fp32.
 
     Korthikanti et al. (arXiv:2205.05198, section 4.1) count s b h (34 + 5 a s / h) in half precision for a heads. The
     5 a s² b are the attention matrix, which FlashAttention (arXiv:2205.14135) never stores; 2 s b h are dropout masks.
     """
     # inputs of 2 norms | c_attn, attention (3), its c_proj, c_fc, GELU (4), the MLP's c_proj (4)
-    saved = (2 * residual + 14 * compute) * model.n_embd
-    masks = 2 * model.n_embd if model.dropout else 0  # one byte per element
-    statistics = FP32 * (4 + model.n_head)  # mean and deviation of two norms, logsumexp of each head
-    return tokens * (saved + masks + statistics)
+    saved = (2 * case.residual_bytes + 14 * case.compute_bytes) * case.model.n_embd
+    masks = 2 * case.model.n_embd if case.model.dropout else 0  # one byte per element
+    statistics = FP32 * (4 + case.model.n_head)  # mean and deviation of two norms, logsumexp of each head
+    return case.tokens * (saved + masks + statistics)
 
 
-def head_activations(model: GPTConfig, tokens: int, compute: int, residual: int) -> float:
+def head_activations(case: Candidate) -> float:
     """The last norm, the output projection, and c s b V of logits, whose gradient takes their place (model.py)."""
-    per_token = model.n_embd * (residual + compute) + model.vocab_size * compute
-    return tokens * (per_token + 2 * FP32 + TOKEN_BYTES)
+    norm = case.model.n_embd * (case.residual_bytes + case.compute_bytes) + 2 * FP32
+    return case.tokens * (norm + case.model.vocab_size * case.compute_bytes + TOKEN_BYTES)
 
 
-def saved_activations(model: GPTConfig, tokens: int, compute: int, residual: int, checkpointing: bool) -> float:
+def saved_activations(case: Candidate) -> float:
     """At the end of forward. With activation checkpointing a block saves its input only (section 5 of that paper)."""
-    block = tokens * model.n_embd * residual if checkpointing else block_activations(model, tokens, compute, residual)
-    return model.n_layer * block + head_activations(model, tokens, compute, residual)
+    block = case.tokens * case.model.n_embd * case.residual_bytes if case.checkpointing else block_activations(case)
+    return case.model.n_layer * block + head_activations(case)
 
 
 def peak_activations(case: Candidate) -> float:
     """The larger of two moments: in the loss, and in backward of the last block, when the logits are gone."""
-    model, compute, tokens = case.model, case.compute_bytes, case.batch * case.model.block_size
-    sizes = (model, tokens, compute, FP32 if case.autocast else compute)
+    model = case.model
     rows = LOSS_ROWS if case.system.on_gpu else max(1, LOSS_ELEMENTS // model.vocab_size)
-    in_loss = FP32 * model.vocab_size * min(tokens, rows)
-    gradients = tokens * compute * 9 * model.n_embd  # of the MLP's hidden layer, twice, and the residual stream
-    recomputed = block_activations(*sizes) if case.checkpointing else 0
+    in_loss = FP32 * model.vocab_size * min(case.tokens, rows)
+    gradients = 9 * case.tokens * model.n_embd  # of the MLP's hidden layer, twice, and the residual stream
     # the gradient of the output projection waits for that of the embedding until the end of backward
-    in_backward = recomputed + gradients + case.head * compute - head_activations(*sizes)
-    return saved_activations(*sizes, case.checkpointing) + max(in_loss, in_backward)
+    in_backward = case.compute_bytes * (gradients + case.head) - head_activations(case)
+    in_backward += block_activations(case) if case.checkpointing else 0  # recomputed
+    return saved_activations(case) + max(in_loss, in_backward)
 
 
 def gathered_parameters(case: Candidate) -> float:
     """FSDP2 holds the head and three blocks, or all; ZeRO-3 stage3_max_live_parameters; autocast a 16-bit copy."""
-    count: float = case.parameters
-    if case.strategy.stage == 3 and case.deepspeed:
-        count = min(count, case.zero.get("stage3_max_live_parameters", 1e9))
-    elif case.strategy.stage == 3 and not case.strategy.keeps_parameters:
-        count = min(count, case.head + 3 * case.block)
+    limit = case.zero.get("stage3_max_live_parameters", 1e9) if case.deepspeed else case.head + 3 * case.block
+    limited = case.strategy.stage == 3 and not case.strategy.keeps_parameters
+    count = min(case.parameters, limit) if limited else case.parameters
     return case.compute_bytes * count if case.autocast or (case.gathers and case.shards > 1) else 0.0
 
 
-def gradient_buffers(case: Candidate, activations: float) -> float:
+def gradient_buffers(case: Candidate) -> float:
     """ZeRO: buckets and a flat copy, or in the optimizer step a partition's fp32 gradients; FSDP2: those of a block."""
     compute, stage = case.compute_bytes, case.strategy.stage
     if not case.deepspeed:
         return case.block * (compute + FP32) if stage == 3 else 0.0
     if stage == 0:
-        return max(0.0, FP32 * min(case.parameters, ZERO0_BUCKET) - activations)
+        return max(0.0, FP32 * min(case.parameters, ZERO0_BUCKET) - case.activations)
     bucket = case.zero.get("reduce_bucket_size", 5e8)
     copied: float = compute * min(case.parameters, case.block if stage == 3 else max(bucket, case.head))
     in_backward = copied + compute * min(case.parameters, bucket * (1 + case.overlap_comm))
     in_step = 0.0 if case.offloads else FP32 * min(case.parameters / case.shards, case.zero.get("sub_group_size", 1e9))
     if stage == 1 and not case.overlap_comm:  # reduces when backward is done
         in_backward, in_step = 0.0, max(in_step, copied)
-    return max(in_backward, in_step - activations)
+    return max(in_backward, in_step - case.activations)
 
 
 def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[float, float, float]]:
@@ -214,8 +226,9 @@ def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[fl
     and gradients. FSDP2 does the same with gradients in fp32; HSDP also all-reduces shards between nodes.
     """
     system, stage, steps = case.system, case.strategy.stage, case.micro_steps
-    ring, between = (case.shards - 1) / case.shards, system.link_share * min(system.node_link, system.link)
-    bandwidth = system.link_share * system.node_link if case.shards <= system.gpus else between
+    ring, rate = (case.shards - 1) / case.shards, system.link_share * 1e9 / 8  # bytes/s per Gbit/s
+    between = rate * min(system.node_link, system.link)
+    bandwidth = rate * system.node_link if case.shards <= system.gpus else between
     gradients, weights = FP32 * case.parameters, case.compute_bytes * case.parameters
     if stage == 0:
         sent = 2 * ring * gradients
@@ -231,91 +244,12 @@ def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[fl
     return [(sent + crossing, seconds, steps * (forward + backward) if case.overlap_comm else 0.0)]
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of a step; communication: the part that computing does not hide."""
-
-    computing: float
-    communication: float
-    update: float
-    sent: float  # bytes of a rank
-
-    def total(self) -> float:
-        return self.computing + self.communication + self.update
-
-
-def step_time(case: Candidate) -> StepTime:
-    """s b (6 P + 12 L h s) FLOPs a micro-step (PaLM, arXiv:2204.02311, appendix B), a third more to recompute.
-
-    Communication counts where it is longer than the `overlap` share of the computing beside it. The update moves 40
-    bytes a parameter of the shard; offload moves weights and gradients over PCIe in each micro-step.
-    """
-    system, strategy, work = case.system, case.strategy, RECOMPUTED if case.checkpointing else 1.0
-    once = case.batch * case.model.block_size * case.model.flops_per_token() / (system.flops * system.achievable)
-    found = transfers(case, FORWARD * once, (work - FORWARD) * once)
-    communication = sum(max(0.0, seconds - system.overlap * beside) for _, seconds, beside in found)
-    shard = case.parameters / (case.shards if strategy.stage else 1)
-    update = shard * UPDATE_BYTES / (HOST_BANDWIDTH / system.gpus if case.offloads else system.memory_bandwidth)
-    if case.offloads:
-        slowest = NVME_BANDWIDTH / system.gpus if strategy.parameter_device == "nvme" else HOST_LINK
-        seconds = case.micro_steps * (1 / HOST_LINK + case.gathers / slowest) + 1 / HOST_LINK
-        communication += seconds * case.compute_bytes * case.parameters / case.shards
-    if strategy.optimizer_device == "nvme":
-        update += 2 * SWAP_BYTES * shard * system.gpus / NVME_BANDWIDTH
-    return StepTime(case.micro_steps * work * once, communication, update, sum(sent for sent, _, _ in found))
-
-
-@dataclass(frozen=True)
-class Request:
-    """A model, the machines, and what a step and a run are to be."""
-
-    name: str
-    model: GPTConfig
-    system: System
-    strategies: tuple[Strategy, ...]  # empty: all that are possible
-    global_batch: int  # sequences per step
-    tokens: float  # of the run
-    batch_size: int  # 0: the best
-    checkpointing: tuple[bool, ...]
-    recipes: list[str]  # and settings
-
-    def candidates(self) -> list[Candidate]:
-        """All strategies and micro-batches, also those that do not fit; ConfigError if the batch is not divisible."""
-        ranks = self.system.ranks
-        sequences, rest = divmod(self.global_batch, ranks)
-        if rest or not sequences:
-            rule = f"must be divisible by the {ranks} ranks; set {ranks * max(1, sequences)}"
-            raise ConfigError(f"global_batch = {self.global_batch}: {rule}")
-        batches = [n for n in range(1, sequences + 1) if sequences % n == 0 and self.batch_size in (0, n)]
-        if not batches:
-            raise ConfigError(f"batch_size = {self.batch_size}: must divide the {sequences} sequences per rank")
-        return [
-            Candidate(self.model, strategy, self.system, batch, sequences // batch, checkpointing)
-            for strategy in filter(self.possible, self.strategies or strategies().values())
-            for batch in batches
-            for checkpointing in self.checkpointing
-        ]
-
-    def possible(self, strategy: Strategy) -> bool:
-        """One process cannot be DDP, and HSDP needs several nodes of several GPUs."""
-        if strategy.hybrid:
-            return self.system.nodes > 1 and self.system.gpus > 1
-        return strategy.name != ("ddp" if self.system.ranks == 1 else "single")
-
-    def at(self, ranks: int) -> "Request":
-        """The same on so many ranks, nodes filled first; the global batch is rounded up to a multiple of them."""
-        gpus = math.gcd(ranks, self.system.gpus)
-        batch = math.ceil(self.global_batch / ranks) * ranks
-        system = replace(self.system, gpus=gpus, nodes=ranks // gpus)
-        return replace(self, system=system, global_batch=batch, batch_size=0)
-
-
 def fast(candidates: list[Candidate]) -> list[Candidate]:
     """The fastest that fits, and those about as fast; only those that leave ROOM, if there are any."""
     fitting = [candidate for candidate in candidates if candidate.spare() >= 0]
-    fitting = [c for c in fitting if c.spare() >= ROOM * c.system.memory] or fitting
-    fastest = min((candidate.time.total() for candidate in fitting), default=0.0)
-    return [candidate for candidate in fitting if candidate.time.total() <= fastest * (1 + ALIKE)]
+    fitting = [c for c in fitting if c.spare() >= ROOM * 1e9 * c.system.gpu_memory] or fitting
+    fastest = min((candidate.seconds for candidate in fitting), default=0.0)
+    return [candidate for candidate in fitting if candidate.seconds <= fastest * (1 + ALIKE)]
 
 
 def best_of_each(candidates: list[Candidate]) -> list[Candidate]:
