@@ -170,10 +170,10 @@ def ask(
     requests: by host, its first line of stdin. stdin is closed when all have answered; the program may wait for that.
     answer: an example of what it prints.
     """
-    names, pipe = [host.name for host in hosts], subprocess.PIPE
-    options: Any = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True, "errors": "replace", "bufsize": 1}
+    names = [host.name for host in hosts]
+    streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True, "errors": "replace"}
     commands = [remote_command(ssh, name, *arguments) for name in names]
-    processes: list[Any] = [subprocess.Popen(command, **options, start_new_session=True) for command in commands]
+    processes: list[Any] = [subprocess.Popen(command, **streams, start_new_session=True) for command in commands]
     with ThreadPoolExecutor(len(hosts)) as threads:
         try:
             lines = [requests.get(name, "") for name in names]
@@ -210,7 +210,7 @@ def read_answer(name: str, process: Any, request: str, example: dict) -> dict[st
     timer = threading.Timer(ANSWER_SECONDS, process.kill)
     timer.start()
     with contextlib.suppress(OSError):
-        process.stdin.write(f"{request}\n")
+        print(request, file=process.stdin, flush=True)
     printed = ""
     while line := process.stdout.readline(ANSWER_CHARACTERS):
         if answer := parse_answer(line, example):

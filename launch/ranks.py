@@ -2,8 +2,9 @@
 
     python -m launch.ranks 4 train.py config/train_gpt2.py --batch_size=8
 
-It sets torchrun's environment variables, forwards every signal, exits with the status of the rank that failed first,
-and prints one line about it. launch.hosts starts it on several machines over ssh; without ssh, run it on each by hand:
+With auto instead of a number: one rank per GPU, or 2 on the CPU. It sets torchrun's environment variables, forwards
+every signal, exits with the status of the rank that failed first, and prints one line about it. launch.hosts starts it
+on several machines over ssh; without ssh, run it on each by hand:
 
     python -m launch.ranks --nnodes=2 --node_rank=0 --master_addr=host1 --master_port=29500 8 train.py
 """
@@ -93,8 +94,15 @@ def listen(signals: list[int]) -> None:
 
 
 def run(count: int, command: list[str], variables: dict[str, Any], signals: list[int]) -> int:
-    """Start the ranks and wait for them; the exit status is that of the rank that failed first."""
-    ranks = start(count, command, variables)
+    """Start `count` ranks, from FIRST_RANK on, and wait for them. Returns the status of the one that failed first."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # else DNS warnings
+    shared = {**variables, "LOCAL_WORLD_SIZE": count, "LOCAL_SIZE": count}  # LOCAL_SIZE is DeepSpeed's
+    env = {**defaults, **os.environ, **{name: str(value) for name, value in shared.items()}}
+    ranks, argv = [], [sys.executable, "-u", *command]
+    for local_rank in range(count):
+        own = {**env, "RANK": str(variables["FIRST_RANK"] + local_rank), "LOCAL_RANK": str(local_rank)}
+        ranks.append(Rank(argv, env=own, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare_rank))
     failed, code, stopped = watch(ranks, signals, lambda c: GRACE_SECONDS if c in COLLECTIVE else 0.0, GRACE_SECONDS)
     if code:
         for rank in ranks:
@@ -114,19 +122,6 @@ class Rank(subprocess.Popen):
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; macOS: only a zombie is left
             os.killpg(self.pid, signal.SIGKILL)
-
-
-def start(count: int, command: list[str], variables: dict[str, Any]) -> list[Rank]:
-    """Start `count` ranks, numbered from FIRST_RANK."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # else DNS warnings
-    shared = {**variables, "LOCAL_WORLD_SIZE": count, "LOCAL_SIZE": count}  # LOCAL_SIZE is DeepSpeed's
-    env = {**defaults, **os.environ, **{name: str(value) for name, value in shared.items()}}
-    ranks, argv = [], [sys.executable, "-u", *command]
-    for rank in range(count):
-        own = {**env, "RANK": str(variables["FIRST_RANK"] + rank), "LOCAL_RANK": str(rank)}
-        ranks.append(Rank(argv, env=own, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare_rank))
-    return ranks
 
 
 def prepare_rank() -> None:
