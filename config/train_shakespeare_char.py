@@ -23,6 +23,5 @@ lr_decay_iters = 5000
 warmup_iters = 100
 beta2 = 0.99  # because a step has few tokens
 eval_interval = 250
-eval_iters = 200
 log_interval = 10
 always_save_checkpoint = False  # keep only the best

@@ -76,26 +76,22 @@ def read_dataset(folder: Path) -> Dataset:
 
 
 def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int]]:
-    """Tokenizer, dtype and token counts by split. Raises DataError with every problem of the file."""
+    """Tokenizer, dtype and token counts by split. Raises DataError."""
     try:
         meta = json.loads(path.read_bytes())
+        if problems := check_types(meta, META):
+            raise DataError("; ".join(problems))
+        tokenizer = tokenizer_from(meta["tokenizer"])
+        if meta["vocab_size"] != tokenizer.vocab_size:
+            raise DataError(f"vocab_size = {meta['vocab_size']}: must be {tokenizer.vocab_size} as in the tokenizer")
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise DataError(f"dtype = {meta['dtype']!r}: must be uint16 or uint32")
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no JSON
         raise DataError(f"{path} is not JSON ({error})") from None
-    problems = check_types(meta, META)
-    right = {key: meta[key] for key in META if not check_types(meta, {key: META[key]})}
-    if right.get("dtype", "uint16") not in ("uint16", "uint32"):
-        problems.append(f"dtype = {right['dtype']!r}: must be uint16 or uint32")
-    if "tokenizer" in right:
-        try:
-            size = tokenizer_from(right["tokenizer"]).vocab_size
-            if right.get("vocab_size", size) != size:
-                problems.append(f"vocab_size = {right['vocab_size']}: must be {size} as in the tokenizer")
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError(f"{path}: {'; '.join(problems)}")
     counts = {split: meta[f"{split}_tokens"] for split in SPLITS}
-    return tokenizer_from(meta["tokenizer"]), np.dtype(meta["dtype"]).newbyteorder("<"), counts
+    return tokenizer, np.dtype(meta["dtype"]).newbyteorder("<"), counts
 
 
 class PlainDataUnpickler(pickle.Unpickler):

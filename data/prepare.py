@@ -41,11 +41,14 @@ def run(main: Callable[[argparse.ArgumentParser], None], script: str, descriptio
 
 
 class Writer(contextlib.AbstractContextManager["Writer"]):
-    """Writes train.bin, val.bin and meta.json. An existing data set is replaced only when the `with` block ends."""
+    """Writes train.bin, val.bin and meta.json. An existing data set is replaced only when the `with` block ends.
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, source: Any, may_be_empty: bool = False):
+    is_part: of a data set, so it may be empty, and its token counts are not printed.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, source: Any, is_part: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.tokenizer, self.source, self.may_be_empty = folder, tokenizer, source, may_be_empty
+        self.folder, self.tokenizer, self.source, self.is_part = folder, tokenizer, source, is_part
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.files = {split: (folder / f".{split}.bin.unfinished").open("wb") for split in SPLITS}
 
@@ -69,23 +72,21 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
 
     def publish(self) -> None:
         """Rename the files. train.bin is the last: without it, the data set counts as not prepared."""
-        self.tokens = {split: file.tell() // self.dtype.itemsize for split, file in self.files.items()}
+        tokens = {split: file.tell() // self.dtype.itemsize for split, file in self.files.items()}
         for split, file in self.files.items():
-            if not (self.tokens[split] or self.may_be_empty):
+            if not (tokens[split] or self.is_part):
                 raise DataError(f"{self.source}: too little text, {split}.bin would be empty; add more text")
             file.flush()
             os.fsync(file.fileno())
         meta = {"tokenizer": self.tokenizer.describe(), "dtype": self.dtype.name, "source": self.source}
-        meta |= {"vocab_size": self.tokenizer.vocab_size, **{f"{split}_tokens": self.tokens[split] for split in SPLITS}}
+        meta |= {"vocab_size": self.tokenizer.vocab_size, **{f"{split}_tokens": tokens[split] for split in SPLITS}}
         (self.folder / "train.bin").unlink(missing_ok=True)
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for split in ("val", "train"):
             Path(self.files[split].name).replace(self.folder / f"{split}.bin")
-
-    def report(self) -> str:
-        """One line with the token counts."""
-        counts = ", ".join(f"{split} {count:,} tokens" for split, count in self.tokens.items())
-        return f"{shown(self.folder)}: {counts}, vocabulary {self.tokenizer.vocab_size:,}"
+        if not self.is_part:
+            counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
+            print(f"{shown(self.folder)}: {counts}, vocabulary {self.tokenizer.vocab_size:,}")
 
 
 def tokenize_files(
@@ -106,7 +107,7 @@ def tokenize_files(
             shard = out / "shards" / hashlib.sha256(key.encode()).hexdigest()[:32]
             if not (shard / "train.bin").exists():
                 documents = split_documents(*settings)
-                with Writer(shard, tokenizer, str(file), may_be_empty=True) as part:
+                with Writer(shard, tokenizer, str(file), is_part=True) as part:
                     while batch := list(islice(documents, BATCH_DOCUMENTS)):
                         # Threads suffice: tiktoken and NumPy release the interpreter lock.
                         encoded = pool.map(tokenizer.encode, (text for _, text in batch))
@@ -116,7 +117,6 @@ def tokenize_files(
                 with (shard / f"{split}.bin").open("rb") as tokens:
                     shutil.copyfileobj(tokens, writer.files[split], 2**20)
     shutil.rmtree(out / "shards")
-    print(writer.report())
 
 
 def split_documents(file: Path, val_fraction: float, field: str, by_position: bool) -> Iterator[tuple[str, str]]:

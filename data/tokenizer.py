@@ -13,15 +13,13 @@ from data.errors import DataError, check_types, did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"
 # Encodings of tiktoken: (number of ids, id of END_OF_TEXT). With this table, training needs no BPE file.
-TIKTOKEN: dict[str, tuple[int, int | None]] = {
+TIKTOKEN = {
     "gpt2": (50257, 50256),
     "r50k_base": (50257, 50256),
     "p50k_base": (50281, 50256),
     "cl100k_base": (100277, 100257),
     "o200k_base": (200019, 199999),
 }
-
-
 DOWNLOAD_SECONDS = 120  # a BPE file has up to 4 MB
 
 

@@ -25,7 +25,6 @@ environment() {
         fail "Python 3.10 or newer with venv is missing; sudo apt-get install python3 python3-venv"
     mkdir -p .venv
     (
-        exec 9<.venv
         if command -v flock >/dev/null; then flock 9; fi # two first starts at once: the second waits for the first
         # .venv/installed holds the lines of all requirements files that it was made from.
         if ! grep -qvxFf .venv/installed "$@" 2>/dev/null && has_packages .venv/bin/python "$@"; then exit; fi
@@ -35,7 +34,7 @@ environment() {
         .venv/bin/python -m pip install -qq --disable-pip-version-check "${@/#/--requirement=}" ||
             fail "pip could not install the packages of $*: see pip's output above, fix the problem, rerun"
         cat "$@" >.venv/installed
-    )
+    ) 9<.venv
     python=.venv/bin/python
     PATH=$PWD/.venv/bin:$PATH # torch looks for ninja there
 }
@@ -51,11 +50,11 @@ sys.exit(sys.version_info < (3, 10) or not all(map(find_spec, names)))
 END
 }
 
-# launch SCRIPT CONFIG [N] [ARGUMENTS]: become the launcher of N ranks, by default one per GPU, or 2 CPU ranks (1 on a
-# Mac, whose only GPU takes no second rank). CONFIG is used when ARGUMENTS name no config; $setting comes before them.
+# launch SCRIPT CONFIG [N] [ARGUMENTS]: become the launcher of N ranks, by default one per GPU, or 2 CPU ranks. CONFIG is
+# used when ARGUMENTS name no config; $setting comes before them.
 # With HOSTFILE=FILE: on every host of that file, as many ranks as it says; ARGUMENTS may have options of launch.hosts.
 launch() {
-    local script=$1 config=$2 n='' argument gpus
+    local script=$1 config=$2 n='' argument
     shift 2
     if (($#)) && [[ $1 != --* && $1 != *.py ]]; then n=$1 && shift; fi
     for argument; do
@@ -70,11 +69,7 @@ launch() {
     fi
     [[ -z $n || $n =~ ^[1-9][0-9]{0,4}$ ]] ||
         fail "$n ranks: must be a whole number, at least 1 (a config ends in .py, an option begins with --)"
-    gpus=$("$python" -m launch.machine gpus)
-    if ((gpus == 0)); then
-        gpus=2 && [[ $(uname) != Darwin ]] || gpus=1
-    fi
-    exec "$python" -m launch.ranks "${n:-$gpus}" "$@"
+    exec "$python" -m launch.ranks "${n:-auto}" "$@"
 }
 
 # launch_training SCRIPT CONFIG [N] [ARGUMENTS]: all of a launch script that trains.

@@ -74,7 +74,11 @@ def main() -> int:
         variables = {"MASTER_ADDR": master_address(hosts, answers, args.master_addr)}
         variables["MASTER_PORT"] = args.master_port or answers[hosts[0].name]["port"]
         plan = {"environment": environment, "variables": variables, "command": command}
-        status = wait(start(hosts, answers, args.ssh, plan), signals)
+        nodes = start(hosts, answers, args.ssh, plan)
+        failed, status, _ = watch(nodes, signals, lambda code: GRACE_SECONDS, KILL_SECONDS)
+        if status not in NO_RESTART:
+            reason = "the connection was lost" if status == SSH_LOST else f"ended with status {status}"
+            print(f"launch.hosts: {hosts[failed].name}: {reason}", file=sys.stderr)
         if status in NO_RESTART or signals or attempt == args.restarts:
             break
         answers = ask(hosts, args.ssh, ["-m", "launch.machine"])
@@ -85,7 +89,7 @@ def main() -> int:
             command.append("--resume=auto")
         names = ", ".join(host.name for host in hosts)
         print(f"launch.hosts: restart {attempt + 1} of {args.restarts}, on {names}", flush=True)
-    return status
+    return LOST if status < 0 or status == SSH_LOST else status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,18 +134,17 @@ def parse_choice(option: str, text: str, slots: Mapping[str, tuple[int, ...]]) -
         name, colon, listed = part.partition(":")
         if name not in slots:
             raise UserError(f"{option}={text}: {name!r}: no such host in the hostfile; it has {', '.join(slots)}")
-        known = {str(slot): slot for slot in slots[name]}
-        numbers = listed.split(",") if colon else list(known)
+        known = [str(slot) for slot in slots[name]]
+        numbers = listed.split(",") if colon else known
         if unknown := [number for number in numbers if number not in known]:
             raise UserError(f"{option}={text}: {name} has no slot {unknown[0]!r}; it has {len(known)}")
         if name in chosen or len(set(numbers)) < len(numbers):
             raise UserError(f"{option}={text}: {part} is a duplicate; name each host and slot once")
-        chosen[name] = tuple(known[number] for number in numbers)
+        chosen[name] = tuple(map(int, numbers))
     return chosen
 
 
 def forwarded_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables to set on every host."""
     return {name: value for name, value in variables.items() if name.startswith(FORWARDED_ENV)}
 
 
@@ -160,20 +163,20 @@ def remote_command(ssh: str, host: str, *arguments: str) -> list[str]:
 
 
 def ask(
-    hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, str] | None = None, answer: dict = ANSWER
+    hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, str] = {}, answer: dict = ANSWER
 ) -> Answers:
     """Run Python on every host at once, and collect the line of JSON that it prints, with the time it "arrived".
 
     requests: by host, its first line of stdin. stdin is closed when all have answered; the program may wait for that.
     answer: an example of what it prints.
     """
-    names, processes = [host.name for host in hosts], list[Any]()
+    names = [host.name for host in hosts]
     streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True, "errors": "replace"}
-    for name in names:
-        processes += [subprocess.Popen(remote_command(ssh, name, *arguments), **streams, start_new_session=True)]
+    commands = [remote_command(ssh, name, *arguments) for name in names]
+    processes: list[Any] = [subprocess.Popen(command, **streams, start_new_session=True) for command in commands]
     with ThreadPoolExecutor(len(hosts)) as threads:
         try:
-            lines = [(requests or {}).get(name, "") for name in names]
+            lines = [requests.get(name, "") for name in names]
             return dict(zip(names, threads.map(read_answer, names, processes, lines, repeat(answer)), strict=True))
         finally:
             for process in processes:
@@ -195,21 +198,19 @@ def parse_answer(line: str, example: Any) -> dict[str, Any] | None:
 
 def same_shape(value: Any, example: Any) -> bool:
     """Whether keys and types are those of the example; every element of a list is compared with the example's first."""
-    if type(value) is not type(example):
-        return False
-    if isinstance(example, dict):
+    if isinstance(value, dict) and isinstance(example, dict):
         return all(key in value and same_shape(value[key], example[key]) for key in example)
-    return not isinstance(example, list) or all(same_shape(element, example[0]) for element in value)
+    if isinstance(value, list) and isinstance(example, list):
+        return all(same_shape(element, example[0]) for element in value)
+    return type(value) is type(example)
 
 
-def read_answer(name: str, process: subprocess.Popen, request: str, example: dict) -> dict[str, Any] | str:
-    """The JSON that a host prints, or why it gave none: the problem, a semicolon, the fix."""
-    assert process.stdin and process.stdout and process.stderr, "all are pipes"
+def read_answer(name: str, process: Any, request: str, example: dict) -> dict[str, Any] | str:
+    """The JSON that a host prints, or why it gave none: the problem, a semicolon, the fix. process: a Popen."""
     timer = threading.Timer(ANSWER_SECONDS, process.kill)
     timer.start()
     with contextlib.suppress(OSError):
-        process.stdin.write(f"{request}\n")
-        process.stdin.flush()
+        print(request, file=process.stdin, flush=True)
     printed = ""
     while line := process.stdout.readline(ANSWER_CHARACTERS):
         if answer := parse_answer(line, example):
@@ -272,13 +273,13 @@ def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
 class Node(subprocess.Popen):
     """launch.ranks on a host, as a local process whose signals are sent over ssh. poll() sends the heartbeats."""
 
-    def __init__(self, host: Host, ssh: str, plan: Plan, output: IO[bytes] | None = None):
-        """output: file for both streams, default the terminal."""
-        self.host, self.heartbeat_time, pipe = host, 0.0, subprocess.PIPE
-        command = remote_command(ssh, host.name, "-m", "launch.ranks", "--node")
+    def __init__(self, host: str, ssh: str, plan: Plan, output: IO[bytes] | None):
+        self.heartbeat_time, pipe = 0.0, subprocess.PIPE
+        command = remote_command(ssh, host, "-m", "launch.ranks", "--node")
         super().__init__(command, stdin=pipe, stdout=output, stderr=output, bufsize=0, start_new_session=True)
         self.pipe = cast(IO[bytes], self.stdin)
-        self.pipe.write(json.dumps(plan).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; watch() sees how
+            self.pipe.write(json.dumps(plan).encode() + b"\n")
         os.set_blocking(self.pipe.fileno(), False)
 
     def poll(self) -> int | None:
@@ -294,33 +295,26 @@ class Node(subprocess.Popen):
 
     def terminate(self) -> None:
         """Close the connection's input; launch.ranks then ends its ranks."""
-        with contextlib.suppress(OSError):
-            self.pipe.close()
+        self.pipe.close()
 
     def kill(self) -> None:
         super().send_signal(signal.SIGKILL)
 
 
 def start(hosts: list[Host], answers: Answers, ssh: str, plan: Plan, output: IO[bytes] | None = None) -> list[Node]:
-    """Start the plan on each host, one rank per slot. Its variables need address and port of the first host."""
+    """Start the plan on each host, one rank per slot. Its variables need address and port of the first host.
+
+    output: file for stdout and stderr, default the terminal.
+    """
     world_size, first_rank, nodes = sum(len(host.slots) for host in hosts), 0, []
     for host in hosts:
         variables = {**plan["variables"], "WORLD_SIZE": world_size, "FIRST_RANK": first_rank}
         if answers[host.name]["gpus"] and ssh:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
         own = {"variables": variables, "command": [str(len(host.slots)), *plan["command"]]}
-        nodes.append(Node(host, ssh, {**plan, **own}, output))
+        nodes.append(Node(host.name, ssh, {**plan, **own}, output))
         first_rank += len(host.slots)
     return nodes
-
-
-def wait(nodes: list[Node], signals: list[int]) -> int:
-    """Wait until all hosts have ended; the exit status is that of the host that failed first."""
-    failed, code, _ = watch(nodes, signals, lambda code: GRACE_SECONDS, KILL_SECONDS)
-    if code and code not in NO_RESTART:
-        reason = "the connection was lost" if code == SSH_LOST else f"ended with status {code}"
-        print(f"launch.hosts: {nodes[failed].host.name}: {reason}", file=sys.stderr)
-    return LOST if code < 0 or code == SSH_LOST else code
 
 
 if __name__ == "__main__":

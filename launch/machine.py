@@ -1,19 +1,15 @@
-"""Print what a machine has as JSON: code, packages, GPUs, addresses, a free port. Quick: standard library only.
+"""Print what a machine has as JSON: code, packages, GPUs, addresses, a free port. Quick: standard library only."""
 
-With the argument gpus: the number of GPUs that a process started here may use. With a number: a port that must be free.
-"""
-
+import contextlib
 import hashlib
 import json
-import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
-
-from launch.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 CODE = ("*.py", "config/*.py", "data/**/*.py", "deepspeed_configs/*.json", "launch/*.py", "tools/*.py", "training/*.py")
@@ -54,8 +50,14 @@ def output_of(*command: str) -> str:
     return "" if done.returncode else done.stdout
 
 
+def free_port(port: int = 0, host: str = "") -> int:
+    """The port, or any for 0, in TIME_WAIT: rank 0 may listen on it, no other process is given it. 0: it is in use."""
+    with contextlib.suppress(OSError), socket.create_server((host, port)) as server, socket.socket() as client:
+        client.connect(("127.0.0.1", server.getsockname()[1]))
+        server.accept()[0].close()  # the side that closes first is the one that waits
+        return server.getsockname()[1]
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["gpus"]:
-        print(count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")))
-    else:
-        print(json.dumps(describe(int(sys.argv[1]) if sys.argv[1:] else 0)))
+    print(json.dumps(describe(int(sys.argv[1]) if sys.argv[1:] else 0)))

@@ -2,8 +2,9 @@
 
     python -m launch.ranks 4 train.py config/train_gpt2.py --batch_size=8
 
-It sets torchrun's environment variables, forwards every signal, exits with the status of the rank that failed first,
-and prints one line about it. launch.hosts starts it on several machines over ssh; without ssh, run it on each by hand:
+With auto instead of a number: one rank per GPU, or 2 on the CPU. It sets torchrun's environment variables, forwards
+every signal, exits with the status of the rank that failed first, and prints one line about it. launch.hosts starts it
+on several machines over ssh; without ssh, run it on each by hand:
 
     python -m launch.ranks --nnodes=2 --node_rank=0 --master_addr=host1 --master_port=29500 8 train.py
 """
@@ -13,15 +14,18 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
+from typing import Any
+
+from launch.machine import count_gpus, free_port
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_NOW = -1  # among the signals: end everything, nobody is waiting for it anymore
@@ -41,27 +45,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--node", action="store_true", help=argparse.SUPPRESS)  # the plan comes on stdin
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="RANKS SCRIPT [ARGUMENTS]")
     args = parser.parse_args(argv)
-    plan = {"environment": {}, "variables": {}, "command": args.command}
-    if args.node:
-        plan = json.loads(sys.stdin.buffer.readline())
-    os.environ.update(plan["environment"])
+    plan = json.loads(sys.stdin.buffer.readline()) if args.node else {"command": args.command}
+    os.environ.update(plan.get("environment", {}))
     count, *command = plan["command"] or [""]
+    if count == "auto":  # the only GPU of a Mac takes no second rank
+        count = str(count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) or (1 if sys.platform == "darwin" else 2))
     if not command or not count.isdecimal() or int(count) < 1:
-        parser.error(f"{' '.join(args.command) or 'no arguments'}: must be RANKS SCRIPT [ARGUMENTS], RANKS 1 or more")
+        rule = "must be RANKS SCRIPT [ARGUMENTS], RANKS 1 or more, or auto: one per GPU, or 2 on the CPU"
+        parser.error(f"{' '.join(args.command) or 'no arguments'}: {rule}")
     if command[0] != "-m" and not Path(command[0]).is_file():
         parser.error(f"{command[0]}: no such script; name a file after the number of ranks")
-    variables = plan["variables"] or node_variables(parser, args, int(count))
+    variables = plan.get("variables") or group_variables(parser, args, int(count))
     signals = catch_signals()
     if args.node:
         threading.Thread(target=listen, args=[signals], daemon=True).start()
     return run(int(count), command, variables, signals)
 
 
-def node_variables(parser: argparse.ArgumentParser, args: argparse.Namespace, count: int) -> dict[str, object]:
-    """Variables of the process group for --nnodes and so on; {} if this machine is the only one."""
+def group_variables(parser: argparse.ArgumentParser, args: argparse.Namespace, count: int) -> dict[str, Any]:
+    """Variables of the process group: for --nnodes and so on, or for this machine alone."""
     options = (args.nnodes, args.node_rank, args.master_addr, args.master_port)
     if options == (None,) * 4:
-        return {}
+        port = free_port(host="127.0.0.1")
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "FIRST_RANK": 0}
     if None in options or not 0 <= args.node_rank < args.nnodes:
         example = "--nnodes=2 --node_rank=0 --master_addr=HOST --master_port=29500"
         parser.error(f"several machines need all of {example}, and --node_rank from 0, below --nnodes")
@@ -79,23 +85,24 @@ def catch_signals() -> list[int]:
 
 def listen(signals: list[int]) -> None:
     """Read from launch.hosts on stdin: a byte is the number of a signal to forward, or 0 for a heartbeat."""
-    os.set_blocking(0, False)
-    heartbeat_time = time.monotonic()
-    while time.monotonic() - heartbeat_time < HEARTBEAT_TIMEOUT_SECONDS:
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(0, 100)
-            if not data:
-                break
-            heartbeat_time = time.monotonic()
-            signals.extend(byte for byte in data if byte)
-        time.sleep(0.1)
+    while select.select([0], [], [], HEARTBEAT_TIMEOUT_SECONDS)[0]:
+        data = os.read(0, 100)
+        if not data:  # the connection was closed
+            break
+        signals.extend(byte for byte in data if byte)
     signals.append(END_NOW)
 
 
-def run(count: int, command: list[str], variables: Mapping[str, object], signals: list[int]) -> int:
-    """Start the ranks and wait for them; the exit status is that of the rank that failed first."""
-    first_rank = int(str(variables.get("FIRST_RANK", 0)))
-    ranks = start(count, command, variables, first_rank)
+def run(count: int, command: list[str], variables: dict[str, Any], signals: list[int]) -> int:
+    """Start `count` ranks, from FIRST_RANK on, and wait for them. Returns the status of the one that failed first."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # else DNS warnings
+    shared = {**variables, "LOCAL_WORLD_SIZE": count, "LOCAL_SIZE": count}  # LOCAL_SIZE is DeepSpeed's
+    env = {**defaults, **os.environ, **{name: str(value) for name, value in shared.items()}}
+    ranks, argv = [], [sys.executable, "-u", *command]
+    for local_rank in range(count):
+        own = {**env, "RANK": str(variables["FIRST_RANK"] + local_rank), "LOCAL_RANK": str(local_rank)}
+        ranks.append(Rank(argv, env=own, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare_rank))
     failed, code, stopped = watch(ranks, signals, lambda c: GRACE_SECONDS if c in COLLECTIVE else 0.0, GRACE_SECONDS)
     if code:
         for rank in ranks:
@@ -105,7 +112,7 @@ def run(count: int, command: list[str], variables: Mapping[str, object], signals
         reason = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"status {code}"
         if code == -signal.SIGKILL:
             reason += ": killed by hand, or out of memory (see dmesg)"
-        print(f"launch.ranks: rank {first_rank + failed} ended with {reason}", file=sys.stderr)
+        print(f"launch.ranks: rank {variables['FIRST_RANK'] + failed} ended with {reason}", file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
@@ -117,37 +124,11 @@ class Rank(subprocess.Popen):
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def start(count: int, command: list[str], variables: Mapping[str, object], first_rank: int) -> list[Rank]:
-    """Start `count` ranks, numbered from first_rank; variables replace those of a single machine."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // count)), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # else DNS warnings
-    shared = variables or {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(host="127.0.0.1"), "WORLD_SIZE": count}
-    shared = {**shared, "LOCAL_WORLD_SIZE": count, "LOCAL_SIZE": count}  # LOCAL_SIZE is DeepSpeed's
-    env = {**defaults, **os.environ, **{name: str(value) for name, value in shared.items()}}
-    ranks, argv = [], [sys.executable, "-u", *command]
-    for rank in range(count):
-        own = {**env, "RANK": str(first_rank + rank), "LOCAL_RANK": str(rank)}
-        ranks.append(Rank(argv, env=own, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare_rank))
-    return ranks
-
-
 def prepare_rank() -> None:
     """End the rank when the launcher is killed (Linux), and hold SIGUSR1 back until the rank handles it."""
     if sys.platform == "linux":
         LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-
-
-def free_port(port: int = 0, host: str = "") -> int:
-    """The port, or any for 0, in TIME_WAIT: rank 0 may listen on it, no other process is given it. 0: it is in use."""
-    with contextlib.suppress(OSError), socket.socket() as server, socket.socket() as client:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind((host, port))
-        server.listen(1)
-        client.connect(("127.0.0.1", server.getsockname()[1]))
-        server.accept()[0].close()  # the side that closes first is the one that waits
-        return server.getsockname()[1]
-    return 0
 
 
 def watch(

@@ -16,7 +16,7 @@ from tests import cluster
 from tests.cluster import Cluster
 from tests.running import ROOT, TINY, message
 from tools import doctor
-from training.errors import UserError
+from training.errors import LOST, UserError
 
 HOSTFILES = {
     "": "is empty; write one line per host: NAME slots=RANKS",
@@ -129,6 +129,19 @@ def test_what_a_host_prints_besides_its_answer(tmp_path):
     finding = {"check": "GPUs", "value": "none", "ok": None}
     assert hosts.parse_answer(json.dumps(facts), doctor.ANSWER)
     assert not hosts.parse_answer(json.dumps({**facts, "findings": [finding]}), doctor.ANSWER)
+
+
+def test_a_connection_that_is_lost_before_the_plan_is_sent_names_its_host(tmp_path):
+    """An ssh that answers, and then ends at once, while launch.hosts still writes the plan."""
+    (tmp_path / "hostfile").write_text("host1 slots=2\n")
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\nfor command; do :; done\ncase $command in *--node) exit 255 ;; esac\neval "$command"\n')
+    ssh.chmod(0o755)
+    slow = "import json, time; write = json.dumps; json.dumps = lambda plan: time.sleep(1) or write(plan)"
+    line = [sys.executable, "-c", f"{slow}; from launch import hosts; exit(hosts.main())"]
+    line += [f"--hostfile={tmp_path}/hostfile", f"--ssh={ssh}", "--master_addr=localhost", "train.py"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stderr, done.returncode) == ("launch.hosts: host1: the connection was lost\n", LOST)
 
 
 def test_the_file_with_the_environment_for_deepspeeds_launcher_is_private(tmp_path):

@@ -1,9 +1,5 @@
 """FineWeb-Edu: educational web pages (Penedo et al., arXiv:2406.17557), in samples of 10, 100 and 350 billion tokens.
-10 billion take about 70 GB of disk, and 20 GB when it is done.
-
-python data/fineweb_edu/prepare.py                            download sample/10BT from the Hugging Face hub
-python data/fineweb_edu/prepare.py --folder sample/100BT      download 100 billion tokens
-python data/fineweb_edu/prepare.py --input FOLDER             use parquet files that are there already
+10 billion take about 70 GB of disk, and 20 GB when it is done. With --folder sample/100BT: 100 billion.
 """
 
 import sys

@@ -1,8 +1,4 @@
-"""OpenWebText: 8 million documents, 9 billion tokens of GPT-2. Takes about 45 GB of disk, and 18 GB when it is done.
-
-python data/openwebtext/prepare.py                      download from the Hugging Face hub
-python data/openwebtext/prepare.py --input FOLDER       use parquet files that are there already
-"""
+"""OpenWebText: 8 million documents, 9 billion tokens of GPT-2. Takes about 45 GB of disk, and 18 GB when it is done."""
 
 import shutil
 import sys
@@ -18,7 +14,7 @@ from data.tokenizer import BPETokenizer
 
 def main(parser: ArgumentParser, repository: str, folder: str) -> None:
     """Tokenize, for GPT-2, the parquet files in a folder of a data set on the Hugging Face hub."""
-    parser.add_argument("--input", type=Path, nargs="+", help="parquet files or folders; default: download")
+    parser.add_argument("--input", type=Path, nargs="+", help="parquet files or folders of them; default: download")
     parser.add_argument("--folder", default=folder, help=f"folder on the hub (default: {folder})")
     parser.add_argument("--files", type=int, default=0, help="use only the first N parquet files; 0: all")
     args = parser.parse_args()

@@ -1,7 +1,4 @@
-"""Prose that every Python has: the language reference and the docstrings of the standard library, byte by byte.
-
-python data/python_docs/prepare.py
-"""
+"""Prose that every Python has: the language reference and the docstrings of the standard library, byte by byte."""
 
 import re
 import sys
@@ -33,7 +30,6 @@ def main(parser: ArgumentParser) -> None:
             # The hash keeps a paragraph in the same split in every version of Python.
             split = "val" if zlib.crc32(paragraph.encode()) % 20 == 0 else "train"
             writer.write(split, writer.tokenizer.encode(paragraph + "\n\n"), end=False)
-    print(writer.report())
 
 
 if __name__ == "__main__":

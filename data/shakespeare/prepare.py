@@ -1,7 +1,4 @@
-"""Tiny Shakespeare in GPT-2's tokens; the last tenth of its 1.1 million characters is for validation.
-
-python data/shakespeare/prepare.py
-"""
+"""Tiny Shakespeare in GPT-2's tokens; the last tenth of its 1.1 million characters is for validation."""
 
 import sys
 import urllib.request
@@ -35,7 +32,6 @@ def main(parser: ArgumentParser, tokenizer_name: str) -> None:
     with Writer(args.out, tokenizer, path.name if path.exists() else URL) as writer:
         writer.write("train", tokenizer.encode(text[:cut]), end=False)
         writer.write("val", tokenizer.encode(text[cut:]), end=False)
-    print(writer.report())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Tiny Shakespeare, one token per character; the last tenth is for validation.
-
-python data/shakespeare_char/prepare.py
-"""
+"""Tiny Shakespeare, one token per character; the last tenth is for validation."""
 
 import sys
 from pathlib import Path
