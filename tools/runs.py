@@ -22,15 +22,11 @@ CHECKPOINTS = ["checkpoint", "strategy", "ranks", "val loss", "size", "note"]
 LEFT = {"run", "newest checkpoint", "checkpoint", "strategy", "note"}  # columns of text
 
 
-def read_text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
-
-
-def read_json(text: str) -> dict[str, Any]:
-    """{} for anything but a JSON object, such as half a line of a run that was killed."""
+def read_json(path: Path) -> dict[str, Any]:
+    """{} if the file is missing or not a JSON object, such as half a line of a run that was killed."""
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -41,9 +37,10 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 def checkpoint_row(run: Path, folder: Path, losses: dict[int, float]) -> list[str]:
     """Checksums are not verified here: training/checkpoint.py does so when a run resumes."""
-    metadata, sizes = read_json(read_text(folder / "checkpoint.json")), file_sizes(folder)
+    metadata, sizes = read_json(folder / "checkpoint.json"), file_sizes(folder)
     files, loss = metadata.get("files"), next((losses[step] for step in losses if step == metadata.get("step")), None)
-    note = ", ".join(name for name in ("latest", "best") if read_text(run / name).strip() == folder.name)
+    marks = [run / name for name in ("latest", "best") if (run / name).is_file()]
+    note = ", ".join(path.name for path in marks if path.read_text(errors="replace").strip() == folder.name)
     if not folder.name.startswith("step_"):
         note = "unfinished: being written, or left by a run that was killed"
     elif not isinstance(files, dict) or not files.items() <= sizes.items():
@@ -60,7 +57,7 @@ def read_run(run: Path) -> tuple[list[str], list[list[str]]]:
     checkpoints = [checkpoint_row(run, folder, losses) for folder in reversed(folders)]
     complete = [cells for cells in checkpoints if ": " not in cells[-1]]
     steps = f"{max((row['step'] for row in metrics), default=0):,} of "
-    planned = read_json(read_text(run / "config.json")).get("max_iters")
+    planned = read_json(run / "config.json").get("max_iters")
     steps += f"{planned:,}" if isinstance(planned, int) else "?"
     newest, best = complete[0][:3] if complete else ["none", "", ""], f"{min(losses.values()):.4f}" if losses else ""
     changed = time.localtime(max((run / sign).stat().st_mtime for sign in SIGNS if (run / sign).exists()))
