@@ -161,12 +161,9 @@ def run_process(line: list[str], first_step: str = "", cwd: Path | None = None) 
 
 def explain(output: list[str], status: int) -> SubprocessError:
     """Why a launch failed, in one line: its error message, else an exception, else the launcher's or the last line."""
-    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in output if line.strip()]
-    lines = lines or [f"exit status {status} without output"]
-    patterns = (r"error: ", r"[\w.]+(Error|Exception|Interrupt): ", r"launch[\w.]*: ")
-    first = next((n for pattern in patterns for n, line in enumerate(lines) if re.match(pattern, line)), -1)
-    if re.match(r"error: \d+ problems", lines[first]):
-        first += 1  # report the first one
-    text = lines[first].removeprefix("error: ")
-    full = any(words in text for words in (*OUT_OF_MEMORY, "SIGKILL"))
-    return SubprocessError("out of memory" if full else "failed", text)
+    text = re.sub(r"^\[rank\d+\]: *", "", "\n".join(output).strip(), flags=re.M)
+    kinds = (r"error: \d+ problems.*\n *(.*)", r"error: (.*)", r"([\w.]+(?:Error|Exception|Interrupt): .*)")
+    matches = (re.search("^" + kind, text, re.M) for kind in (*kinds, r"(launch[\w.]*: .*)", r"(.+)\Z"))
+    error = next((match[1] for match in matches if match), f"exit status {status} without output")
+    full = any(words in error for words in (*OUT_OF_MEMORY, "SIGKILL"))
+    return SubprocessError("out of memory" if full else "failed", error)

@@ -192,22 +192,21 @@ def bars(rows: list[Row], caption: str, parts: list[dict[str, float]]) -> Any:
     axes.bar_label(axes.containers[-1], texts, padding=5)
     axes.set(xlim=(0, 1.15 * max(ends)), ylim=(len(rows) - 0.5, -0.5))  # room for the numbers
     axes.xaxis.set_visible(False)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.tick_params(length=0)
+    axes.set_frame_on(False)
     if len(names) > 1:
         figure.legend(loc="outside lower left", ncols=3, frameon=False, handlelength=1)
     return figure
 
 
 def draw(rows: list[Row]) -> dict[str, Any]:
-    """Name -> figure of everything that was measured."""
+    """File name -> figure of everything that was measured."""
     rates = [{"tokens/s": row.get("tokens_per_second", 0)} for row in rows]
     memory = [{kind: size / 1e6 for kind, size in row.get("memory", {}).items()} for row in rows]
     drawn = {}
     if compared := [row for row in rows if "loss_difference" in row]:
-        drawn["throughput"] = bars(rows, "tokens per second, median of the timed steps", rates)
-        drawn["losses"] = new_figure(rows, "loss at each step, nats per token")
-        axes = drawn["losses"].add_subplot(xlabel="step")
+        drawn["throughput.png"] = bars(rows, "tokens per second, median of the timed steps", rates)
+        drawn["losses.png"] = new_figure(rows, "loss at each step, nats per token")
+        axes = drawn["losses.png"].add_subplot(xlabel="step")
         for number, row in enumerate(compared):  # on top of each other where strategies agree
             steps, losses = zip(*row["losses"], strict=True)
             axes.plot(steps, losses, **figures.line_style(number), linewidth=1.2, label=row["strategy"])
@@ -215,16 +214,16 @@ def draw(rows: list[Row]) -> dict[str, Any]:
         figures.label_ends(axes)
         figures.style_axes(axes)
     if any(memory):
-        drawn["memory"] = bars(rows, "peak memory of the fullest rank, MB", memory)
+        drawn["memory.png"] = bars(rows, "peak memory of the fullest rank, MB", memory)
         steps_ms = [row.get("breakdown_ms", {}) for row in rows]
-        drawn["step"] = bars(rows, "a profiled step, mean over ranks, ms", steps_ms)
+        drawn["step.png"] = bars(rows, "a profiled step, mean over ranks, ms", steps_ms)
     return drawn
 
 
 def write_pages(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write benchmark.md and benchmark.html, which have all numbers, and the figures that they show."""
     rows = results["rows"]
-    drawn = {f"{name}.png": figure for name, figure in draw(rows).items()}
+    drawn = draw(rows)
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=160)
     facts = {**results["environment"], **{key: results[key] for key in ("dtype", "steps", "rounds")}}
