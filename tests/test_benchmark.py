@@ -12,7 +12,7 @@ import pytest
 
 from tests.running import ROOT, TINY, command, message, run, start_process
 from tests.test_readme import COMMANDS
-from tools import benchmark, benchmark_page
+from tools import benchmark, benchmark_report
 from tools.benchmark_probe import PARTS
 from training.errors import UserError
 
@@ -35,7 +35,7 @@ def measured(tmp_path_factory, data):
 
 
 def test_every_number_of_a_strategy_is_there(measured):
-    results = benchmark_page.read(measured[1] / "benchmark.json")
+    results = benchmark_report.read(measured[1] / "benchmark.json")
     ddp, zero2, _ = results["rows"]
     assert [row["verdict"] for row in (ddp, zero2)] == ["baseline", "same"] and zero2["loss_difference"] <= 1e-5
     for row in (ddp, zero2):
@@ -59,7 +59,7 @@ def test_every_number_of_a_strategy_is_there(measured):
 
 def test_a_failure_is_a_row(measured):
     done, folder = measured
-    row = benchmark_page.read(folder / "benchmark.json")["rows"][2]
+    row = benchmark_report.read(folder / "benchmark.json")["rows"][2]
     assert row["status"] == "failed" and "/proc/none" in row["error"] and "tokens_per_second" not in row
     assert f"zero3_nvme: failed: {row['error']}" in (folder / "benchmark.md").read_text()
     assert re.search(r"^\[1/6\] round 1 of 1: ddp$", done.stdout, re.M)
@@ -97,7 +97,7 @@ def test_committed_results_are_readable():
     paths = [path for path in ROOT.glob("results/*/benchmark.json") if path.parent.name != "mine"]
     assert len(paths) >= 3
     for path in paths:
-        assert benchmark_page.read(path)["rows"]
+        assert benchmark_report.read(path)["rows"]
 
 
 COMPARISONS = {command for command in COMMANDS if "tools.benchmark --compare" in command}
@@ -110,7 +110,7 @@ def test_the_documented_comparison(line, tmp_path, data):
     names = next(word.partition("=")[2].split(",") for word in words if word.startswith("--strategies="))
     done = run(*words, f"--write={tmp_path}", f"--dataset={data}")
     assert done.returncode == 0, done.stdout + done.stderr
-    verdicts = {row["strategy"]: row["verdict"] for row in benchmark_page.read(tmp_path / "benchmark.json")["rows"]}
+    verdicts = {row["strategy"]: row["verdict"] for row in benchmark_report.read(tmp_path / "benchmark.json")["rows"]}
     assert verdicts == {**dict.fromkeys(names, "same"), names[0]: "baseline"} and len(names) > 3
     table = done.stdout.split("\n\n")[1].splitlines()
     assert re.split("  +", table[0]) == ["strategy", "ranks", "loss difference", "gradient norm difference", "verdict"]
@@ -179,7 +179,7 @@ def test_what_cannot_be_drawn(tmp_path, text):
     path = tmp_path / "benchmark.json"
     path.write_text(text)
     with pytest.raises(UserError) as raised:
-        benchmark_page.read(path)
+        benchmark_report.read(path)
     assert str(raised.value).startswith(f"{path}: is not a benchmark.json of format 2; write one with python -m tools")
 
 

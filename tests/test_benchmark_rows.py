@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tools import benchmark_launches, benchmark_page, benchmark_probe, benchmark_report
+from tools import benchmark_launches, benchmark_probe, benchmark_report
 from tools.benchmark_launches import Case, strategy_case
 
 STEPS: list[dict[str, Any]] = [
@@ -79,7 +79,7 @@ def test_the_verdict(dtype, shift, verdict):
 
 def test_a_strategy_that_differs_fails_and_says_where():
     rows = benchmark_report.make_rows([case("ddp"), case("zero2", 0.5)], "float32")
-    (last,) = benchmark_page.failures(rows)
+    (last,) = benchmark_report.failures(rows)
     assert (rows[1]["status"], rows[1]["tokens_per_second"]) == ("DIFFERS", 1000)
     assert last.startswith(f"zero2: DIFFERS: at step {RUN[0]['step']}, loss {RUN[0]['loss'] + 0.5:.6f}, gradient norm ")
 
@@ -101,7 +101,7 @@ def test_the_baseline_is_the_first_strategy_that_works():
     broken = Case("ddp", 2, [], [], status="failed", error="no disk")
     rows = benchmark_report.make_rows([broken, case("zero1"), case("zero2")], "float32")
     assert [row["verdict"] for row in rows] == ["failed", "baseline", "same"]
-    lines = benchmark_page.text_table(rows, benchmark_page.COMPARED).splitlines()
+    lines = benchmark_report.text_table(rows, benchmark_report.COMPARED).splitlines()
     assert lines[1].split() == ["ddp", "2", "failed"] and lines[-1] == "ddp: failed: no disk"
 
 

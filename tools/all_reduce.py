@@ -7,7 +7,6 @@ sends and receives in a ring all-reduce, whatever n is (NVIDIA's nccl-tests, PER
 """
 
 import json
-import math
 import time
 
 import torch
@@ -19,35 +18,27 @@ from training.devices import synchronize
 from training.distributed import Ranks
 from training.errors import UserError
 
-FIRST_BYTES, LARGEST_BYTES = 2**20, 2**26  # the first measurement; one all-reduce, larger ones are split
-ENOUGH_SECONDS = 1.0
+LARGEST_BYTES = 2**26  # of one all-reduce; more bytes take several
 TIMEOUT_MINUTES = 0.1  # for ranks that cannot reach each other
 
 
 def measure(ranks: Ranks) -> dict[str, float]:
-    """Bus bandwidth between the ranks; a collective. The size grows until an all-reduce takes a second."""
-    size, seconds = FIRST_BYTES, time_all_reduce(FIRST_BYTES, ranks)
-    while seconds < ENOUGH_SECONDS:
-        size = math.ceil(size * min(8, max(2, 1.2 * ENOUGH_SECONDS / seconds)))
-        seconds = time_all_reduce(size, ranks)
-    rate = 2 * (ranks.world_size - 1) / ranks.world_size * size / seconds
-    measured = {"ranks": ranks.world_size, "bytes": size, "seconds": seconds}
+    """Bus bandwidth between the ranks, a collective. Bytes grow from 1 MiB until the slowest rank takes a second."""
+    size, seconds = 2**18, torch.zeros(1)
+    while seconds < 1:
+        size *= 4
+        tensor = torch.zeros(min(size, LARGEST_BYTES) // 4, device=ranks.device)
+        dist.all_reduce(tensor[:1])  # waits for all ranks
+        synchronize(ranks.device)
+        since = time.perf_counter()
+        for _ in range(max(1, size // LARGEST_BYTES)):
+            dist.all_reduce(tensor)
+        synchronize(ranks.device)
+        seconds = torch.tensor([time.perf_counter() - since], device=ranks.device)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    rate = 2 * (ranks.world_size - 1) / ranks.world_size * size / seconds.item()
+    measured = {"ranks": ranks.world_size, "bytes": size, "seconds": seconds.item()}
     return {**measured, "bytes_per_second": rate, "gbit_per_second": 8e-9 * rate}
-
-
-def time_all_reduce(size: int, ranks: Ranks) -> float:
-    """Seconds to all-reduce `size` bytes; every rank returns the time of the slowest."""
-    repeats = math.ceil(size / LARGEST_BYTES)
-    tensor = torch.zeros(math.ceil(size / repeats / 4), device=ranks.device)
-    dist.all_reduce(tensor[:1])  # waits for all ranks
-    synchronize(ranks.device)
-    since = time.perf_counter()
-    for _ in range(repeats):
-        dist.all_reduce(tensor)
-    synchronize(ranks.device)
-    seconds = torch.tensor([time.perf_counter() - since], device=ranks.device)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return seconds.item()
 
 
 def main() -> None:

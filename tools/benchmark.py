@@ -21,7 +21,7 @@ import torch
 
 from data.dataset import open_dataset
 from launch import hosts
-from tools import benchmark_page, benchmark_report
+from tools import benchmark_report as report
 from tools.benchmark_launches import peer_case, run_all, strategy_case
 from tools.terminal import make_parser, underscored
 from training.checkpoint import write_text
@@ -87,17 +87,17 @@ def main() -> None:
         run_all(cases, cfg, args.rounds, not (args.speed or args.compare), folder)
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpus else "float32"
     dtype = next((note["dtype"] for case in cases for note in case.notes), dtype)  # as the ranks chose it
-    rows = benchmark_report.make_rows(cases, dtype)
-    print("\n" + benchmark_page.text_table(rows, benchmark_page.COMPARED if args.compare else benchmark_page.TITLES))
+    rows = report.make_rows(cases, dtype)
+    print("\n" + report.text_table(rows, report.COMPARED if args.compare else report.TITLES))
     if args.write:
         environment = next((case.environment for case in cases if case.environment), {})
-        results = {"format": benchmark_report.FORMAT, "arguments": arguments, "environment": environment}
+        results = {"format": report.FORMAT, "arguments": arguments, "environment": environment}
         results |= {"dtype": dtype, "steps": args.steps, "rounds": args.rounds}
-        results |= {"machine": benchmark_report.machine(cases, dtype), "rows": rows}
+        results |= {"machine": report.machine(cases, dtype), "rows": rows}
         args.write.mkdir(parents=True, exist_ok=True)
         write_text(args.write / "benchmark.json", json.dumps(results, indent=1) + "\n")
-        written = [args.write / "benchmark.json", *benchmark_page.write_pages(results, args.write)]
-        print("\nwritten:", *written, sep="\n  ")
+        pages = report.write_pages(results, args.write)
+        print("\nwritten:", args.write / "benchmark.json", *pages, sep="\n  ")
     sys.exit(any(row["error"] for row in rows))
 
 

@@ -10,10 +10,10 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen, SubprocessError
 from time import perf_counter
 from typing import Any
 
@@ -25,15 +25,11 @@ from training.errors import UserError
 from training.figures import read_rows
 from training.metrics import WARM_UP_STEPS
 from training.run_folder import OUT_OF_MEMORY
-from training.speed import read_train_rows
 from training.strategies import find_strategy
 
 PEER_LINE = re.compile(r"iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms")
-PEER_KEYS = (  # keys that mean the same in both
-    *("gradient_accumulation_steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"),
-    *("learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters"),
-    *("min_lr", "compile"),
-)
+PEER_KEYS = """gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate
+    weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr compile"""  # the same in both
 
 
 @dataclass
@@ -52,10 +48,6 @@ class Case:
     environment: dict[str, Any] = field(default_factory=dict)
     status: str = "ok"  # or "out of memory", "failed", "stopped"
     error: str | None = None
-
-
-class LaunchFailed(Exception):
-    """Has the status and the error of a Case."""
 
 
 def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[str]) -> Case:
@@ -82,7 +74,7 @@ def peer_case(checkout: Path, cfg: TrainConfig, ranks: int, folder: Path) -> Cas
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": cfg.model_config(dataset.vocab_size).vocab_size}))
     (folder / "configurator.py").symlink_to((checkout / "configurator.py").resolve())
     on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    settings = {key: getattr(cfg, key) for key in PEER_KEYS} | {"dataset": "same", "out_dir": "out"}
+    settings = {key: getattr(cfg, key) for key in PEER_KEYS.split()} | {"dataset": "same"}
     settings |= {"max_iters": cfg.steps - 1, "log_interval": 1, "eval_interval": 10**9, "eval_iters": 1}
     settings |= {"device": "cuda" if on_gpu else "cpu"}
     settings |= {"dtype": cfg.dtype} if cfg.dtype != "auto" else {}  # on GPUs its default is ours
@@ -105,7 +97,7 @@ def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, 
         print(f"[{number}/{len(turns)}] {title}: {case.name}", flush=True)
         try:
             launch(case, cfg, folder / f"{case.name}-{number}")
-        except LaunchFailed as failure:
+        except SubprocessError as failure:
             case.status, case.error = failure.args
             print(f"  {case.status}: {case.error}", flush=True)
         except KeyboardInterrupt:
@@ -115,16 +107,13 @@ def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, 
 
 
 def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
-    """Time one run of a train script, or of nanoGPT's."""
+    line = [*case.launcher, *case.script]
     if case.peer_folder:
-        output, start_s = run_process([*case.launcher, *case.script], "iter 0: loss", case.peer_folder)
+        output, start_s = run_process(line, "iter 0: loss", case.peer_folder)
         rows = parse_peer_rows(output, cfg)
-        if len(rows) < cfg.steps:
-            raise LaunchFailed("failed", f"{len(rows)} of {cfg.steps} steps in its output, which is not nanoGPT's")
     else:
-        settings = ["--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"]
-        _, start_s = run_process([*case.launcher, *case.script, *settings], "step ")
-        rows = read_train_rows(folder / "metrics.jsonl")
+        _, start_s = run_process([*line, "--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"], "step ")
+        rows = [row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
         case.environment = json.loads((folder / "environment.json").read_text())
         del case.environment["command"]  # it names a temporary folder; benchmark.json has the arguments
     case.runs.append(rows)
@@ -132,7 +121,6 @@ def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
 
 
 def probe(case: Case, cfg: TrainConfig, folder: Path) -> None:
-    """One run with the probe in every rank."""
     run_process([*case.launcher, "-m", "tools.benchmark_probe", *case.script, f"--out_dir={folder}"])
     case.notes = [json.loads((folder / f"probe_{rank}.json").read_text()) for rank in range(case.ranks)]
     sizes = [path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file()]
@@ -145,16 +133,18 @@ def parse_peer_rows(output: list[str], cfg: TrainConfig) -> list[dict[str, Any]]
     """nanoGPT's output as rows of metrics.jsonl. As in our runs, the warm-up steps have no time."""
     tokens, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, []
     for match in filter(None, map(PEER_LINE.match, output)):
-        row: dict[str, Any] = {"step": int(match[1]), "loss": float(match[2]), "mfu": None, "peak_memory_bytes": 0}
-        ms = float(match[3]) if row["step"] >= WARM_UP_STEPS else None
-        rows.append({**row, "step_ms": ms, "tokens_per_second": ms and 1e3 * tokens / ms})
+        step, ms = int(match[1]), float(match[3])
+        speed = {"step_ms": ms, "tokens_per_second": 1e3 * tokens / ms} if step >= WARM_UP_STEPS else {"step_ms": None}
+        rows.append({"step": step, "loss": float(match[2]), "mfu": None, "peak_memory_bytes": 0, **speed})
+    if len(rows) < cfg.steps:
+        raise SubprocessError("failed", f"{len(rows)} of {cfg.steps} steps in its output, which is not nanoGPT's")
     return rows
 
 
 def run_process(line: list[str], first_step: str = "", cwd: Path | None = None) -> tuple[list[str], float]:
-    """Output lines, and seconds until one starts with first_step. Raises LaunchFailed."""
+    """Output lines, and seconds until one starts with first_step. Raises SubprocessError(status, error) of a Case."""
     output, since, seconds = [], perf_counter(), 0.0
-    process = subprocess.Popen(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Popen(line, cwd=cwd, stdout=PIPE, stderr=STDOUT, text=True)
     try:
         for text in process.stdout or ():
             output.append(text.rstrip())
@@ -169,14 +159,11 @@ def run_process(line: list[str], first_step: str = "", cwd: Path | None = None) 
     return output, seconds
 
 
-def explain(output: list[str], status: int) -> LaunchFailed:
+def explain(output: list[str], status: int) -> SubprocessError:
     """Why a launch failed, in one line: its error message, else an exception, else the launcher's or the last line."""
-    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in output if line.strip()]
-    lines = lines or [f"exit status {status} without output"]
-    patterns = (r"error: ", r"[\w.]+(Error|Exception|Interrupt): ", r"launch[\w.]*: ")
-    first = next((n for pattern in patterns for n, line in enumerate(lines) if re.match(pattern, line)), -1)
-    if re.match(r"error: \d+ problems", lines[first]):
-        first += 1  # report the first one
-    text = lines[first].removeprefix("error: ")
-    full = any(words in text for words in (*OUT_OF_MEMORY, "SIGKILL"))
-    return LaunchFailed("out of memory" if full else "failed", text)
+    text = re.sub(r"^\[rank\d+\]: *", "", "\n".join(output).strip(), flags=re.M)
+    kinds = (r"error: \d+ problems.*\n *(.*)", r"error: (.*)", r"([\w.]+(?:Error|Exception|Interrupt): .*)")
+    matches = (re.search("^" + kind, text, re.M) for kind in (*kinds, r"(launch[\w.]*: .*)", r"(.+)\Z"))
+    error = next((match[1] for match in matches if match), f"exit status {status} without output")
+    full = any(words in error for words in (*OUT_OF_MEMORY, "SIGKILL"))
+    return SubprocessError("out of memory" if full else "failed", error)

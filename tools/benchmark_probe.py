@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import Tensor
 from torch.profiler import profile, record_function
 
 from model import GPT
@@ -29,22 +28,24 @@ from training.strategies import model_state_bytes, partition_ranks
 CENSUS_STEP, TRACED_STEPS = 1, (4, 5, 6)
 STEPS = (f"--max_iters={TRACED_STEPS[-1] + 1}", "--eval_interval=1000000", "--eval_iters=1")
 PARTS = ("computation", "communication", "offload", "other")  # of a step; where several overlap, the first one counts
+BUFFERS = {  # class of DeepSpeed -> its buffers, for reducing gradients (twice with overlap_comm) and for NVMe
+    **{"IPGBucket": "buffer", "IPGBucketZ3": "buffer"},
+    **{"SwapBufferManager": "all_buffers", "AsyncPartitionedParameterSwapper": "buffers"},
+}
 
 
 class Probe:
     """Takes the place of a trainer's train_step, and writes what it measured after the last traced step."""
 
-    def __init__(self, trainer: Any, process_bytes: int):
+    def __init__(self, trainer: Any, note: dict[str, Any]):
         self.trainer, self.device, self.train_step = trainer, trainer.ranks.device, trainer.train_step
+        self.note = note  # has process_bytes: the peak before the model was built
         self.on_gpu = self.device.type == "cuda"
         self.step, self.profiler = 0, profile()  # of CPU and GPU
         self.census: dict[str, dict[str, int]] = {}  # device type -> kind -> bytes
-        self.note: dict[str, Any] = {"process_bytes": process_bytes}
         trainer.train_step = self.take_step
-        if engine := getattr(trainer, "engine", None):
-            engine.step = partial(self.take_census, engine.step)
-        else:
-            register_optimizer_step_pre_hook(partial(self.take_census, lambda *_: None))
+        updater = getattr(trainer, "engine", trainer.optimizer)
+        updater.step = partial(self.take_census, updater.step)
 
     def take_census(self, update: Callable[..., None], *args: Any) -> None:
         """Count tensors, then update. DeepSpeed calls it after each backward pass; the largest count is kept."""
@@ -64,39 +65,35 @@ class Probe:
             synchronize(self.device)
         if step == TRACED_STEPS[-1]:
             self.profiler.stop()
-            self.measure_machine()
             self.finish()
         return result
 
-    def measure_machine(self) -> None:
-        """Matmul ceiling and link; all ranks at once, as they compute and communicate in a run."""
-        ranks, dtype = self.trainer.ranks, self.trainer.dtype
-        sizes = (4096, 8192, 16384) if self.on_gpu else (512, 1024)  # of square matrices
-        rates = [2 * size**3 / time_matmul(self.device, dtype, size, 5) for size in sizes for _ in range(4)]
-        self.note |= {"dtype": str(dtype).removeprefix("torch."), "matmul_flops": max(rates)}
+    def finish(self) -> None:
+        """Measure the machine, on all ranks at once, as they compute and communicate in a run, and write the note."""
+        trainer, ranks, dtype, config = self.trainer, self.trainer.ranks, self.trainer.dtype, self.trainer.model.config
+        matrices = (4096, 8192, 16384) if self.on_gpu else (512, 1024)
+        rates = [2 * size**3 / time_matmul(self.device, dtype, size, 5) for size in matrices for _ in range(4)]
         if ranks.world_size > 1:
             self.note["link_bytes_per_second"] = all_reduce.measure(ranks)["bytes_per_second"]
-
-    def finish(self) -> None:
-        """Write the note. Activations are the rest of the peak besides tensors and, on CPUs, the process itself."""
-        trainer, rank, config = self.trainer, self.trainer.ranks.rank, self.trainer.model.config
-        kinds = {**self.census[self.device.type], "interpreter": 0 if self.on_gpu else self.note["process_bytes"]}
+        memory = {**self.census[self.device.type], "interpreter": 0 if self.on_gpu else self.note["process_bytes"]}
         peak = self.note["peak_device_bytes" if self.on_gpu else "peak_host_bytes"]
         engine, size = getattr(trainer, "engine", None), config.parameter_count()
         fp32_accumulation = engine is not None and engine._config.grad_accum_dtype == "fp32"
-        shards = partition_ranks(trainer.cfg, trainer.ranks)
-        expected = model_state_bytes(trainer.strategy, shards, size, trainer.dtype, fp32_accumulation)
-        trace = Path(trainer.cfg.out_dir) / f"trace_{rank}.json"
+        shards = partition_ranks(trainer.cfg, ranks)
+        expected = model_state_bytes(trainer.strategy, shards, size, dtype, fp32_accumulation)
+        trace = Path(trainer.cfg.out_dir) / f"trace_{ranks.rank}.json"
         self.profiler.export_chrome_trace(str(trace))
         self.note |= {
-            "memory": {**kinds, "activations": max(0, peak - sum(kinds.values()))},
+            "dtype": str(dtype).removeprefix("torch."),
+            "matmul_flops": max(rates),
+            "memory": {**memory, "activations": max(0, peak - sum(memory.values()))},  # the rest of the peak
             "model_state_bytes": model_state(self.census),
             "expected_bytes": round(expected.total()),
             "parameter_count": size,
             "flops_per_token": config.flops_per_token(),
             "breakdown_ms": break_down(json.loads(trace.read_text())["traceEvents"]),
         }
-        trace.with_name(f"probe_{rank}.json").write_text(json.dumps(self.note))
+        trace.with_name(f"probe_{ranks.rank}.json").write_text(json.dumps(self.note))
 
 
 def model_state(census: dict[str, dict[str, int]]) -> int:
@@ -112,19 +109,21 @@ def count_tensors(trainer: Any, device: str) -> dict[str, int]:
     """
     model, optimizer = trainer.model, trainer.optimizer  # torch's optimizer, or DeepSpeed's wrapper around it
     gc.collect()
-    living = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and item.device.type == device]
+    objects = gc.get_objects()
+    living = [item for item in objects if issubclass(type(item), Tensor) and item.device.type == device]
     # a gradient has no Python object until somebody asks for it
     living += [tensor.grad for tensor in living if tensor.is_leaf and tensor.grad is not None]
+    held = [getattr(item, BUFFERS[type(item).__name__]) for item in objects if type(item).__name__ in BUFFERS]
+    buffers = [tensor for one in held for tensor in (one if isinstance(one, list) else [one])]
     parameters = list(model.parameters())
-    partitions = [getattr(parameter, "ds_tensor", None) for parameter in parameters]  # under ZeRO-3
+    parameters += [getattr(parameter, "ds_tensor", None) for parameter in parameters]  # ZeRO-3's partitions
     states: list[Any] = []
     for one in (optimizer, getattr(optimizer, "optimizer", None)):
         states += [value for state in getattr(one, "state", {}).values() for value in state.values()]
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # DeepSpeed's fp32 copy
             states += getattr(one, name, ())
     rest, sizes = storages(living, device), {}
-    kinds = {"buffers": deepspeed_buffers(model, optimizer), "parameters": parameters + partitions}
-    for kind, tensors in {**kinds, "optimizer_states": states}.items():
+    for kind, tensors in {"buffers": buffers, "parameters": parameters, "optimizer_states": states}.items():
         sizes[kind] = sum(rest.pop(address, 0) for address in storages(tensors, device))
     return {**sizes, "gradients": sum(rest.values())}
 
@@ -134,18 +133,6 @@ def storages(items: Iterable[Any], device: str) -> dict[int, int]:
     tensors = (getattr(item, "_local_tensor", item) for item in items if isinstance(item, Tensor))
     held = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == device)
     return {storage.data_ptr(): storage.nbytes() for storage in held if storage.nbytes()}
-
-
-def deepspeed_buffers(model: nn.Module, optimizer: Any) -> list[Any]:
-    """Buckets for reducing gradients (reduce_bucket_size elements, twice with overlap_comm), and NVMe buffers."""
-    held: list[Any] = []
-    swappers = [getattr(parameter, "nvme_swapper", None) for parameter in model.parameters()]
-    for swapper in (getattr(optimizer, "optimizer_swapper", None), *swappers):
-        held.append(getattr(swapper, "buffers", None))
-        held += getattr(getattr(swapper, "swap_buffer_manager", None), "all_buffers", [])
-    for bucket in getattr(optimizer, "ipg_buckets", {}).values():
-        held += bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
-    return held
 
 
 def break_down(events: list[dict[str, Any]]) -> dict[str, float]:
@@ -185,20 +172,18 @@ def classify(event: dict[str, Any], main_thread: Any, on_gpu: bool) -> str:
 def main() -> None:
     name, *arguments = sys.argv[1:]
     script: Any = importlib.import_module(name.removesuffix(".py"))
-    build_model, build_trainer = GPT.__init__, script.Trainer
-    process: list[int] = []  # peak bytes of this process before its model is built
+    trainer_class, note = script.Trainer, dict[str, Any]()
 
-    def measure_process(self: GPT, *args: Any) -> None:
-        process.append(peak_memory_bytes(torch.device("cpu")))
-        build_model(self, *args)
+    def build_model(*args: Any) -> GPT:
+        note["process_bytes"] = peak_memory_bytes(torch.device("cpu"))
+        return GPT(*args)
 
-    def watch(*args: Any) -> Any:
-        trainer = build_trainer(*args)
-        Probe(trainer, process[0])
+    def build_trainer(*args: Any) -> Any:
+        trainer = trainer_class(*args)
+        Probe(trainer, note)
         return trainer
 
-    GPT.__init__ = measure_process  # type: ignore[method-assign, assignment]
-    script.Trainer = watch
+    script.GPT, script.Trainer = build_model, build_trainer
     sys.argv = [name, *arguments, *STEPS, "--always_save_checkpoint=True"]
     script.main()
 

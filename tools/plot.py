@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tools import benchmark_page
+from tools import benchmark_report
 from tools.terminal import make_parser
 from training.distributed import run
 from training.errors import UserError
@@ -23,7 +23,7 @@ def draw_runs(folders: list[Path], path: Path, x: str, keys: list[str]) -> None:
     if len(folders) == 1 and x == "steps" and not keys:
         return draw_loss(folders[0], path)
     figure = new_figure(8, 5 + 1.5 * len(keys))
-    heights = [4, *(1.5 for _ in keys)]
+    heights = [4] + [1.5] * len(keys)
     losses, *panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for number, folder in enumerate(folders):
         rows, config = read_run(folder)
@@ -63,18 +63,15 @@ def main() -> None:
     args = parser.parse_args()
     path, names = args.run[0], [folder.resolve().name for folder in args.run]
     output = args.output or (path / "loss.png" if len(names) == 1 else Path(f"loss_{'_'.join(names)}.png"))
-    try:
-        if path.suffix == ".json":
-            if args.output or len(args.run) > 1:
-                raise UserError(f"{path}: a benchmark is plotted by itself and without --output")
-            print(*benchmark_page.write_pages(benchmark_page.read(path), path.parent), sep="\n")
-        elif output.suffix != ".png":
-            raise UserError(f"--output={output}: must end in .png")
-        else:
-            draw_runs(args.run, output, args.x, [key for key in args.panels.split(",") if key])
-            print(output)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
+    if path.suffix == ".json":
+        if args.output or len(args.run) > 1:
+            raise UserError(f"{path}: a benchmark is plotted by itself and without --output")
+        print(*benchmark_report.write_pages(benchmark_report.read(path), path.parent), sep="\n")
+    elif output.suffix != ".png":
+        raise UserError(f"--output={output}: must end in .png")
+    else:
+        draw_runs(args.run, output, args.x, [key for key in args.panels.split(",") if key])
+        print(output)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,11 @@ CHECKPOINTS = ["checkpoint", "strategy", "ranks", "val loss", "size", "note"]
 LEFT = {"run", "newest checkpoint", "checkpoint", "strategy", "note"}  # columns of text
 
 
-def read_text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
-
-
-def read_json(text: str) -> dict[str, Any]:
-    """{} for anything but a JSON object, such as half a line of a run that was killed."""
+def read_json(path: Path) -> dict[str, Any]:
+    """{} if the file is missing or not a JSON object, such as half a line of a run that was killed."""
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -39,30 +35,31 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in paths if path.exists()}
 
 
-def checkpoint_row(run: Path, folder: Path, losses: dict[int, float]) -> list[str]:
+def checkpoint_row(run: Path, folder: Path, losses: dict[str, str]) -> list[str]:
     """Checksums are not verified here: training/checkpoint.py does so when a run resumes."""
-    metadata, sizes = read_json(read_text(folder / "checkpoint.json")), file_sizes(folder)
-    files, loss = metadata.get("files"), next((losses[step] for step in losses if step == metadata.get("step")), None)
-    note = ", ".join(name for name in ("latest", "best") if read_text(run / name).strip() == folder.name)
+    metadata, sizes = read_json(folder / "checkpoint.json"), file_sizes(folder)
+    files, loss = metadata.get("files"), losses.get(str(metadata.get("step")), "")
+    marks = [run / name for name in ("latest", "best") if (run / name).is_file()]
+    note = ", ".join(path.name for path in marks if path.read_text(errors="replace").strip() == folder.name)
     if not folder.name.startswith("step_"):
         note = "unfinished: being written, or left by a run that was killed"
     elif not isinstance(files, dict) or not files.items() <= sizes.items():
         note = "damaged: checkpoint.json, or a file that it lists, is missing or has another size"
     layout = [str(metadata.get(key, "")) for key in ("strategy", "world_size")]
-    return [folder.name, *layout, "" if loss is None else f"{loss:.4f}", f"{sum(sizes.values()) / 1e6:,.1f} MB", note]
+    return [folder.name, *layout, loss, f"{sum(sizes.values()) / 1e6:,.1f} MB", note]
 
 
 def read_run(run: Path) -> tuple[list[str], list[list[str]]]:
     """The cells of RUNS, and those of CHECKPOINTS, newest first."""
     metrics = [row for _, row in read_rows(run / "metrics.jsonl")] if (run / "metrics.jsonl").is_file() else []
-    losses = {row["step"]: row["val_loss"] for row in metrics if "val_loss" in row}
+    losses = {str(row["step"]): f"{row['val_loss']:.4f}" for row in metrics if row["kind"] == "eval"}
     folders = sorted(run.glob("checkpoints/*step_*"), key=lambda path: path.name.rpartition("_")[2].zfill(20))
     checkpoints = [checkpoint_row(run, folder, losses) for folder in reversed(folders)]
     complete = [cells for cells in checkpoints if ": " not in cells[-1]]
     steps = f"{max((row['step'] for row in metrics), default=0):,} of "
-    planned = read_json(read_text(run / "config.json")).get("max_iters")
+    planned = read_json(run / "config.json").get("max_iters")
     steps += f"{planned:,}" if isinstance(planned, int) else "?"
-    newest, best = complete[0][:3] if complete else ["none", "", ""], f"{min(losses.values()):.4f}" if losses else ""
+    newest, best = complete[0][:3] if complete else ["none", "", ""], min(losses.values(), key=float, default="")
     changed = time.localtime(max((run / sign).stat().st_mtime for sign in SIGNS if (run / sign).exists()))
     note = f"{len(checkpoints) - len(complete)} incomplete" if len(complete) < len(checkpoints) else ""
     size = f"{sum(file_sizes(run).values()) / 1e6:,.1f} MB"
