@@ -90,7 +90,6 @@ class Trainer:
             config=config,
         )
         self.unwrapped = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0 keeps the optimizer as it is
-        self.files = deepspeed_state.CheckpointFiles(self.engine)
         if self.cfg.compile:
             self.engine.compile()
 
@@ -127,7 +126,7 @@ class Trainer:
     def save(self, writer: CheckpointWriter) -> None:
         """Every rank writes its partition in DeepSpeed's format."""
         step, folder = self.engine.global_steps, writer.folder
-        with self.log.section(f"saving step {step}"), self.files.writing(writer):
+        with self.log.section(f"saving step {step}"), deepspeed_state.writing(self.engine, writer):
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             groups = self.optimizer.param_groups if self.unwrapped else []
             order = [names[parameter] for group in groups for parameter in group["params"]]

@@ -58,6 +58,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
         "zero_optimization.elastic_checkpoint: not supported, as its files cannot be resumed (any number of ranks",
     ),
+    (  # it offloads, and the strategy's name would not say so
+        {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+        'cpu_offload: not supported, as it is an old key (write "offload_optimizer": {"device": "cpu"}); remove it',
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "cpu_offload_param": True}},
+        'cpu_offload_param: not supported, as it is an old key (write "offload_param": {"device": "cpu"}); remove it',
+    ),
     ({"wandb": {"enabled": True}}, "wandb.enabled: not supported, as this code logs itself (set --wandb_log=True)"),
     (
         {"optimizer": {"type": "AdamW", "params": {"torch_adam": False, "fused": True}}},
@@ -110,22 +118,22 @@ WRONG_KINDS = {
         wandb = "auto": must be an object
         aio = 1000000000.0: must be an object""",
     '{"steps_per_print": 0, "train_batch_size": "32", "gradient_clipping": "1", "dump_state": 1, "log_level": 3}': """
-        steps_per_print = 0: must be a whole number, 1 or more
-        train_batch_size = "32": must be a whole number, 1 or more
+        steps_per_print = 0: must be an integer, 1 or more
+        train_batch_size = "32": must be an integer, 1 or more
         gradient_clipping = "1": must be a number, 0.0 or more
         dump_state = 1: must be true or false
         log_level = 3: must be one of ('debug', 'info', 'warning', 'error', 'critical')""",
     '{"zero_optimization": {"stage": true, "offload_optimizer": "cpu", "offload_param": {"nvme_path": [1]}}}': """
         zero_optimization.stage = true: must be one of (0, 1, 2, 3)
         zero_optimization.offload_optimizer = "cpu": must be an object
-        zero_optimization.offload_param.nvme_path = [1]: must be text""",
+        zero_optimization.offload_param.nvme_path = [1]: must be a string""",
     '{"optimizer": {"type": 1, "params": {"betas": {}, "eps": -1}}, "zero_optimization": {"stage": "2"}}': """
-        optimizer.type = 1: must be text
+        optimizer.type = 1: must be a string
         optimizer.params.betas = {}: must be a list
         optimizer.params.eps = -1: must be a number, 0.0 or more
         zero_optimization.stage = "2": must be one of (0, 1, 2, 3)""",
     '{"flops_profiler": {"module_depth": "-1"}, "timers": {"throughput": 1}, "amp": 1, "foo": {"bf16": 1}}': """
-        flops_profiler.module_depth = "-1": must be a whole number, -1 or more
+        flops_profiler.module_depth = "-1": must be an integer, -1 or more
         timers.throughput = 1: must be an object
         amp: not supported, as DeepSpeed has removed it; remove it
         foo: unknown key; remove it""",

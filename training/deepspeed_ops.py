@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 import cpuinfo
 from torch.utils import cpp_extension
@@ -30,17 +30,12 @@ def load(deepspeed: ModuleType, config: Json, ranks: Ranks) -> None:
     Raises UserError with what to install.
     """
     logging.getLogger(cpp_extension.__name__).setLevel(logging.ERROR)  # a page about compilers other than g++
-    ops = needed(config, ranks.device.type)
-    if ops:  # DeepSpeed asks for the CPU's features several times, 1.1 s each: zero2_offload starts in 3.4, not 5.8 s
-        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-        cpuinfo.get_cpu_info()  # on all ranks at once; below, they take turns
-    for op, builder_name in ops.items():
-        accelerator, built = deepspeed.accelerator.get_accelerator(), deepspeed.git_version_info
-        installed = built.installed_ops.get(op) and built.accelerator_name == accelerator._name  # by DS_BUILD_...=1
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)  # DeepSpeed calls it several times, 1.1 s each
+    for op, builder in needed(config, ranks.device.type).items():
         for first in (True, False):
             with ranks.together():
                 if first == (ranks.local_rank == 0):
-                    build(op, accelerator.create_op_builder(builder_name), bool(installed))
+                    build(op, builder, deepspeed)
 
 
 def needed(config: Json, device: str) -> dict[str, str]:
@@ -57,8 +52,10 @@ def needed(config: Json, device: str) -> dict[str, str]:
     return ops
 
 
-def build(op: str, builder: Any, installed: bool) -> None:
+def build(op: str, builder_name: str, deepspeed: ModuleType) -> None:
     """Load an op, which is compiled before unless it was installed with DeepSpeed or compiled by an earlier run."""
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder(builder_name)
+    installed = deepspeed.git_version_info.installed_ops.get(op)  # by DS_BUILD_...=1
     ops = ["async_io", "pin_memory"] if op == "async_io" else [op]  # its builder compiles both
     folders = [Path(cpp_extension._get_build_directory(name, False)) for name in ops]
     # torch locks by creating a file. A killed compilation leaves it behind, and all later ones wait forever. The
@@ -70,9 +67,6 @@ def build(op: str, builder: Any, installed: bool) -> None:
         missing = not installed and not (folders[0] / f"{op}.so").exists()
         if missing:
             print(f"compiling {op} of DeepSpeed, once; this takes about a minute", flush=True)
-        flags = builder.cxx_args
-        # Without debug symbols cpu_adam compiles in 47 instead of 64 s on one core.
-        builder.cxx_args = lambda: [flag for flag in flags() if flag != "-g"]
         try:
             if missing and not builder.is_compatible(verbose=False):  # before the ops that it consists of are compiled
                 raise RuntimeError(f"{op} is not compatible with this machine")
@@ -106,13 +100,13 @@ class DeepSpeedLog:
 
     def __init__(self, cfg: DeepSpeedTrainConfig, ranks: Ranks):
         to_file = ranks.main and not (cfg.verbose or cfg.eval_only)
-        self.file: TextIO | None = (Path(cfg.out_dir) / "deepspeed.log").open("a", buffering=1) if to_file else None
+        self.file: Any = (Path(cfg.out_dir) / "deepspeed.log").open("a", buffering=1) if to_file else None
         level = logging.INFO if cfg.verbose else logging.WARNING if self.file else logging.ERROR
-        logger = logging.getLogger("DeepSpeed")
+        logger: Any = logging.getLogger("DeepSpeed")
         logger.setLevel(level)
         for handler in logger.handlers:
             handler.setLevel(level)
-            if self.file and isinstance(handler, logging.StreamHandler):
+            if self.file:
                 handler.setStream(self.file)
         if not cfg.verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -120,12 +114,9 @@ class DeepSpeedLog:
     @contextlib.contextmanager
     def section(self, title: str) -> Iterator[None]:
         """Write what DeepSpeed prints to the file, below a line with the title."""
-        if not self.file:
-            yield
-            return
         output = io.StringIO()
         try:
-            with contextlib.redirect_stdout(output):
+            with contextlib.redirect_stdout(output) if self.file else contextlib.nullcontext():
                 yield
         finally:
             if text := output.getvalue():

@@ -13,30 +13,27 @@ from training.deepspeed_config import Json, nvme_blocks
 from training.distributed import Ranks
 
 
-class CheckpointFiles:
-    """Writes an engine's files in its place: with checksums, and in the background if the run does so."""
+@contextmanager
+def writing(engine: Any, writer: CheckpointWriter) -> Iterator[None]:
+    """Wrap engine.save_checkpoint, so that `writer` writes the files: with checksums, and maybe in the background.
 
-    def __init__(self, engine: Any):
-        engine.checkpoint_engine.save = self.save
-        self.writer: CheckpointWriter | None = None
-        self.error: OSError | None = None
+    Raises its OSError only at the end, because every rank must pass the barriers in save_checkpoint.
+    """
+    errors: list[OSError] = []
 
-    @contextmanager
-    def writing(self, writer: CheckpointWriter) -> Iterator[None]:
-        """Wrap engine.save_checkpoint, whose barriers must be passed by every rank: raises OSError only after it."""
-        self.writer, self.error = writer, None
-        yield
-        rank = torch.distributed.get_rank()
-        writer.add((writer.folder / "offloaded_tensors" / f"rank{rank:02d}").glob("*"))  # copied from NVMe by DeepSpeed
-        if self.error:
-            raise self.error
-
-    def save(self, state_dict: Any, path: str) -> None:
-        assert self.writer, f"{path} is written outside of `writing`"
+    def save(state_dict: Any, path: str) -> None:
         try:
-            self.writer.write(str(Path(path).relative_to(self.writer.folder)), state_dict)
+            writer.write(str(Path(path).relative_to(writer.folder)), state_dict)
         except OSError as error:
-            self.error = error
+            errors.append(error)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda folder: None  # else zero_to_fp32.py and zero_to_torch.py are copied there
+    yield
+    rank = torch.distributed.get_rank()
+    writer.add((writer.folder / "offloaded_tensors" / f"rank{rank:02d}").glob("*"))  # copied from NVMe by DeepSpeed
+    if errors:
+        raise errors[0]
 
 
 def nvme_sub_groups(engine: Any) -> list[tuple[str, int]]:
