@@ -14,7 +14,7 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from tests.running import ROOT, message, refused, run, train, zero_json
 from tests.test_deepspeed_config import resolved
-from training import deepspeed_ops
+from training import deepspeed_engine
 from training.deepspeed_json import read
 from training.distributed import SINGLE_PROCESS
 from training.errors import ConfigError
@@ -299,7 +299,7 @@ def test_an_op_that_was_installed_with_deepspeed_needs_no_compiler(tmp_path, mon
     for name, value in {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
-    deepspeed_ops.load(deepspeed, config, SINGLE_PROCESS)
+    deepspeed_engine.load(deepspeed, config, SINGLE_PROCESS)
     assert OpBuilder._loaded_ops == modules
 
 

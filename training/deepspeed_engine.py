@@ -1,9 +1,8 @@
-"""DeepSpeed's C++ ops, compiled before anything is allocated, and its log file.
+"""What surrounds a DeepSpeed engine: its C++ ops, log file, checkpoint files, and swap folders on NVMe.
 
 The DeepSpeed module is passed in by train_deepspeed.py: importing this module does not import it.
 """
 
-import contextlib
 import fcntl
 import functools
 import io
@@ -12,14 +11,17 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import cpuinfo
+import torch
 from torch.utils import cpp_extension
 
-from training.deepspeed_config import DeepSpeedTrainConfig, Json, describe_json, dotted
+from training.checkpoint import CheckpointWriter
+from training.deepspeed_config import DeepSpeedTrainConfig, Json, describe_json, dotted, nvme_blocks
 from training.distributed import Ranks
 from training.errors import UserError
 
@@ -67,6 +69,9 @@ def build(op: str, builder_name: str, deepspeed: ModuleType) -> None:
         missing = not installed and not (folders[0] / f"{op}.so").exists()
         if missing:
             print(f"compiling {op} of DeepSpeed, once; this takes about a minute", flush=True)
+        flags = builder.cxx_args
+        # Without debug symbols cpu_adam compiles in 47 instead of 64 s on one core.
+        builder.cxx_args = lambda: [flag for flag in flags() if flag != "-g"]
         try:
             if missing and not builder.is_compatible(verbose=False):  # before the ops that it consists of are compiled
                 raise RuntimeError(f"{op} is not compatible with this machine")
@@ -111,13 +116,62 @@ class DeepSpeedLog:
         if not cfg.verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-    @contextlib.contextmanager
+    @contextmanager
     def section(self, title: str) -> Iterator[None]:
         """Write what DeepSpeed prints to the file, below a line with the title."""
         output = io.StringIO()
         try:
-            with contextlib.redirect_stdout(output) if self.file else contextlib.nullcontext():
+            with redirect_stdout(output) if self.file else nullcontext():
                 yield
         finally:
             if text := output.getvalue():
                 self.file.write(f"\n{title}\n{text}")
+
+
+@contextmanager
+def writing(engine: Any, writer: CheckpointWriter) -> Iterator[None]:
+    """Wrap engine.save_checkpoint, so that `writer` writes the files: with checksums, and maybe in the background.
+
+    Raises its OSError only at the end, because every rank must pass the barriers in save_checkpoint.
+    """
+    errors: list[OSError] = []
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            writer.write(str(Path(path).relative_to(writer.folder)), state_dict)
+        except OSError as error:
+            errors.append(error)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda folder: None  # else zero_to_fp32.py and zero_to_torch.py are copied there
+    yield
+    rank = torch.distributed.get_rank()
+    writer.add((writer.folder / "offloaded_tensors" / f"rank{rank:02d}").glob("*"))  # copied from NVMe by DeepSpeed
+    if errors:
+        raise errors[0]
+
+
+def nvme_sub_groups(engine: Any) -> list[tuple[str, int]]:
+    """(name of its swap files, elements on this rank) for each sub-group of an optimizer on NVMe; else []."""
+    if not engine.zero_nvme_offload_optimizer():
+        return []
+    names = [flat.ds_id for flat in engine.optimizer.fp32_partitioned_groups_flat]
+    return list(zip(names, engine.optimizer.fp16_partitioned_groups_flat_numel, strict=True))
+
+
+@contextmanager
+def own_swap_folders(config: Json, ranks: Ranks) -> Iterator[None]:
+    """Empty this run's swap folders on NVMe at the start, and remove them at the end; config: resolved.
+
+    DeepSpeed swaps into one folder whichever run it is, leaves its files there, and copies all files that it finds
+    there into every checkpoint: two runs at a time would read each other's optimizer states.
+    """
+    folders = {block["nvme_path"] for block in nvme_blocks(config) if ranks.local_rank == 0}
+    with ranks.together():
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
