@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from model import GPT
-from training import deepspeed_config, deepspeed_ops, deepspeed_state, distributed, loop, run_folder
+from training import deepspeed_config, deepspeed_engine, distributed, loop, run_folder
 from training.batches import Batches
 from training.checkpoint import Checkpoints, CheckpointWriter
 from training.config import parse
@@ -43,12 +43,12 @@ class Trainer:
 
         self.deepspeed, self.strategy = deepspeed, strategy_of(ds)
         self.cfg, self.ranks, self.batches, self.dtype = cfg, ranks, batches, dtype
-        self.log = deepspeed_ops.DeepSpeedLog(cfg, ranks)
+        self.log = deepspeed_engine.DeepSpeedLog(cfg, ranks)
         # An op for inference on CPUs: compiling it takes 27 s, and every run would leave 66 MB in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=cfg.verbose)  # uses the existing process group
         deepspeed_config.check_values(ds, deepspeed.DeepSpeedConfig, cfg.deepspeed_config)
-        deepspeed_ops.load(deepspeed, ds, ranks)
+        deepspeed_engine.load(deepspeed, ds, ranks)
         with self.log.section("building the model"):
             self.build(init, ds)
             self.wrap(ds)
@@ -90,7 +90,6 @@ class Trainer:
             config=config,
         )
         self.unwrapped = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0 keeps the optimizer as it is
-        self.files = deepspeed_state.CheckpointFiles(self.engine)
         if self.cfg.compile:
             self.engine.compile()
 
@@ -127,11 +126,12 @@ class Trainer:
     def save(self, writer: CheckpointWriter) -> None:
         """Every rank writes its partition in DeepSpeed's format."""
         step, folder = self.engine.global_steps, writer.folder
-        with self.log.section(f"saving step {step}"), self.files.writing(writer):
+        with self.log.section(f"saving step {step}"), deepspeed_engine.writing(self.engine, writer):
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             groups = self.optimizer.param_groups if self.unwrapped else []
             order = [names[parameter] for group in groups for parameter in group["params"]]
-            state = {"step": step, "optimizer_order": order, "sub_groups": deepspeed_state.nvme_sub_groups(self.engine)}
+            sub_groups = deepspeed_engine.nvme_sub_groups(self.engine)
+            state = {"step": step, "optimizer_order": order, "sub_groups": sub_groups}
             if scaler := self.engine.torch_autocast_z0_gradscaler:
                 state["scaler"] = scaler.state_dict()
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
@@ -161,7 +161,7 @@ def main() -> None:
             config, dtype = deepspeed_config.resolve(cfg, ranks, init.model, config)
         run_folder.prepare(cfg, ranks, init, config)
         out_of_memory = run_folder.explain_out_of_memory(cfg, ranks, init.model, strategy_of(config), dtype)
-        with out_of_memory, deepspeed_state.own_swap_folders(config, ranks):
+        with out_of_memory, deepspeed_engine.own_swap_folders(config, ranks):
             trainer = Trainer(cfg, ranks, batches, init, dtype, config)
             loop.train(cfg, ranks, batches, trainer, checkpoints, init)
 

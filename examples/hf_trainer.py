@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.dataset import DATA_FOLDER, Dataset, open_dataset
-from training import deepspeed_ops, distributed
+from training import deepspeed_engine, distributed
 from training.errors import UserError
 
 
@@ -83,7 +83,7 @@ def main() -> None:
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see train_deepspeed.py
             deepspeed.init_distributed(verbose=False)  # else ZeRO-3 on CPU ranks sees a single rank
-            deepspeed_ops.load(deepspeed, arguments.hf_deepspeed_config.config, ranks)  # one rank compiles
+            deepspeed_engine.load(deepspeed, arguments.hf_deepspeed_config.config, ranks)  # one rank compiles
         torch.manual_seed(arguments.seed)
         model = build(settings, dataset)
         sequences: Any = np.memmap(dataset.path("train"), dataset.dtype, "r", shape=(tokens // size, size))

@@ -11,8 +11,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 if __name__ == "__main__":
     import deepspeed
 
-    from training import deepspeed_ops
+    from training import deepspeed_engine
     from training.distributed import SINGLE_PROCESS
 
     strategy = "zero3_nvme" if needs.find("libaio") else "zero3_offload"
-    deepspeed_ops.load(deepspeed, json.loads((ROOT / zero_json(strategy)).read_text()), SINGLE_PROCESS)
+    deepspeed_engine.load(deepspeed, json.loads((ROOT / zero_json(strategy)).read_text()), SINGLE_PROCESS)

@@ -16,8 +16,8 @@ from tests.running import ROOT, TINY, losses, message, run
 from training import deepspeed_config
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, read, resolve, strategy_of, swap_folder
+from training.deepspeed_engine import own_swap_folders
 from training.deepspeed_json import KEYS
-from training.deepspeed_state import own_swap_folders
 from training.distributed import SINGLE_PROCESS, Ranks
 from training.errors import ConfigError
 

@@ -14,7 +14,7 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from tests.running import ROOT, message, refused, run, train, zero_json
 from tests.test_deepspeed_config import resolved
-from training import deepspeed_ops
+from training import deepspeed_engine
 from training.deepspeed_json import read
 from training.distributed import SINGLE_PROCESS
 from training.errors import ConfigError
@@ -57,6 +57,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (
         {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
         "zero_optimization.elastic_checkpoint: not supported, as its files cannot be resumed (any number of ranks",
+    ),
+    (  # it offloads, and the strategy's name would not say so
+        {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+        'cpu_offload: not supported, as it is an old key (write "offload_optimizer": {"device": "cpu"}); remove it',
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "cpu_offload_param": True}},
+        'cpu_offload_param: not supported, as it is an old key (write "offload_param": {"device": "cpu"}); remove it',
     ),
     ({"wandb": {"enabled": True}}, "wandb.enabled: not supported, as this code logs itself (set --wandb_log=True)"),
     (
@@ -110,22 +118,22 @@ WRONG_KINDS = {
         wandb = "auto": must be an object
         aio = 1000000000.0: must be an object""",
     '{"steps_per_print": 0, "train_batch_size": "32", "gradient_clipping": "1", "dump_state": 1, "log_level": 3}': """
-        steps_per_print = 0: must be a whole number, 1 or more
-        train_batch_size = "32": must be a whole number, 1 or more
+        steps_per_print = 0: must be an integer, 1 or more
+        train_batch_size = "32": must be an integer, 1 or more
         gradient_clipping = "1": must be a number, 0.0 or more
         dump_state = 1: must be true or false
         log_level = 3: must be one of ('debug', 'info', 'warning', 'error', 'critical')""",
     '{"zero_optimization": {"stage": true, "offload_optimizer": "cpu", "offload_param": {"nvme_path": [1]}}}': """
         zero_optimization.stage = true: must be one of (0, 1, 2, 3)
         zero_optimization.offload_optimizer = "cpu": must be an object
-        zero_optimization.offload_param.nvme_path = [1]: must be text""",
+        zero_optimization.offload_param.nvme_path = [1]: must be a string""",
     '{"optimizer": {"type": 1, "params": {"betas": {}, "eps": -1}}, "zero_optimization": {"stage": "2"}}': """
-        optimizer.type = 1: must be text
+        optimizer.type = 1: must be a string
         optimizer.params.betas = {}: must be a list
         optimizer.params.eps = -1: must be a number, 0.0 or more
         zero_optimization.stage = "2": must be one of (0, 1, 2, 3)""",
     '{"flops_profiler": {"module_depth": "-1"}, "timers": {"throughput": 1}, "amp": 1, "foo": {"bf16": 1}}': """
-        flops_profiler.module_depth = "-1": must be a whole number, -1 or more
+        flops_profiler.module_depth = "-1": must be an integer, -1 or more
         timers.throughput = 1: must be an object
         amp: not supported, as DeepSpeed has removed it; remove it
         foo: unknown key; remove it""",
@@ -291,7 +299,7 @@ def test_an_op_that_was_installed_with_deepspeed_needs_no_compiler(tmp_path, mon
     for name, value in {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
-    deepspeed_ops.load(deepspeed, config, SINGLE_PROCESS)
+    deepspeed_engine.load(deepspeed, config, SINGLE_PROCESS)
     assert OpBuilder._loaded_ops == modules
 
 

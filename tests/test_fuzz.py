@@ -41,9 +41,9 @@ from training.batches import Batches
 from training.checkpoint import METADATA, OWN_CHECKSUM, Checkpoints, metadata_checksum
 from training.config import PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig
+from training.deepspeed_engine import own_swap_folders
 from training.deepspeed_json import KEYS as JSON_KEYS
 from training.deepspeed_json import UNSUPPORTED
-from training.deepspeed_state import own_swap_folders
 from training.distributed import SINGLE_PROCESS
 from training.init import InitState, find_init_state
 from training.metrics import Metrics

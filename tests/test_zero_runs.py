@@ -164,6 +164,10 @@ def trained(tmp_path_factory, data) -> Path:
     return out
 
 
+def test_deepspeed_leaves_no_scripts_beside_the_checkpoints(trained):
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"step_000003", "step_000006"}
+
+
 def resume(trained: Path, data: Path, ranks: int, **settings) -> str:
     """The message of a resume that fails; no rank is left."""
     mark = f"MARK={trained}-{len(settings)}"

@@ -33,7 +33,7 @@ from tools.terminal import make_parser, underscored
 from training import deepspeed_config, distributed
 from training.config import ROOT, parse
 from training.deepspeed_config import describe_json, nvme_blocks
-from training.deepspeed_ops import needed
+from training.deepspeed_engine import needed
 from training.errors import UserError, count
 from training.strategies import model_state_bytes
 

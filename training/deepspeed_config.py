@@ -112,16 +112,13 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     if fp16_on_cpu := dotted(config, "fp16.enabled") is True and ranks.device.type == "cpu":
         problems.append('fp16.enabled = true: not supported on CPUs; write "bf16": {"enabled": true} instead')
     dtype = torch.float16 if fp16_on_cpu else pick_dtype(cfg.dtype, ranks.device)
-    for path, (value, source) in owned(cfg, model, config, dtype).items():
+    for path, (value, source) in automatic(cfg, model, config, dtype).items():
         given = dotted(config, path)
-        if given in (None, "auto"):
+        if given == "auto" or (given is None and source):
             put(config, path, value)
-        elif given != value:
+        elif given != value and source:
             problems.append(f'{path} = {json.dumps(given)}: contradicts {source} in the settings; write "auto"')
     problems += fill_batch(config, cfg, ranks)
-    for path, value in suggested(cfg, model).items():
-        if dotted(config, path) == "auto":
-            put(config, path, value)
     for block in nvme_blocks(config):
         block["nvme_path"] = cfg.nvme_path or block.get("nvme_path")
     adapt(config, ranks.device)
@@ -133,8 +130,11 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     return config, dtype
 
 
-def owned(cfg: TrainConfig, model: GPTConfig, config: Json, dtype: torch.dtype) -> dict[str, tuple[Any, str]]:
-    """path -> (value, its source for messages): what our settings decide, whether or not the JSON has the key."""
+def automatic(cfg: TrainConfig, model: GPTConfig, config: Json, dtype: torch.dtype) -> dict[str, tuple[Any, str]]:
+    """path -> (value, the settings that decide it, for messages), whether or not the JSON has the key.
+
+    "": none does. The value, by Hugging Face's formulas, replaces "auto" only.
+    """
     name = str(dtype).removeprefix("torch.")
     values: dict[str, tuple[Any, str]] = {
         path: (getattr(cfg, setting), f"{setting} = {getattr(cfg, setting)}")
@@ -155,7 +155,16 @@ def owned(cfg: TrainConfig, model: GPTConfig, config: Json, dtype: torch.dtype) 
         values["optimizer.params.betas"] = [cfg.beta1, cfg.beta2], f"beta1 = {cfg.beta1}, beta2 = {cfg.beta2}"
     if dotted(config, "activation_checkpointing.contiguous_memory_optimization"):
         values["activation_checkpointing.number_checkpoints"] = model.n_layer, f"n_layer = {model.n_layer}"
-    return values
+    return values | {
+        "optimizer.params.eps": (1e-8, ""),  # the default of every AdamW
+        "zero_optimization.reduce_bucket_size": (model.n_embd**2, ""),
+        "zero_optimization.stage3_prefetch_bucket_size": (int(0.9 * model.n_embd**2), ""),
+        "zero_optimization.stage3_param_persistence_threshold": (10 * model.n_embd, ""),
+        "scheduler.params.warmup_min_lr": (0, ""),
+        "scheduler.params.warmup_max_lr": (cfg.learning_rate, ""),
+        "scheduler.params.warmup_num_steps": (max(1, cfg.warmup_iters), ""),
+        "scheduler.params.total_num_steps": (cfg.max_iters, ""),
+    }
 
 
 def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
@@ -176,29 +185,16 @@ def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
     config.update(values)
 
 
-def suggested(cfg: TrainConfig, model: GPTConfig) -> Json:
-    """path -> value for "auto"; any other value in the JSON is kept. Hugging Face's formulas."""
-    return {
-        "optimizer.params.eps": 1e-8,  # the default of every AdamW
-        "zero_optimization.reduce_bucket_size": model.n_embd**2,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * model.n_embd**2),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * model.n_embd,
-        "scheduler.params.warmup_min_lr": 0,
-        "scheduler.params.warmup_max_lr": cfg.learning_rate,
-        "scheduler.params.warmup_num_steps": max(1, cfg.warmup_iters),
-        "scheduler.params.total_num_steps": cfg.max_iters,
-    }
-
-
 def adapt(config: Json, device: torch.device) -> None:
-    """Adapt the JSON to the machine: no overlap on CPUs, torch's AdamW where FusedAdam cannot be compiled."""
+    """Adapt the JSON to this code and the machine: torch's AdamW where FusedAdam cannot be compiled."""
     zero = config.get("zero_optimization", {})
     if device.type == "cpu" and zero.get("overlap_comm") != "auto":
         zero["overlap_comm"] = False  # a CPU has no second stream; ZeRO-2 goes from 0.90 to 1.02 of DDP's speed
     config.get("scheduler", {}).setdefault("params", {})
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # waits for the device; metrics.jsonl has it
+    config["zero_allow_untested_optimizer"] = True  # any optimizer of training/optim.py
+    config["zero_force_ds_cpu_optimizer"] = False  # torch's optimizers may be offloaded
     if "optimizer" not in config:
-        config["zero_allow_untested_optimizer"] = True  # any optimizer of training/optim.py
-        config["zero_force_ds_cpu_optimizer"] = False  # torch's optimizers may be offloaded
         return
     from torch.utils import cpp_extension  # large: the advice after running out of memory does without it
 
@@ -209,7 +205,6 @@ def adapt(config: Json, device: torch.device) -> None:
         params.setdefault("torch_adam", True)
     if params.get("torch_adam"):
         params.setdefault("fused", True)
-        config["zero_force_ds_cpu_optimizer"] = False
 
 
 def nvme_blocks(config: Json) -> list[Json]:
@@ -224,19 +219,13 @@ def swap_folder(disk: str, cfg: TrainConfig) -> Path:
     return Path(disk) / f"{path.name}-{zlib.crc32(os.fsencode(path)):08x}"
 
 
-def free_bytes(disk: str, cfg: TrainConfig) -> int:
-    """With what a killed run has left in its swap folder, which is emptied when the run starts again."""
-    return shutil.disk_usage(disk).free + sum(path.stat().st_size for path in swap_folder(disk, cfg).rglob("*.swp"))
-
-
 def check(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
     """Each problem of a JSON whose "auto" values are filled in, with its fix."""
     yield from (problem for wrong_kind, problem in check_keys(config) if not wrong_kind)
     yield from (f'{path} = "auto": there is no automatic value; write one, or remove it' for path in autos(config))
     if dotted(config, "tensorboard.enabled") and not find_spec("tensorboard"):
         yield "tensorboard.enabled = true: needs a package; pip install tensorboard, or remove the block"
-    yield from check_optimizer(config)
-    yield from check_activation_checkpointing(config, cfg, ranks)
+    yield from check_blocks(config, cfg, ranks)
     yield from check_offload(config, cfg, model, ranks)
 
 
@@ -249,7 +238,7 @@ def autos(value: Any, path: str = "") -> Iterator[str]:
             yield from autos(inner, f"{path}.{name}" if path else name)
 
 
-def check_optimizer(config: Json) -> Iterator[str]:
+def check_blocks(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
     optimizer, scheduler = dotted(config, "optimizer.type"), dotted(config, "scheduler.type")
     if optimizer in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"):
         yield f"optimizer.type = {optimizer!r}: DeepSpeed has removed it; write AdamW ({SEND_LESS})"
@@ -261,9 +250,6 @@ def check_optimizer(config: Json) -> Iterator[str]:
         yield 'optimizer.params.fused: is a setting of torch\'s AdamW; write "torch_adam": true, or remove it'
     if "scheduler" in config and scheduler not in SCHEDULERS:
         yield f"scheduler.type = {scheduler!r}: must be one of {', '.join(SCHEDULERS)}; or remove it to use ours"
-
-
-def check_activation_checkpointing(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
     block = config.get("activation_checkpointing", {})
     if block and not cfg.activation_checkpointing:
         yield "activation_checkpointing: contradicts activation_checkpointing = False in the settings; remove the block"
@@ -284,11 +270,15 @@ def check_offload(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks
             yield f"{name}.device = {device!r}: needs stage {lowest}, stage is {stage}; set it, or remove the block"
         elif device == "nvme":
             block = dotted(config, name)
-            place, needed = f"{name}.nvme_path = {block['nvme_path']!r}", per_parameter * host_parameters
-            if not os.path.isdir(block["nvme_path"] or ""):  # noqa: PTH112 (Path raises for too long a name)
+            disk, place = block["nvme_path"], f"{name}.nvme_path = {block['nvme_path']!r}"
+            if not os.path.isdir(disk or ""):  # noqa: PTH112 (Path raises for too long a name)
                 yield f"{place}: no such folder; set --nvme_path to one on a local NVMe disk"
-            elif (free := free_bytes(block["nvme_path"], cfg)) < needed:
-                yield f"{place}: {gigabytes(free)} free, {gigabytes(needed)} needed; set --nvme_path to a larger disk"
+            else:  # a killed run's swap files are removed when it starts again
+                left = sum(path.stat().st_size for path in swap_folder(disk, cfg).rglob("*.swp"))
+                free, needed = shutil.disk_usage(disk).free + left, per_parameter * host_parameters
+                if free < needed:
+                    sizes = f"{gigabytes(free)} free, {gigabytes(needed)} needed"
+                    yield f"{place}: {sizes}; set --nvme_path to a larger disk"
             largest = -(-model.vocab_size * model.n_embd // ranks.world_size)
             if part == "param" and (size := block.get("buffer_size", 100_000_000)) < largest:
                 yield f"{name}.buffer_size = {size}: must be at least {largest}, a rank's largest part"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.errors import did_you_mean
+from data.errors import JSON_TYPES, did_you_mean
 from training.errors import ConfigError, list_problems
 
 Json = dict[str, Any]
@@ -51,8 +51,7 @@ KEYS: Json = {
         "offload_param": dict(device="cpu", nvme_path="/nvme", buffer_size=0.0),
     },
 }
-KIND_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", tuple: "one of {}"}
-KIND_NAMES |= {int: "a whole number, {} or more", float: "a number, {} or more"}
+KIND_NAMES = JSON_TYPES | {tuple: "one of {}", int: "an integer, {} or more", float: "a number, {} or more"}
 SEND_LESS = 'set "communication_data_type": "bf16" to send less'
 # Keys that this code does not support, with the reason, and what to use.
 UNSUPPORTED = {
@@ -65,6 +64,8 @@ UNSUPPORTED = {
     "checkpoint.load_universal": "as it runs code in the files (any strategy resumes any checkpoint without it)",
     "checkpoint.use_node_local_storage": "as the nodes would overwrite each other's files in out_dir",
     "wandb.enabled": "as this code logs itself (set --wandb_log=True)",
+    "zero_optimization.cpu_offload": 'as it is an old key (write "offload_optimizer": {"device": "cpu"})',
+    "zero_optimization.cpu_offload_param": 'as it is an old key (write "offload_param": {"device": "cpu"})',
     "zero_optimization.elastic_checkpoint": "as its files cannot be resumed (any number of ranks resumes all others)",
     "zero_optimization.mics_shard_size": "as DeepSpeed has removed it (use train.py --strategy=fsdp --shard_ranks=N)",
 }

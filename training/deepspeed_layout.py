@@ -1,9 +1,8 @@
 """How ZeRO lays out the model state: reading its checkpoints without DeepSpeed, and filling an engine from any.
 
-DeepSpeed's own load_checkpoint runs any code that a file contains, and accepts only what the same ZeRO stage wrote on
-as many ranks. Its universal checkpoints need a conversion of the whole state by its own tool, and version 0.19.8 loses
-weight decay and step counts under ZeRO-3; it does not restore what its NVMe offload saves. Here each rank fills its
-own partition from any checkpoint.
+Each rank fills its own partition from any checkpoint. DeepSpeed's own load_checkpoint runs any code in a file, reads
+only what the same stage wrote on as many ranks, and nothing from NVMe. Its universal checkpoints need a conversion,
+which loses weight decay and step counts under ZeRO-3 (0.19.8).
 """
 
 from collections.abc import Iterator
@@ -16,19 +15,9 @@ from torch.serialization import safe_globals
 
 from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Ranks
-from training.model_state import (
-    TIED,
-    WEIGHT,
-    SavedState,
-    find_step,
-    fresh_state,
-    from_whole,
-    optimizer_kinds,
-    reading,
-)
+from training.model_state import TIED, WEIGHT, SavedState, find_step, fresh_state, from_whole, optimizer_kinds, reading
 
-# A part of a parameter in a rank's flat partition:
-# (parameter name, its first element in the parameter, its first element in the partition, number of elements)
+# Part of a parameter in a rank's flat partition: (name, first element in the parameter, in the partition, elements)
 Slice = tuple[str, int, int, int]
 
 
@@ -87,7 +76,7 @@ def add_stage_3(saved: SavedState, ranks: list[dict[str, Any]], model: dict[str,
     """Each parameter is cut into a piece per rank, the last one padded; a rank's pieces follow one another."""
     saved.step = find_step(ranks[0]["optimizer_state_dict"]["state"])
     for rank, state in enumerate(ranks):
-        groups, start, flat = iter(flat_groups(saved.folder, metadata, rank, state, model)), 0, {WEIGHT: torch.empty(0)}
+        groups, start, flat = flat_groups(saved.folder, metadata, rank, state, model), 0, {WEIGHT: torch.empty(0)}
         for name, shape in saved.shapes.items():
             if start == len(flat[WEIGHT]):
                 flat, start = next(groups), 0
@@ -97,10 +86,9 @@ def add_stage_3(saved: SavedState, ranks: list[dict[str, Any]], model: dict[str,
             start += size
 
 
-def flat_groups(folder: Path, metadata: dict, rank: int, state: dict, model: dict) -> list[dict[str, Tensor]]:
+def flat_groups(folder: Path, metadata: dict, rank: int, state: dict, model: dict) -> Iterator[dict[str, Tensor]]:
     """The tensors of a rank's sub-groups under ZeRO-3, by kind; of what is on NVMe, DeepSpeed saves copies."""
     swapped = model.get("sub_groups") or [("", 0)] * len(state["fp32_flat_groups"])
-    groups = []
     for number, (flat, (name, numel)) in enumerate(zip(state["fp32_flat_groups"], swapped, strict=True)):
         inner = state["optimizer_state_dict"]["state"].get(number, {})
         group = {WEIGHT: flat.detach(), **{kind: inner[kind] for kind in optimizer_kinds(inner)}}
@@ -109,8 +97,7 @@ def flat_groups(folder: Path, metadata: dict, rank: int, state: dict, model: dic
                 file = f"{name}.tensor.swp" if kind == WEIGHT else f"{kind}-{name}.tensor.swp"
                 path = find_file(folder, metadata, f"offloaded_tensors/rank{rank:02d}/{file}")
                 group[kind] = torch.from_file(str(path), size=numel, dtype=torch.float32)
-        groups.append(group)
-    return groups
+        yield group
 
 
 def load_partition(engine: Any, folder: Path, ranks: Ranks) -> None:
@@ -164,21 +151,17 @@ def fill_stage_3(model: Any, optimizer: Any, saved: SavedState) -> None:
         swapped = optimizer._swappable_optimizer_subgroup(number)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(number)
-        fill_flat(saved, optimizer.optimizer, flat, list(stage_3_slices(optimizer.fp16_groups[number], names, rank)))
+        slices, offset = [], 0
+        for parameter in optimizer.fp16_groups[number]:  # every rank's part has the same size; the last one is padded
+            size = parameter.partition_numel()
+            start = min(rank * size, parameter.ds_numel)
+            slices.append((names[parameter], start, offset, min(size, parameter.ds_numel - start)))
+            offset += size
+        fill_flat(saved, optimizer.optimizer, flat, slices)
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(number)
     optimizer.checkpoint_event_epilogue()
-
-
-def stage_3_slices(parameters: list[Any], names: dict[Any, str], rank: int) -> Iterator[Slice]:
-    """Every rank's part has the same size; the last one is padded."""
-    offset = 0
-    for parameter in parameters:
-        size = parameter.partition_numel()
-        start = min(rank * size, parameter.ds_numel)
-        yield names[parameter], start, offset, min(size, parameter.ds_numel - start)
-        offset += size
 
 
 @torch.no_grad()
@@ -186,8 +169,6 @@ def fill_flat(saved: SavedState, optimizer: Any, flat: Tensor, slices: list[Slic
     """Fill a flat fp32 partition and its optimizer state, of whichever kinds the checkpoint has."""
     state = optimizer.state[flat] = fresh_state(optimizer, flat, saved.kinds, saved.step)
     for name, start, offset, numel in slices:
-        if numel == 0:  # padding only
-            continue
         for kind in (WEIGHT, *saved.kinds):
             target = flat if kind == WEIGHT else state[kind]
             target[offset : offset + numel].copy_(saved.part(name, kind, start, numel))

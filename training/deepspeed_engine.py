@@ -1,9 +1,8 @@
-"""DeepSpeed's C++ ops, compiled before anything is allocated, and its log file.
+"""What surrounds a DeepSpeed engine: its C++ ops, log file, checkpoint files, and swap folders on NVMe.
 
 The DeepSpeed module is passed in by train_deepspeed.py: importing this module does not import it.
 """
 
-import contextlib
 import fcntl
 import functools
 import io
@@ -12,14 +11,17 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 import cpuinfo
+import torch
 from torch.utils import cpp_extension
 
-from training.deepspeed_config import DeepSpeedTrainConfig, Json, describe_json, dotted
+from training.checkpoint import CheckpointWriter
+from training.deepspeed_config import DeepSpeedTrainConfig, Json, describe_json, dotted, nvme_blocks
 from training.distributed import Ranks
 from training.errors import UserError
 
@@ -30,17 +32,12 @@ def load(deepspeed: ModuleType, config: Json, ranks: Ranks) -> None:
     Raises UserError with what to install.
     """
     logging.getLogger(cpp_extension.__name__).setLevel(logging.ERROR)  # a page about compilers other than g++
-    ops = needed(config, ranks.device.type)
-    if ops:  # DeepSpeed asks for the CPU's features several times, 1.1 s each: zero2_offload starts in 3.4, not 5.8 s
-        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-        cpuinfo.get_cpu_info()  # on all ranks at once; below, they take turns
-    for op, builder_name in ops.items():
-        accelerator, built = deepspeed.accelerator.get_accelerator(), deepspeed.git_version_info
-        installed = built.installed_ops.get(op) and built.accelerator_name == accelerator._name  # by DS_BUILD_...=1
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)  # DeepSpeed calls it several times, 1.1 s each
+    for op, builder in needed(config, ranks.device.type).items():
         for first in (True, False):
             with ranks.together():
                 if first == (ranks.local_rank == 0):
-                    build(op, accelerator.create_op_builder(builder_name), bool(installed))
+                    build(op, builder, deepspeed)
 
 
 def needed(config: Json, device: str) -> dict[str, str]:
@@ -57,8 +54,10 @@ def needed(config: Json, device: str) -> dict[str, str]:
     return ops
 
 
-def build(op: str, builder: Any, installed: bool) -> None:
+def build(op: str, builder_name: str, deepspeed: ModuleType) -> None:
     """Load an op, which is compiled before unless it was installed with DeepSpeed or compiled by an earlier run."""
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder(builder_name)
+    installed = deepspeed.git_version_info.installed_ops.get(op)  # by DS_BUILD_...=1
     ops = ["async_io", "pin_memory"] if op == "async_io" else [op]  # its builder compiles both
     folders = [Path(cpp_extension._get_build_directory(name, False)) for name in ops]
     # torch locks by creating a file. A killed compilation leaves it behind, and all later ones wait forever. The
@@ -106,27 +105,73 @@ class DeepSpeedLog:
 
     def __init__(self, cfg: DeepSpeedTrainConfig, ranks: Ranks):
         to_file = ranks.main and not (cfg.verbose or cfg.eval_only)
-        self.file: TextIO | None = (Path(cfg.out_dir) / "deepspeed.log").open("a", buffering=1) if to_file else None
+        self.file: Any = (Path(cfg.out_dir) / "deepspeed.log").open("a", buffering=1) if to_file else None
         level = logging.INFO if cfg.verbose else logging.WARNING if self.file else logging.ERROR
-        logger = logging.getLogger("DeepSpeed")
+        logger: Any = logging.getLogger("DeepSpeed")
         logger.setLevel(level)
         for handler in logger.handlers:
             handler.setLevel(level)
-            if self.file and isinstance(handler, logging.StreamHandler):
+            if self.file:
                 handler.setStream(self.file)
         if not cfg.verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-    @contextlib.contextmanager
+    @contextmanager
     def section(self, title: str) -> Iterator[None]:
         """Write what DeepSpeed prints to the file, below a line with the title."""
-        if not self.file:
-            yield
-            return
         output = io.StringIO()
         try:
-            with contextlib.redirect_stdout(output):
+            with redirect_stdout(output) if self.file else nullcontext():
                 yield
         finally:
             if text := output.getvalue():
                 self.file.write(f"\n{title}\n{text}")
+
+
+@contextmanager
+def writing(engine: Any, writer: CheckpointWriter) -> Iterator[None]:
+    """Wrap engine.save_checkpoint, so that `writer` writes the files: with checksums, and maybe in the background.
+
+    Raises its OSError only at the end, because every rank must pass the barriers in save_checkpoint.
+    """
+    errors: list[OSError] = []
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            writer.write(str(Path(path).relative_to(writer.folder)), state_dict)
+        except OSError as error:
+            errors.append(error)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda folder: None  # else zero_to_fp32.py and zero_to_torch.py are copied there
+    yield
+    rank = torch.distributed.get_rank()
+    writer.add((writer.folder / "offloaded_tensors" / f"rank{rank:02d}").glob("*"))  # copied from NVMe by DeepSpeed
+    if errors:
+        raise errors[0]
+
+
+def nvme_sub_groups(engine: Any) -> list[tuple[str, int]]:
+    """(name of its swap files, elements on this rank) for each sub-group of an optimizer on NVMe; else []."""
+    if not engine.zero_nvme_offload_optimizer():
+        return []
+    names = [flat.ds_id for flat in engine.optimizer.fp32_partitioned_groups_flat]
+    return list(zip(names, engine.optimizer.fp16_partitioned_groups_flat_numel, strict=True))
+
+
+@contextmanager
+def own_swap_folders(config: Json, ranks: Ranks) -> Iterator[None]:
+    """Empty this run's swap folders on NVMe at the start, and remove them at the end; config: resolved.
+
+    DeepSpeed swaps into one folder whichever run it is, leaves its files there, and copies all files that it finds
+    there into every checkpoint: two runs at a time would read each other's optimizer states.
+    """
+    folders = {block["nvme_path"] for block in nvme_blocks(config) if ranks.local_rank == 0}
+    with ranks.together():
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
