@@ -33,7 +33,9 @@ def load(deepspeed: ModuleType, config: Json, ranks: Ranks) -> None:
     """
     logging.getLogger(cpp_extension.__name__).setLevel(logging.ERROR)  # a page about compilers other than g++
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)  # DeepSpeed calls it several times, 1.1 s each
-    for op, builder in needed(config, ranks.device.type).items():
+    if ops := needed(config, ranks.device.type):
+        cpuinfo.get_cpu_info()  # on all ranks at once; below, they take turns
+    for op, builder in ops.items():
         for first in (True, False):
             with ranks.together():
                 if first == (ranks.local_rank == 0):
