@@ -306,7 +306,7 @@ def leave(status: int) -> NoReturn:
 
     Python would also free all objects. That takes half a second, because every page of the server is copied for it.
     """
-    threading._shutdown()  # waits for threads
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
     atexit._run_exitfuncs()
     vars(sys.modules["__main__"]).clear()  # closes files that were left open
     os._exit(status & 0xFF)

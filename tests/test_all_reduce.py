@@ -1,13 +1,11 @@
 """What DDP sends: each gradient once a step, however many micro-steps there are."""
 
-import os
-import subprocess
-
-from tests.running import ROOT, TINY, command
+from tests.running import ROOT, TINY, run
 
 # On both ranks: the shapes that a step all-reduces, by the profiler's account; the main rank prints their number.
-CODE = """
+CODE = f"""
 import sys
+sys.path.insert(0, {str(ROOT)!r})
 import torch
 from train import Trainer
 from training import distributed
@@ -32,11 +30,7 @@ with distributed.start("cpu", "auto") as ranks:
 def all_reduces(data, tmp_path, accumulation: int) -> tuple[int, int]:
     script = tmp_path / "script.py"
     script.write_text(CODE)
-    tiny = {**TINY, "dataset": data, "gradient_accumulation_steps": accumulation}
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command(str(script), ranks=2, **tiny), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
-    )
+    done = run(str(script), ranks=2, **{**TINY, "dataset": data, "gradient_accumulation_steps": accumulation})
     assert done.returncode == 0, done.stderr
     micro_steps, count = map(int, done.stdout.split())
     return micro_steps, count

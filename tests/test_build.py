@@ -82,7 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_the_model_is_never_whole_and_has_the_weights_of_one_process(data, tmp_path, name):
     script = tmp_path / "script.py"
     script.write_text(CODE)
-    settings = {**TINY, "dataset": data, "out_dir": tmp_path, "n_layer": 12, "n_head": 8, "n_embd": 512}
+    settings = {**TINY, "dataset": data, "out_dir": tmp_path, "n_layer": 8, "n_head": 8, "n_embd": 512}
     settings |= {**SETTINGS[name], "gradient_accumulation_steps": 4}
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # return freed memory to the system: fragments would count as the model
@@ -90,7 +90,7 @@ def test_the_model_is_never_whole_and_has_the_weights_of_one_process(data, tmp_p
     done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["identical"] == 12 * 6 + 3, "a parameter has different initial values"
-    assert found["whole"] > 150e6
+    assert found["identical"] == 8 * 6 + 3, "a parameter has different initial values"
+    assert found["whole"] > 100e6
     for peak in found["peaks"]:  # its own quarter, and a few gathered parameters
         assert peak < 0.5 * found["whole"], found

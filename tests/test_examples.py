@@ -18,7 +18,7 @@ from training.errors import UserError
 
 EXAMPLE = "examples/hf_trainer.py"
 # Two micro-steps and a warm-up, so that both are tested with other values than the defaults.
-SETTINGS: dict[str, Any] = {"learning_rate": 5e-3, "max_steps": 20, "warmup_steps": 5, "logging_steps": 1}
+SETTINGS: dict[str, Any] = {"learning_rate": 5e-3, "max_steps": 12, "warmup_steps": 3, "logging_steps": 1}
 SETTINGS |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "block_size": 32}
 
 
@@ -53,7 +53,7 @@ def ddp(tmp_path_factory, data, weights) -> list[float]:
 def test_the_trainer_takes_our_jsons_as_they_are(tmp_path, data, weights, ddp, strategy):
     """The losses are those of DDP: batches, clipping, AdamW and schedule are the same."""
     losses = trained(tmp_path, data, model=weights, deepspeed=zero_json(strategy))
-    assert len(losses) == 20 and losses[-1] < losses[0] - 1
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.5
     assert losses == pytest.approx(ddp, rel=0, abs=1e-5)
     before, after = load_file(weights / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys() - {"lm_head.weight"}  # tied; the Trainer saves it again below ZeRO-3
@@ -62,7 +62,7 @@ def test_the_trainer_takes_our_jsons_as_they_are(tmp_path, data, weights, ddp, s
 
 def test_a_new_model_is_trained_in_partitions_and_converted_to_a_run(tmp_path, data):
     losses = trained(tmp_path / "hf", data, deepspeed=zero_json("zero3"))
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 0.5
     done = run("-m", "tools.convert", str(tmp_path / "hf"), str(tmp_path / "run"), to="train", dataset=data)
     assert done.returncode == 0 and "every tensor equal" in done.stdout, done.stderr
     done = run("sample.py", out_dir=tmp_path / "run", num_samples=1, max_new_tokens=20, start="the ")

@@ -33,7 +33,6 @@ from tests.checkpoints import BYTES, nanogpt_file, run_folder
 from tests.fuzzing import Case, damaged, edited, fuzz, json_files, scalars, texts_of, values
 from tests.running import ROOT
 from tests.words import words
-from tools import runs
 from tools.convert import Options, convert
 from tools.convert_read import open_source
 from training import deepspeed_config, distributed, figures
@@ -168,7 +167,6 @@ def checkpoint_jsons(folder: Path) -> Target:
         "--resume=auto": lambda: train("--resume=auto"),
         "sample.py": lambda: sample.load(sample.SampleConfig(str(folder / "run")), torch.device("cpu")),
         "tools.convert": lambda: read_all(open_source(str(folder / "run"))[0]),
-        "tools.runs": lambda: runs.read_run(folder / "run"),
     }
 
     def with_own_checksum(tree: Any) -> str:
@@ -224,7 +222,6 @@ def metrics_files(folder: Path) -> Target:
     readers: dict[str, Callable[[], object]] = {
         "rewind": lambda: Metrics(cfg, SINGLE_PROCESS, batches, init, torch.float32),
         "training.figures": lambda: figures.read_run(folder),
-        "tools.runs": lambda: runs.read_run(folder),
     }
 
     def read(value: tuple[str, Case, Case]) -> None:

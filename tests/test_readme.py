@@ -157,7 +157,8 @@ def test_command_runs(text, data, tmp_path, trained):
     arguments = small(line, data, tmp_path, trained)
     options = [re.sub("(?<![0-9])(8|4)$", "2", word) for word in line.launcher_options]
     if line.launcher and line.launcher[0].startswith("./"):
-        call = [line.launcher[0], "2", *arguments]
+        # The scripts for DeepSpeed differ in one word; the first one starts two ranks, each of which imports it anew.
+        call = [line.launcher[0], "1" if re.search("zero[1-3]", line.launcher[0]) else "2", *arguments]
     else:
         launcher = MODULES.get(" ".join(line.launcher), line.launcher)
         call = [sys.executable, *launcher, *options, *line.script.split(), *arguments]

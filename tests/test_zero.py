@@ -29,7 +29,7 @@ WIDER: dict[str, Any] = {"n_layer": 3, "n_embd": 128}  # DeepSpeed does not swap
 @pytest.fixture(scope="module")
 def single(reference):
     """single(settings): run folder of one process with the same global batch."""
-    return lambda **settings: reference(**SETTINGS, **settings)
+    return lambda **settings: reference(**{**SETTINGS, **settings})
 
 
 def settings_of(strategy: str, folder: Path) -> dict[str, Any]:
@@ -107,14 +107,15 @@ def test_every_strategy_trains_as_one_process(single, zero, strategy):
 
 @pytest.mark.parametrize("strategy, ranks, accumulation", [("zero2", 4, 8), ("zero3", 4, 8), ("zero1", 2, 2)])
 def test_other_ranks_and_accumulation_train_as_one_process(tmp_path, data, single, strategy, ranks, accumulation):
-    settings = {**settings_of(strategy, tmp_path), "gradient_accumulation_steps": accumulation}
-    train(tmp_path / "out", data, ranks=ranks, **settings)
-    compare(tmp_path / "out", single(gradient_accumulation_steps=accumulation), strategy, ranks)
+    half = {"gradient_accumulation_steps": accumulation, "max_iters": 15}
+    train(tmp_path / "out", data, ranks=ranks, **{**settings_of(strategy, tmp_path), **half})
+    compare(tmp_path / "out", single(**half), strategy, ranks)
 
 
 def compare(out: Path, one: Path, strategy: str, ranks: int) -> None:
     assert difference(one, out) <= 1e-5 and difference(one, out, "grad_norm") <= 1e-5
-    assert losses(one)[29] < losses(one)[0] - 0.5, "the model must learn for this comparison to mean anything"
+    first, *_, last = losses(one).values()
+    assert last < first - 0.3, "the model must learn for this comparison to mean anything"
     newest, about = Checkpoints(str(out)).newest()
     assert (about["strategy"], about["world_size"]) == (strategy, ranks)
     ours = weights(open_state(newest, about))
@@ -138,7 +139,7 @@ def test_a_killed_run_resumes_exactly(zero, strategy):
 def test_bf16_stays_near_ddp(tmp_path, data, strategy):
     """DeepSpeed keeps all weights and activations in bf16, layer norms included; autocast only inputs of matmuls."""
     ddp, zero = tmp_path / "ddp", tmp_path / "zero"
-    settings: dict[str, Any] = {"dtype": "bfloat16", "gradient_accumulation_steps": 4}
+    settings: dict[str, Any] = {"dtype": "bfloat16", "gradient_accumulation_steps": 4, "max_iters": 15}
     train(ddp, data, ranks=2, **settings)
     train(zero, data, ranks=2, deepspeed_config=zero_json(strategy), **settings)
     assert 0 < difference(ddp, zero) < 0.02
@@ -155,7 +156,7 @@ def test_torch_autocast_in_bf16_equals_ddp(tmp_path, data, strategy):
         config["torch_autocast"] = {"enabled": True}
         del config["data_types"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    settings: dict[str, Any] = {"dtype": "bfloat16", "gradient_accumulation_steps": 2}
+    settings: dict[str, Any] = {"dtype": "bfloat16", "gradient_accumulation_steps": 2, "max_iters": 15}
     train(ddp, data, ranks=2, **settings)
     train(zero, data, ranks=2, deepspeed_config=tmp_path / "config.json", **settings)
     assert difference(ddp, zero) < 1e-3

@@ -85,7 +85,8 @@ class Candidate:
         self.residual_bytes = FP32 if self.autocast else self.compute_bytes
         self.tokens = self.batch * model.block_size  # per micro-step
         # whether stages 1 to 3 communicate beside computing; FSDP2 always does
-        self.overlap_comm = system.on_gpu and (not self.deepspeed or bool(self.zero.get("overlap_comm")))
+        overlaps = not self.deepspeed or self.zero.get("overlap_comm", strategy.stage == 3)  # DeepSpeed's default
+        self.overlap_comm = system.on_gpu and bool(overlaps)
         # how often a micro-step gathers the parameters; FSDP2's root unit keeps the head until backward
         again = 0.0 if strategy.keeps_parameters else 1.0 if self.deepspeed else 1 - self.head / self.parameters
         self.gathers = 1 + again if strategy.stage == 3 else 0.0

@@ -1,4 +1,4 @@
-"""What the tools share in a terminal: options and tables. Imports no torch, so that tools.runs starts at once."""
+"""What the tools share in a terminal: options and tables."""
 
 import argparse
 import re
