@@ -5,7 +5,7 @@ starts one process that imports the modules once. `ForkServer.popen(...)` is `su
 form `[sys.executable, "script.py", ...]`; the server forks, and the child becomes that command: its arguments,
 environment, working directory, session, signals and standard streams are those of a new process, and it imports this
 repository's modules anew. `python -m launch.ranks` forks its ranks in the same way, so that its own code starts,
-watches and ends them, and so does `python -m tools.benchmark` with its launches.
+watches and ends them, and so do `python -m tools.benchmark` with its launches and DeepSpeed's launcher.
 
 A command is executed as usual if it is not a Python script, or if it sets an environment variable that libraries may
 read when they are imported (any but those of `FORKED`).
@@ -40,8 +40,10 @@ from typing import Any, NoReturn
 FORKED = re.compile(
     "RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|LOCAL_SIZE|FIRST_RANK|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES"
     "|PYTEST_CURRENT_TEST|MARK|WANDB_.*|TIKTOKEN_CACHE_DIR|LC_CTYPE|TORCH_CPP_LOG_LEVEL"
-    "|TORCHINDUCTOR_CACHE_DIR|PYTORCH_NVML_BASED_CUDA_CHECK"  # set by imports
+    "|CROSS_RANK|CROSS_SIZE|TORCHINDUCTOR_CACHE_DIR|PYTORCH_NVML_BASED_CUDA_CHECK"  # the last two are set by imports
 )
+# Modules that start other processes, which are then forked, too.
+FORKING = ("launch.ranks", "tools.benchmark", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 ROOM = "ROOM"  # a variable of the server whose place in memory takes a child's environment, for /proc/PID/environ
 ROOM_BYTES = 2**15
 MESSAGE_BYTES = 2**17  # more than a command and its environment
@@ -246,7 +248,7 @@ def become(command: list[str], cwd: Any, env: dict[str, str] | None, streams: li
     importlib.invalidate_caches()
     sys.orig_argv = [sys.executable, *command]
     words = command[1:] if command[0] == "-u" else command
-    if words[:2] in (["-m", "launch.ranks"], ["-m", "tools.benchmark"]):
+    if words[0] == "-m" and words[1] in FORKING:
         subprocess.Popen = ForkingPopen  # type: ignore[misc]
     if words[0] == "-m":
         sys.path[:] = [str(Path.cwd()), *PATH]

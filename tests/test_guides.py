@@ -105,9 +105,7 @@ class Runs:
             done = run(*words[2:], ranks=2, **given)
         else:
             port = [f"--master_port={free_port()}"] if words[0] == "deepspeed" else []
-            line = [sys.executable, "-m", *LAUNCHERS[words[0]], *port, *words[1:]]
-            line += [f"--{name}={value}" for name, value in given.items()]
-            done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            done = run("-m", *LAUNCHERS[words[0]], *port, *words[1:], **given)
         assert done.returncode == 0, done.stderr
         return given["out_dir"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.ranks import free_port
-from tests.running import start_process, train
+from tests.running import run, start_process, train
 from training import distributed
 
 ROOT = Path(__file__).parent.parent
@@ -295,6 +295,5 @@ def test_rank_0_can_report_an_error_that_another_rank_finds_first(tmp_path):
     launchers = [["torch.distributed.run", "--standalone", "--nproc_per_node=2"]]
     launchers += [["deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}"]]
     for launcher in launchers:
-        line = [sys.executable, "-m", *launcher, str(tmp_path / "script.py")]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = run("-m", *launcher, str(tmp_path / "script.py"))
         assert done.returncode and done.stderr.count("error: value, rule, fix\n") == 1, done.stderr

@@ -147,6 +147,7 @@ def small(line: Line, data: Path, folder: Path, trained: Path) -> list[str]:
         return [f"--out_dir={trained}", "--max_new_tokens=5", *(word for word in words if "out_dir" not in word)]
     if line.script in CONFIGS:
         words = [re.sub("^--nvme_path=.*", f"--nvme_path={folder}", word) for word in words]
+        words = [re.sub("^--steps=.*", "--steps=5", word) for word in words]
         return [*words, *tiny, *(["--init_from=scratch"] if any("finetune" in word for word in words) else [])]
     return words
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,7 @@ def test_other_launchers_train_the_same(tmp_path, data, launcher):
         *tiny,
     ]
     port = [f"--master_port={free_port()}"] if "deepspeed.launcher.runner" in launcher else []  # else always the same
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, *port, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = run("-m", *launcher, *port, *words)
     assert done.returncode == 0, done.stderr
     assert "zero1: AdamW of torch" in done.stdout
     train(tmp_path / "one", data, **{**SHORT, "weight_decay": 0.1})
