@@ -80,6 +80,7 @@ DAMAGES: dict[str, Any] = {
     "checkpoint.json: 'model' is missing; strategy = 1: must be a string": lambda f: rewrite(
         f, model="missing", strategy=1
     ),
+    "checkpoint.json: world_size = []: must be an integer": lambda folder: rewrite(folder, world_size=[]),
     "checkpoint.json names ../../config.json": lambda folder: rewrite(folder, files={"../../config.json": 1}),
 }
 

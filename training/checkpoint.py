@@ -148,7 +148,8 @@ def find_damage(path: Path) -> str | None:
             return f"{METADATA} has format {metadata.get('format')}, this code reads {FORMAT}"
         if OWN_CHECKSUM in metadata and metadata[OWN_CHECKSUM] != metadata_checksum(metadata):
             return f"{METADATA} does not match its own checksum"
-        if problems := check_types(metadata, TYPES):
+        optional = {"world_size": int} if "world_size" in metadata else {}  # universal checkpoints have none
+        if problems := check_types(metadata, {**TYPES, **optional}):
             return f"{METADATA}: {'; '.join(problems)}"
         for name, size in metadata["files"].items():
             if not (path / name).resolve().is_relative_to(path.resolve()):
