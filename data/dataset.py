@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import DAMAGED_FILE, DataError, check_types, did_you_mean
+from data.errors import DataError, check_types, did_you_mean
 from data.tokenizer import CharTokenizer, Tokenizer, tokenizer_from
 
 DATA_FOLDER = Path(__file__).resolve().parent
@@ -108,6 +108,6 @@ def read_pickle(path: Path) -> Tokenizer:
         tokenizer = CharTokenizer("".join(itos.values()))
         if dict(enumerate(tokenizer.characters)) != itos:
             raise ValueError("the characters are not sorted")
-    except DAMAGED_FILE as error:
+    except Exception as error:  # unpickling arbitrary bytes raises anything
         raise DataError(f"{path} is not a meta.pkl of nanoGPT ({type(error).__name__}: {error})") from None
     return tokenizer

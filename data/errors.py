@@ -9,8 +9,6 @@ from typing import Any
 JSON_TYPES = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number"}
 JSON_TYPES |= {bool: "true or false", type(None): "null"}
 
-DAMAGED_FILE = Exception  # raised by unpickling or unzipping a damaged file, whose opcodes and sizes are arbitrary
-
 
 class DataError(ValueError):
     """Something wrong with a data set or a text; the message gives the value, the rule and the fix."""

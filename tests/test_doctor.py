@@ -17,7 +17,7 @@ from launch.hosts import Host as Slots
 from model import GPTConfig
 from tests import cluster
 from tests.cluster import Cluster, Host
-from tests.running import ROOT, TINY, message, zero_json
+from tests.running import ROOT, TINY, message, start_process, zero_json
 from tools import doctor as doctor_tool
 from tools import doctor_host
 from tools.plan import RecipeConfig
@@ -36,9 +36,7 @@ def start(*arguments: str, env: dict[str, str] | None = None, **settings: Any) -
         *(f"--{name}={value}" for name, value in settings.items()),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    streams["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's & has it ignored
-    return subprocess.Popen(line, cwd=ROOT, env=environment, **streams)
+    return start_process(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def doctor(*arguments: str, env: dict[str, str] | None = None, **settings: Any) -> subprocess.CompletedProcess:

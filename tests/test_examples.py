@@ -75,7 +75,7 @@ def test_a_missing_package_is_named(tmp_path, data, package):
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text(f"raise ImportError('No module named {package}')")
     env = {"PYTHONPATH": str(tmp_path)}
-    error = message(run(EXAMPLE, ranks=2, fresh=True, env=env, dataset=data, output_dir=tmp_path / "out"))
+    error = message(run(EXAMPLE, fresh=True, env=env, dataset=data, output_dir=tmp_path / "out"))
     assert package in error and error.endswith("; pip install -r requirements-test.txt")
 
 

@@ -28,15 +28,6 @@ def test_two_ranks_train_as_one(tmp_path, data):
         assert math.isclose(a["val_loss"], b["val_loss"], abs_tol=1e-5)
 
 
-def test_torchrun_trains_the_same(tmp_path, data):
-    train(tmp_path / "one", data, gradient_accumulation_steps=2, max_iters=5)
-    arguments = command("train.py", gradient_accumulation_steps=2, out_dir=tmp_path / "two")[1:]
-    tiny = [f"--{k}={v}" for k, v in {**TINY, "dataset": data, "max_iters": 5}.items()]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([command("")[0], *torchrun, arguments[0], *tiny, *arguments[1:]], cwd=ROOT, check=True, timeout=120)
-    assert difference(tmp_path / "one", tmp_path / "two") <= 1e-5
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, data):
     """A whole run, and the folder of one that kill -9 ended between two checkpoints."""

@@ -81,6 +81,11 @@ DAMAGES: dict[str, Any] = {
         f, model="missing", strategy=1
     ),
     "checkpoint.json: world_size = []: must be an integer": lambda folder: rewrite(folder, world_size=[]),
+    "checkpoint.json: 'name' is missing": lambda folder: rewrite(folder, tokenizer={}),
+    "checkpoint.json: vocab_size = []: must be an integer": lambda folder: rewrite(
+        folder, model={**metadata()["model"], "vocab_size": []}
+    ),
+    "checkpoint.json cannot be read (KeyError: 'best_val_loss')": lambda f: rewrite(f, best_val_loss="missing"),
     "checkpoint.json names ../../config.json": lambda folder: rewrite(folder, files={"../../config.json": 1}),
 }
 

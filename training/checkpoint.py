@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.utils.serialization import config as torch_save_config
 from tqdm import tqdm
 
-from data.errors import DAMAGED_FILE, check_types
+from data.errors import check_types
 from model import GPTConfig
 from training.distributed import SINGLE_PROCESS, Ranks
 from training.errors import CheckpointError, UserError, count
@@ -148,8 +148,11 @@ def find_damage(path: Path) -> str | None:
             return f"{METADATA} has format {metadata.get('format')}, this code reads {FORMAT}"
         if OWN_CHECKSUM in metadata and metadata[OWN_CHECKSUM] != metadata_checksum(metadata):
             return f"{METADATA} does not match its own checksum"
-        optional = {"world_size": int} if "world_size" in metadata else {}  # universal checkpoints have none
-        if problems := check_types(metadata, {**TYPES, **optional}):
+        types = TYPES if metadata.get("strategy") == "universal" else {**TYPES, "world_size": int}
+        if not (problems := check_types(metadata, types)):
+            model = {name: type(value) for name, value in vars(GPTConfig()).items() if name in metadata["model"]}
+            problems = check_types(metadata["tokenizer"], {"name": str}) + check_types(metadata["model"], model)
+        if problems:
             return f"{METADATA}: {'; '.join(problems)}"
         for name, size in metadata["files"].items():
             if not (path / name).resolve().is_relative_to(path.resolve()):
@@ -160,10 +163,10 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} has {actual:,} of {size:,} bytes"
         if metadata.get("crc32", metadata["files"]).keys() != metadata["files"].keys():
             return f"{METADATA} has checksums of other files than it lists"
-        if not isinstance(best := metadata.get("best_val_loss"), float | int | None):
+        if not isinstance(best := metadata["best_val_loss"], float | int | None):
             return f"{METADATA}: best_val_loss = {best!r}: must be a number"
         GPTConfig(**metadata["model"])
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         return f"{METADATA} cannot be read ({type(error).__name__}: {error})"
     return None
 
@@ -341,7 +344,7 @@ def read_torch_file(path: Path, mmap: bool = True) -> Any:
     """Read a torch.save file to the CPU; runs no code in it. Raises CheckpointError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except DAMAGED_FILE as error:
+    except Exception as error:  # unpickling arbitrary bytes raises anything
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it contains {unsafe[1]}; only tensors and plain data are loaded" if unsafe else ""
         reason = reason or next(iter(str(error).splitlines()), type(error).__name__)

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.errors import DAMAGED_FILE
 from model import GPTConfig
 from training.checkpoint import read_torch_file
 from training.config import TrainConfig
@@ -129,7 +128,7 @@ def read_pickle(path: Path) -> Any:
         is_zip = file.read(4) == b"PK\3\4"  # as torch decides; files of torch before 1.6 are none, without CRC-32s
     try:
         return read_torch_file(path, mmap=is_zip and check_zip(path))
-    except DAMAGED_FILE as error:
+    except Exception as error:  # unzipping and unpickling arbitrary bytes raises anything
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); use another copy") from None
