@@ -131,9 +131,9 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
 
 
 def automatic(cfg: TrainConfig, model: GPTConfig, config: Json, dtype: torch.dtype) -> dict[str, tuple[Any, str]]:
-    """path -> (value, the settings that decide it, for messages), whether or not the JSON has the key.
+    """path -> (value, the setting that decides it, for messages), whether or not the JSON has the key.
 
-    "": none does. The value, by Hugging Face's formulas, replaces "auto" only.
+    Where no setting decides it (""), the value is that of Hugging Face's formulas, and replaces "auto" only.
     """
     name = str(dtype).removeprefix("torch.")
     values: dict[str, tuple[Any, str]] = {
