@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -128,22 +129,31 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        """logits (N, V), overwritten; targets (N,) int64. Returns the loss, an fp32 scalar."""
+        """logits (N, V), overwritten for the gradient; targets (N,) int64. Returns the loss, an fp32 scalar."""
         rows = max(1, 2**21 // logits.size(1)) if logits.device.type == "cpu" else 2048  # on a CPU: fits the cache
         loss = torch.zeros((), device=logits.device)
         for part, target in zip(logits.split(rows), targets.unsqueeze(1).split(rows), strict=True):
             log_p = F.log_softmax(part, dim=1, dtype=torch.float32)
-            loss -= log_p.gather(1, target).sum()
-            # d loss / d logits = (softmax(logits) - one_hot(target)) / N
-            grad = log_p.exp_().scatter_add_(1, target, target.new_full((), -1, dtype=torch.float32).expand_as(target))
-            part.copy_(grad.div_(len(targets)))
+            log_p_target = log_p.gather(1, target)
+            loss -= log_p_target.sum()
+            if ctx.needs_input_grad[0]:  # N d loss / d logits = softmax(logits) - one_hot(target)
+                torch.exp(log_p, out=part)
+                part.scatter_(1, target, log_p_target.expm1().to(part.dtype))
         ctx.save_for_backward(logits)
         return loss / len(targets)
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
+        """Divides by N only here, with fp16's loss scale in grad_loss: 1 / (N V) alone underflows in fp16."""
         (grad,) = ctx.saved_tensors
-        return grad.mul_(grad_loss), None
+        return grad.mul_(grad_loss / len(grad)), None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats, an fp32 scalar; logits (N, V), overwritten; targets (N,) int64."""
+    if torch.compiler.is_compiling():  # the compiler fuses the fp32 copy away
+        return F.cross_entropy(logits.float(), targets)
+    return CrossEntropy.apply(logits, targets)
 
 
 class Transformer(nn.Module):
@@ -183,11 +193,22 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss = cross_entropy
         self.tie_weights()
 
     def tie_weights(self) -> None:
         """Share one matrix between token embedding and output projection (Press & Wolf, 2017, arXiv:1608.05859)."""
         self.lm_head.weight = self.transformer.wte.weight
+
+    def compile_parts(self) -> None:
+        """Compile each block and the loss by itself, not the model as a whole.
+
+        So the gradients of a block are ready while backward goes on, and their reduction overlaps with it. Blocks
+        share one compilation.
+        """
+        for block in self.transformer.h:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]  # without hooks around it
+        self.loss = torch.compile(cross_entropy)
 
     def materialize(self, device: torch.device, buffer_device: torch.device | None = None) -> "GPT":
         """Allocate a model that was built on meta: uninitialized parameters, and buffers with their values.
@@ -208,12 +229,10 @@ class GPT(nn.Module):
         x = self.transformer(tokens, cache)
         if targets is None:
             return self.lm_head(x[:, -1])
-        logits, targets = self.lm_head(x).flatten(0, 1), targets.flatten()
-        if torch.compiler.is_compiling() or not logits.requires_grad:  # the compiler fuses the fp32 copy away
-            return F.cross_entropy(logits.float(), targets)
-        return CrossEntropy.apply(logits, targets)
+        return self.loss(self.lm_head(x).flatten(0, 1), targets.flatten())
 
     @torch.inference_mode()
+    @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(
         self,
         tokens: Tensor,
@@ -228,6 +247,7 @@ class GPT(nn.Module):
         temperature: below 1 sharper, above 1 more random, 0 greedy. vocab_size: ids from here on, the padding of the
         vocabulary, are never sampled. The KV cache makes a token cost one position until block_size is full; after
         that the window slides, all positions change with every token, and each token costs a full forward.
+        cuDNN's attention is left out, because it plans anew for every length of the keys.
         """
         block_size = self.config.block_size
         cache = KVCache(self.config)

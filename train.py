@@ -44,11 +44,11 @@ class Trainer:
         self.strategy = cfg.strategy_name(ranks.world_size)
         with torch.device("meta") if self.strategy == "fsdp" else ranks.device:
             self.model = GPT(init.model)
+        if cfg.compile:  # in place: parameter names stay the same
+            self.model.compile() if self.strategy == "single" else self.model.compile_parts()
         if self.strategy == "fsdp":
             self.shard()
             self.model.materialize(torch.device("cpu") if cfg.cpu_offload else ranks.device, ranks.device)
-        elif cfg.compile:
-            self.model.compile()  # in place: parameter names stay the same
         if not init.checkpoint:
             self.fill(init)
         self.optimizer = make_optimizer(self.model, cfg)
@@ -72,8 +72,6 @@ class Trainer:
         mesh = fsdp.shard_mesh(cfg, self.ranks)
         shard = partial(fully_shard, mesh=mesh, mp_policy=mixed_precision, offload_policy=offload)
         for block in self.model.transformer.h:
-            if cfg.compile:
-                block.compile()
             shard(block, reshard_after_forward=cfg.reshard_after_forward)
         shard(self.model, reshard_after_forward=False)  # the embedding, which backward needs first
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from model import GPT
+from model import GPT, Block
 from training import deepspeed_config, deepspeed_engine, distributed, loop, run_folder
 from training.batches import Batches
 from training.checkpoint import Checkpoints, CheckpointWriter
@@ -64,6 +64,7 @@ class Trainer:
         if self.strategy.startswith("zero3"):
             with self.deepspeed.zero.Init(config_dict_or_path=config):  # partitions each parameter once it is created
                 self.model = GPT(init.model)
+            self.deepspeed.utils.set_z3_leaf_modules(self.model, [Block])  # gathers a block at once, as FSDP2 does
         else:
             with self.ranks.device:
                 self.model = GPT(init.model)
@@ -91,7 +92,7 @@ class Trainer:
         )
         self.unwrapped = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0 keeps the optimizer as it is
         if self.cfg.compile:
-            self.engine.compile()
+            self.model.compile_parts()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """For evaluation: without dropout. A collective under ZeRO-3, like every forward pass."""

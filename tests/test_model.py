@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, CrossEntropy, GPTConfig, initial_value, sample
@@ -125,18 +126,50 @@ def test_gpt2s_sizes_are_those_of_its_paper():
         assert round(config.parameter_count() / 1e6) == millions
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_loss_and_its_gradient_are_those_of_pytorch(dtype):
-    """In the dtype of the logits: fp32 exactly, bf16 to the rounding of the result."""
+    """In the dtype of the logits: fp32 exactly, half precision to the rounding of the result."""
     logits = torch.randn(70000, 61, generator=torch.Generator().manual_seed(0)).to(dtype)  # more than one piece
     targets = torch.randint(61, (70000,))
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    scale = 65536 if dtype == torch.float16 else 3
     loss = CrossEntropy.apply(ours * 1, targets)
-    (loss * 3).backward()
+    (loss * scale).backward()
     expected = F.cross_entropy(theirs.float(), targets)
-    (expected * 3).backward()
+    (expected * scale).backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-8)
+
+
+def test_no_gradient_of_gpt2s_vocabulary_underflows_in_fp16():
+    """A softmax over 50,304 ids is 2e-5; divided by the number of tokens before the loss scale, it would become 0."""
+    logits = (0.3 * torch.randn(1024, 50304, generator=torch.Generator().manual_seed(0))).half()
+    targets = torch.randint(50257, (1024,))
+    ours, exact = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    (CrossEntropy.apply(ours * 1, targets) * 65536).backward()
+    (F.cross_entropy(exact, targets) * 65536).backward()
+    assert ours.grad is not None and exact.grad is not None
+    assert (ours.grad == 0).sum() == 0
+    assert (ours.grad - exact.grad).norm() < 1e-4 * exact.grad.norm()
+    others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, targets[:, None], False)
+    assert (ours.grad - exact.grad)[others].norm() < 2e-3 * exact.grad[others].norm()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_copy_of_all_logits_is_made_in_fp32(training):
+    sizes = list[int]()
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (result,) if isinstance(x, torch.Tensor) and x.dtype == torch.float32)
+            return result
+
+    model = make(replace(SMALL, vocab_size=50304))
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16), Sizes():
+        model(text(batch=10), text(batch=10).roll(1))
+    weights = 50304 * SMALL.n_embd
+    assert max(size for size in sizes if size != weights) <= 2**21 < 10 * 16 * 50304
 
 
 def test_the_loss_keeps_one_copy_of_the_logits_in_the_dtype_of_the_matmul():
@@ -149,7 +182,6 @@ def test_the_loss_keeps_one_copy_of_the_logits_in_the_dtype_of_the_matmul():
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_training_and_evaluation_give_the_same_loss(mixed):
-    """With gradients the loss is CrossEntropy, without it is PyTorch's."""
     model = make()
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         with torch.no_grad():
