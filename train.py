@@ -138,8 +138,8 @@ def main() -> None:
     cfg = parse(PlainTrainConfig, sys.argv[1:], __doc__ or "")
     if not cfg.compile:
         distributed.leave_out_compiler()
-    use_fsdp = cfg.strategy == "fsdp"
-    start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, use_fsdp, cfg.cpu_offload, cfg.tf32)
+    named = cfg.strategy != "auto"  # DDP and FSDP2 need a process group on one rank, too
+    start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, named, cfg.cpu_offload, cfg.tf32)
     with start as ranks:
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():

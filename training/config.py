@@ -175,7 +175,7 @@ class PlainTrainConfig(TrainConfig):
 
     def strategy_name(self, ranks: int) -> str:
         """The strategy of a run: single, ddp or fsdp."""
-        return "fsdp" if self.strategy == "fsdp" else "ddp" if ranks > 1 else "single"
+        return self.strategy if self.strategy != "auto" else "ddp" if ranks > 1 else "single"
 
     @classmethod
     def inherited(cls, values: dict[str, Any], places: dict[str, str]) -> Iterator[Setting]:

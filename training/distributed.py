@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ReduceOp
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
@@ -101,6 +102,21 @@ class Ranks:
         dist.all_gather(all_ranks, mine, group=self.control)
         return [row.tolist() for row in all_ranks]
 
+    def start_max(self, numbers: list[float]) -> Callable[[], list[float]]:
+        """Start to find the elementwise maximum over all ranks; the function that is returned waits for the result.
+
+        A collective between CPUs.
+        """
+        largest = torch.tensor(numbers, dtype=torch.float64)
+        work = dist.all_reduce(largest, ReduceOp.MAX, self.control, async_op=True) if self.world_size > 1 else None
+
+        def wait_for_ranks() -> list[float]:
+            if work:
+                work.wait()
+            return largest.tolist()
+
+        return wait_for_ranks
+
     def share(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. A collective. It travels as JSON: unpickling would run what a stranger sends."""
         if self.world_size == 1:
@@ -157,7 +173,7 @@ def start(
     """Pick this rank's device, join the process group, and leave it at the end.
 
     timeout_minutes: how long to wait for other ranks, here and in every collective; 0 means ten.
-    process_group: make one for a single process too; DeepSpeed and FSDP2 need it.
+    process_group: make one for a single process too; DDP, FSDP2 and DeepSpeed need it.
     cpu_tensors: ranks on GPUs also reduce tensors in host memory, as FSDP2's offloaded gradient norm does.
     """
     ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()))
@@ -179,9 +195,9 @@ def start(
     except Stopped as reason:  # on all ranks; after another error some may be gone, and the barrier would wait for them
         stopped = reason
     dist.barrier()
-    # gloo's group of several ranks lives until `run` exits: destroyed while DDP still refers to it, it now and then
-    # waits forever for its own thread, which waits for the GIL.
-    if ranks.world_size == 1 or ranks.device.type == "cuda":
+    # gloo's group lives until `run` exits: destroyed while DDP still refers to it, it now and then waits forever for its
+    # own thread, which waits for the GIL.
+    if ranks.device.type == "cuda":
         dist.destroy_process_group()
     if stopped:
         raise stopped
@@ -327,7 +343,7 @@ def run(main: Callable[[], None]) -> None:
     elif status and this_rank and {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(REPORT_SECONDS)  # torchrun and deepspeed kill the rank that reports as soon as this one ends
-    if ranks > 1:  # interpreter shutdown with a live process group sometimes aborts, or waits for other ranks
+    if ranks > 1 or dist.is_initialized():  # interpreter shutdown with a live group may abort, or wait for other ranks
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

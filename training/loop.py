@@ -47,7 +47,7 @@ def train(
         last, improved = step == metrics.end or cfg.eval_only, False
         if cfg.eval_only or ((last or step % cfg.eval_interval == 0) and not (evaluated or cfg.benchmark)):
             with metrics.untimed():
-                losses = evaluate(trainer, batches, cfg.eval_iters, control.exchange)
+                losses = evaluate(trainer, batches, cfg.eval_iters, control.poll)
             if losses:  # empty if the run was asked to stop meanwhile
                 metrics.log_evaluation(step, losses)
                 evaluated, improved, best = True, losses["val_loss"] < best, min(best, losses["val_loss"])
@@ -66,7 +66,7 @@ def train(
         metrics.count_step()
         if cfg.benchmark or step % cfg.log_interval == 0:
             metrics.log_step(step, step_metrics)
-    control.exchange(control.previous)  # a NaN or inf in the last step
+    control.exchange()  # a NaN or inf in the last step
     saver.wait(last=True)
     metrics.close(best)
     if control.stop and not (last and evaluated):

@@ -1,7 +1,8 @@
 """Run control: what the ranks tell each other between steps, hang detection with stack traces, and stragglers.
 
-After every step each rank shares four numbers with the others, in one all-gather between CPUs, and all act on them
-together: a request to stop or save reaches all ranks at the same step, and a NaN or inf loss is reported with its rank.
+After every step each rank shares four numbers with the others, in one asynchronous all-reduce between CPUs, and all act
+on the result together, a step later: a request to stop or save reaches all ranks at the same step, and a NaN or inf
+loss is reported with its rank.
 """
 
 import faulthandler
@@ -13,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, median_low
@@ -35,6 +36,7 @@ DEADLINE, STOP_FILE = 1001, 1002  # reasons to stop, besides the signals' number
 MAX_SKIPPED_STEPS = 30  # fp16 may skip this many in a row: the loss scale halves each time, from 65,536 down
 
 COLLECTIVES = "torch/distributed/"  # in the path of the files that hold them
+WAITING = ("wait_for_ranks", "_engine_run_backward")  # a backward pass may wait for collectives in other threads
 POLL_SECONDS = 0.5  # the watchdog looks at the clock this often
 REPORT_SECONDS = 5.0  # all live ranks time out within this, because their clocks started at the same collective
 
@@ -56,7 +58,8 @@ class RunControl:
         self.signal, self.signal_time = 0, 0.0
         self.max_bad_steps = MAX_SKIPPED_STEPS if dtype == torch.float16 else 1
         self.bad_steps = 0
-        self.previous: StepNumbers | None = None
+        self.previous: StepNumbers | None = None  # of a step that is not shared yet
+        self.shared: tuple[StepNumbers | None, Callable[[], list[float]]] | None = None  # and the result, to wait for
         self.files = {name: Path(cfg.out_dir) / name for name in ("stop", "save")}
         self.watchdog = Watchdog(cfg, ranks)
         for signum in HANDLED_SIGNALS:
@@ -70,31 +73,47 @@ class RunControl:
         self.signal, self.signal_time = signum, now
 
     def step_done(self, step: int, loss: Tensor, grad_norm: Tensor | None) -> None:
-        """A collective. Raises UserError on all ranks if the loss of the previous step is NaN or inf."""
-        self.exchange(self.previous)  # a GPU's numbers have arrived by now; those of this step would make it wait
+        """A collective. Raises UserError on all ranks if the loss of an earlier step is NaN or inf."""
+        self.poll()  # a GPU's numbers of the step before have arrived by now; those of this one would make it wait
         self.previous = StepNumbers(step, loss, grad_norm)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Wrap a save: checks the last loss first, so that nothing is saved after a NaN; clears the request."""
-        self.exchange(self.previous)
-        self.previous = None
+        self.exchange()
         self.watchdog.beat("saving")
         yield
         if self.save and self.ranks.main:
             self.files["save"].unlink(missing_ok=True)
         self.save = False
 
-    def exchange(self, numbers: "StepNumbers | None" = None) -> bool:
-        """A collective. Returns whether the run is to stop."""
+    def exchange(self) -> None:
+        """Share the last step's numbers and act on them now. A collective that waits for the device and all ranks."""
+        self.poll()
+        self.act()
+
+    def poll(self) -> bool:
+        """Act on what was shared by the last call, share anew, and return whether to stop. A collective."""
+        self.act()
+        numbers, self.previous = self.previous, None
         self.watchdog.beat(f"step {numbers.step}" if numbers else "")
         loss, norm = numbers.read() if numbers else (0.0, 0.0)
-        rows = self.ranks.gather([self.stop_reason(), self.ranks.main and self.files["save"].exists(), loss, norm])
-        self.stop = self.stop or int(max(row[0] for row in rows))
-        self.save = self.save or any(row[1] for row in rows)
-        if numbers:
-            self.check_finite(numbers.step, [row[2] for row in rows], norm)
+        save = self.ranks.main and self.files["save"].exists()
+        mine = [self.stop_reason(), save, not math.isfinite(loss), not math.isfinite(norm)]
+        self.shared = numbers, self.ranks.start_max(mine)
         return bool(self.stop)
+
+    def act(self) -> None:
+        if self.shared is None:
+            return
+        (numbers, wait_for_ranks), self.shared = self.shared, None
+        stop, save, *bad = wait_for_ranks()
+        self.stop = self.stop or int(stop)
+        self.save = self.save or bool(save)
+        if numbers:
+            self.bad_steps = self.bad_steps + 1 if any(bad) else 0
+            if self.bad_steps >= self.max_bad_steps:  # before, fp16 skips the step and lowers the loss scale
+                self.raise_not_finite(numbers)
 
     def stop_reason(self) -> int:
         """This rank's: a signal's number, DEADLINE, STOP_FILE, or 0."""
@@ -105,16 +124,15 @@ class RunControl:
             return DEADLINE
         return STOP_FILE if self.files["stop"].exists() else 0
 
-    def check_finite(self, step: int, losses: list[float], norm: float) -> None:
+    def raise_not_finite(self, numbers: "StepNumbers") -> None:
+        loss, norm = numbers.read()
+        losses = [row[0] for row in self.ranks.gather([loss])]
         bad = {rank: loss for rank, loss in enumerate(losses) if not math.isfinite(loss)}
-        self.bad_steps = self.bad_steps + 1 if bad or not math.isfinite(norm) else 0
-        if self.bad_steps < self.max_bad_steps:  # in fp16 the step was skipped and the loss scale lowered
-            return
         where = ", ".join(f"{loss} on rank {rank}" for rank, loss in bad.items()) or "finite on every rank"
         intact = self.checkpoints.intact()
         restart = f"resume from {intact[-1]} with --init_from=resume and" if intact else "start again with"
         raise UserError(
-            f"step {step}: loss {where}, gradient norm {norm}: stopped without saving this step; "
+            f"step {numbers.step}: loss {where}, gradient norm {norm}: stopped without saving this step; "
             f"{restart} a lower --learning_rate, more --warmup_iters, or another --seed"
         )
 
@@ -208,8 +226,8 @@ def stack_summary(text: str) -> str:
         f"{Path(f).name}:{line}" for f, line, _ in stack if Path(f).is_relative_to(ROOT) and "site-packages" not in f
     ]
     collectives = [name for file, _, name in stack if COLLECTIVES in file and not name.startswith(("_", "wrapper"))]
-    file, _, function = stack[0]  # a backward pass may wait for collectives in other threads
-    state = "waiting" if COLLECTIVES in file or function == "_engine_run_backward" else "stuck"
+    file, _, function = stack[0]
+    state = "waiting" if COLLECTIVES in file or function in WAITING else "stuck"
     return f"{state} in {(collectives or [function])[0]}" + (f" ({own[0]})" if own else "")
 
 
