@@ -206,9 +206,9 @@ class GPT(nn.Module):
         So the gradients of a block are ready while backward goes on, and their reduction overlaps with it. Blocks
         share one compilation.
         """
-        for block in self.transformer.h:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]  # without hooks around it
-        self.loss = torch.compile(cross_entropy)
+        for block in self.transformer.h:  # forward only: hooks of FSDP2 and DeepSpeed stay outside
+            block.forward = torch.compile(block.forward, fullgraph=True)
+        self.loss = torch.compile(cross_entropy, fullgraph=True)
 
     def materialize(self, device: torch.device, buffer_device: torch.device | None = None) -> "GPT":
         """Allocate a model that was built on meta: uninitialized parameters, and buffers with their values.

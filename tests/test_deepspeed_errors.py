@@ -1,7 +1,10 @@
 """Errors in DeepSpeed's JSON, and missing programs: one message with the fix, and every rank ends."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from types import ModuleType
@@ -10,6 +13,7 @@ from typing import Any
 import cpuinfo
 import pytest
 import torch
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import _get_build_directory
 
 from tests.running import ROOT, message, refused, run, train, zero_json
@@ -278,6 +282,24 @@ def test_a_missing_libaio_is_reported_with_the_fix(tmp_path, data):
     told = refused(tmp_path / "out", data, ranks=2, env=env, **given)
     assert told == "cannot compile async_io, a C++ op of DeepSpeed: libaio is missing; apt-get install libaio-dev"
     assert not list((tmp_path / "ops").rglob("*.o")), "something was compiled before"
+
+
+def test_an_op_for_gpus_without_a_cuda_toolkit(tmp_path, monkeypatch):
+    """A folder of CUDA without the compiler, as in a runtime container, is not enough."""
+    code = (
+        "import deepspeed\nfrom training import deepspeed_engine as engine\nfrom training.errors import UserError\n"
+        "try: engine.build('fused_adam', 'FusedAdamBuilder', deepspeed)\n"
+        "except UserError as error: print('told:', error)"
+    )
+    env = {**os.environ, "DS_ACCELERATOR": "cuda", "CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0"}
+    env["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "ops")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    (told,) = re.findall("told: (.*)", done.stdout) or [done.stdout + done.stderr]
+    assert told.startswith("cannot compile fused_adam, a C++ op of DeepSpeed: no CUDA toolkit (")
+    assert told.endswith('and set CUDA_HOME; or set "torch_adam": true in optimizer.params')
+    missing = TypeError("expected str, bytes or os.PathLike object, not NoneType")  # DeepSpeed's, without CUDA_HOME
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    assert deepspeed_engine.reason("async_io", missing, "cuda").startswith("no CUDA toolkit (")
 
 
 def test_an_op_that_was_installed_with_deepspeed_needs_no_compiler(tmp_path, monkeypatch):

@@ -1,9 +1,14 @@
 """The table of GPUs, matmul peaks by CUDA's names, and the matmul timer."""
 
+import shutil
+from datetime import timedelta
+
 import pytest
 import torch
 
-from training import devices
+from training import devices, distributed
+from training.distributed import Ranks
+from training.errors import ConfigError, NodeError
 from training.gpus import DEVICES, find_device
 
 NAMES = {
@@ -22,7 +27,13 @@ NAMES = {
     "NVIDIA GeForce RTX 4090 D": None,
     "NVIDIA GeForce RTX 3090 Ti": None,
     "NVIDIA GeForce GT 710": None,
-    "NVIDIA GB200": None,
+    "NVIDIA GB200": "GB200",
+    "NVIDIA B300 SXM6 AC": "B300",
+    "NVIDIA H20": "H20",
+    "NVIDIA RTX A6000": "A6000",
+    "NVIDIA GeForce RTX 5090": "RTX 5090",
+    "NVIDIA GeForce RTX 5090 Laptop GPU": None,
+    "NVIDIA B400": None,
 }
 
 
@@ -75,3 +86,40 @@ def test_no_peak_where_it_is_unknown(gpu):
 def test_a_matmul_is_timed():
     small, large = (devices.time_matmul(torch.device("cpu"), torch.float32, size, 3) for size in (64, 512))
     assert 0 < small < large
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_and_no_training_on_the_cpu(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.pick_device("auto", 0, 2) == torch.device("cpu"), "this machine has no GPU"
+    monkeypatch.setattr(distributed, "NVIDIA_DEVICE", tmp_path)  # it exists
+    old = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by"
+    for cuda, error, told in (
+        (None, AssertionError("Torch not compiled with CUDA enabled"), "CUDA enabled; install torch with CUDA, or"),
+        ("13.0", RuntimeError(old), "is too old (found version 12020); install a driver for CUDA 13.0, or torch for"),
+    ):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "init", fail)
+        with pytest.raises(ConfigError) as raised:
+            distributed.pick_device("auto", 0, 1)
+        assert told in str(raised.value) and str(raised.value).endswith("or set --device=cpu")
+    assert distributed.pick_device("cpu", 0, 1) == torch.device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.pick_device("auto", 0, 1) == torch.device("cpu"), "the user hides the GPUs"
+
+
+def test_too_little_shared_memory_is_named_where_nccl_fails(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("NCCL error in: init.cpp:1, unhandled system error")
+
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    for size, told in ((2**26, "/dev/shm has 64 MiB, too little for NCCL; docker run --shm-size=1g"), (2**30, "reach")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, size=size: shutil._ntuple_diskusage(size, 0, size))
+        with pytest.raises(NodeError) as raised:
+            distributed.join(ranks, "auto", timedelta(seconds=1), False)
+        assert "NCCL error in: init.cpp:1" in str(raised.value) and told in str(raised.value)

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import io
 import logging
+import os
 import shutil
 import sysconfig
 import warnings
@@ -58,7 +59,10 @@ def needed(config: Json, device: str) -> dict[str, str]:
 
 def build(op: str, builder_name: str, deepspeed: ModuleType) -> None:
     """Load an op, which is compiled before unless it was installed with DeepSpeed or compiled by an earlier run."""
-    builder = deepspeed.accelerator.get_accelerator().create_op_builder(builder_name)
+    accelerator = deepspeed.accelerator.get_accelerator()
+    builder = accelerator.create_op_builder(builder_name)
+    if home := cpp_extension.CUDA_HOME:  # libcuda.so for the linker, which a driver alone does not have
+        os.environ["LIBRARY_PATH"] = f"{home}/lib64/stubs:{os.environ.get('LIBRARY_PATH', '')}"
     installed = deepspeed.git_version_info.installed_ops.get(op)  # by DS_BUILD_...=1
     ops = ["async_io", "pin_memory"] if op == "async_io" else [op]  # its builder compiles both
     folders = [Path(cpp_extension._get_build_directory(name, False)) for name in ops]
@@ -79,10 +83,11 @@ def build(op: str, builder_name: str, deepspeed: ModuleType) -> None:
                 raise RuntimeError(f"{op} is not compatible with this machine")
             builder.load(verbose=False)
         except Exception as error:
-            raise UserError(f"cannot compile {op}, a C++ op of DeepSpeed: {reason(op, error)}") from None
+            why = reason(op, error, accelerator.device_name())
+            raise UserError(f"cannot compile {op}, a C++ op of DeepSpeed: {why}") from None
 
 
-def reason(op: str, error: Exception) -> str:
+def reason(op: str, error: Exception, device: str) -> str:
     """Why an op cannot be compiled, and the fix."""
     compiler = cpp_extension.get_cxx_compiler()
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -93,8 +98,9 @@ def reason(op: str, error: Exception) -> str:
         return f"the Python headers are missing ({headers}); apt-get install python3-dev{or_torch}"
     if op == "async_io" and "compatible" in str(error):
         return "libaio is missing; apt-get install libaio-dev"
-    if "CUDA" in type(error).__name__:
-        return f"{' '.join(str(error).split())}; install the CUDA toolkit that torch was built with{or_torch}"
+    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
+    if device == "cuda" and op != "cpu_adam" and not nvcc.is_file():
+        return f"no CUDA toolkit ({nvcc}); install that of CUDA {torch.version.cuda}, and set CUDA_HOME{or_torch}"
     lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
     return lines[-1][:300] + or_torch
 

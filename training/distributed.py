@@ -5,11 +5,12 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -31,6 +32,9 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 # What a user's disk, folder or limit can cause. Any other OSError is a bug and keeps its traceback.
 USERS_ERRNOS = CANNOT_WRITE | {errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE}
 LAUNCH_HINT = "python -m launch.ranks N SCRIPT sets it; for one process, unset RANK, LOCAL_RANK and WORLD_SIZE"
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
+SHARED_MEMORY, NCCL_SHARED_MEMORY = Path("/dev/shm"), 2**30  # noqa: S108
+LARGER_SHARED_MEMORY = "docker run --shm-size=1g, or mount -o remount,size=1g /dev/shm"
 REPORT_SECONDS = 10.0  # for rank 0 to report an error that another rank finds first
 LOST_RANK = ("Connection closed by", "Connection reset by", "Broken pipe", "Timed out waiting", "remote process")
 
@@ -102,7 +106,7 @@ class Ranks:
         dist.all_gather(all_ranks, mine, group=self.control)
         return [row.tolist() for row in all_ranks]
 
-    def start_max(self, numbers: list[float]) -> Callable[[], list[float]]:
+    def start_max(self, numbers: Sequence[float]) -> Callable[[], list[float]]:
         """Start to find the elementwise maximum over all ranks; the function that is returned waits for the result.
 
         A collective between CPUs.
@@ -176,8 +180,11 @@ def start(
     process_group: make one for a single process too; DDP, FSDP2 and DeepSpeed need it.
     cpu_tensors: ranks on GPUs also reduce tensors in host memory, as FSDP2's offloaded gradient norm does.
     """
-    ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()))
+    picked = pick_device(device, local_rank(), world_size(), process_group)
+    ranks = Ranks(rank(), local_rank(), world_size(), picked)
     if ranks.device.type == "cuda":
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # read at the first allocation
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # less memory is lost to fragmentation
         torch.cuda.set_device(ranks.device)
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
     elif ranks.device.type == "cpu":  # huge pages for large tensors: page faults took a third of a ZeRO step
@@ -195,8 +202,8 @@ def start(
     except Stopped as reason:  # on all ranks; after another error some may be gone, and the barrier would wait for them
         stopped = reason
     dist.barrier()
-    # gloo's group lives until `run` exits: destroyed while DDP still refers to it, it now and then waits forever for its
-    # own thread, which waits for the GIL.
+    # gloo's group lives until `run` exits: destroyed while DDP still refers to it, it now and then waits forever for
+    # its own thread, which waits for the GIL.
     if ranks.device.type == "cuda":
         dist.destroy_process_group()
     if stopped:
@@ -236,6 +243,8 @@ def join(ranks: Ranks, backend: str, timeout: timedelta, cpu_tensors: bool) -> R
         fix = f"every host must reach that address; name the right network in {backend.upper()}_SOCKET_IFNAME"
         if "address already in use" in reason.lower():
             fix = "another run uses the port; give the launcher another one with --master_port"
+        elif backend == "nccl" and (size := shutil.disk_usage(SHARED_MEMORY).total) < NCCL_SHARED_MEMORY:
+            fix = f"{SHARED_MEMORY} has {size >> 20} MiB, too little for NCCL; {LARGER_SHARED_MEMORY}"
         raise NodeError(f"rank {ranks.rank} could not join the others at {address} ({reason}); {fix}") from None
     return replace(ranks, control=dist.new_group(backend="gloo", timeout=timeout) if bound else None)
 
@@ -255,10 +264,11 @@ def local_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
     return dist.TCPStore(*address, ranks.world_size, ranks.main, timeout, master_listen_fd=listening)
 
 
-def pick_device(name: str, local_rank: int, ranks: int) -> torch.device:
-    """This rank's device. Raises ConfigError where it does not exist."""
+def pick_device(name: str, local_rank: int, ranks: int, process_group: bool = False) -> torch.device:
+    """This rank's device. Raises ConfigError where it does not exist, or torch cannot use it."""
     if name == "auto":
-        use_mps = torch.backends.mps.is_available() and ranks == 1  # MPS has no collectives
+        check_driver()
+        use_mps = torch.backends.mps.is_available() and not (ranks > 1 or process_group)  # MPS has no collectives
         name = "cuda" if torch.cuda.is_available() else "mps" if use_mps else "cpu"
     if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
         raise ConfigError(f"device = {name!r}: unknown; write auto, cpu, cuda, cuda:1 or mps")
@@ -273,6 +283,21 @@ def pick_device(name: str, local_rank: int, ranks: int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device = 'mps': not available on this machine; use --device=cpu")
     return device
+
+
+def check_driver() -> None:
+    """Raise ConfigError where torch cannot use this machine's NVIDIA GPUs, instead of training on the CPU."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or hidden or not NVIDIA_DEVICE.exists():
+        return
+    try:
+        torch.cuda.init()
+        reason = "torch finds none"
+    except (RuntimeError, AssertionError) as error:  # an old driver; a torch without CUDA
+        reason = str(error).partition(". ")[0]
+    fix = f"install a driver for CUDA {torch.version.cuda}, or torch for this driver"
+    fix = fix if torch.version.cuda else "install torch with CUDA"
+    raise ConfigError(f"device = 'auto': this machine has an NVIDIA GPU, but {reason}; {fix}, or set --device=cpu")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
