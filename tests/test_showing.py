@@ -56,7 +56,6 @@ def test_greedy_text_is_one_text(finished):
         ({"start": "FILE:none.txt"}, "start = 'FILE:none.txt': cannot be read"),
         ({"top_p": 0}, "top_p = 0.0 (command line): must be above 0 and at most 1"),
         ({"temperature": -1}, "temperature = -1.0 (command line): must be at least 0"),
-        ({"dtype": "float16"}, "dtype = 'float16': not supported on CPUs"),
     ],
 )
 def test_what_cannot_be_sampled(finished, settings, told):

@@ -109,9 +109,7 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     config, problems = json.loads(json.dumps(config)), []
     if type(make_optimizer(torch.nn.Linear(1, 1), cfg)) is not torch.optim.AdamW:
         config.pop("optimizer", None)
-    if fp16_on_cpu := dotted(config, "fp16.enabled") is True and ranks.device.type == "cpu":
-        problems.append('fp16.enabled = true: not supported on CPUs; write "bf16": {"enabled": true} instead')
-    dtype = torch.float16 if fp16_on_cpu else pick_dtype(cfg.dtype, ranks.device)
+    dtype = pick_dtype(cfg.dtype, ranks.device)
     for path, (value, source) in automatic(cfg, model, config, dtype).items():
         given = dotted(config, path)
         if given == "auto" or (given is None and source):
@@ -235,6 +233,11 @@ def autos(value: Any, path: str = "") -> Iterator[str]:
 
 
 def check_blocks(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
+    on_cpu, partitioned = ranks.device.type == "cpu", dotted(config, "zero_optimization.stage")
+    if dotted(config, "fp16.enabled") and on_cpu and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        yield 'fp16.enabled = true: not supported by this CPU; write "bf16": {"enabled": true} instead'
+    if dotted(config, "torch_autocast.dtype") == "float16" and partitioned:
+        yield "torch_autocast.dtype = 'float16': under ZeRO, DeepSpeed clips scaled gradients; use fp16 instead"
     optimizer, scheduler = dotted(config, "optimizer.type"), dotted(config, "scheduler.type")
     if optimizer in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"):
         yield f"optimizer.type = {optimizer!r}: DeepSpeed has removed it; write AdamW ({SEND_LESS})"
@@ -249,8 +252,8 @@ def check_blocks(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
     block = config.get("activation_checkpointing", {})
     if block and not cfg.activation_checkpointing:
         yield "activation_checkpointing: contradicts activation_checkpointing = False in the settings; remove the block"
-    on_cpu_ranks = block.get("cpu_checkpointing") and ranks.device.type == "cpu"
-    if (block.get("contiguous_memory_optimization") or on_cpu_ranks) and not block.get("partition_activations"):
+    offloaded = block.get("cpu_checkpointing") and on_cpu
+    if (block.get("contiguous_memory_optimization") or offloaded) and not block.get("partition_activations"):
         yield "activation_checkpointing: what is switched on needs partition_activations = true"
 
 

@@ -308,8 +308,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and not has_bf16:
         gpu = torch.cuda.get_device_name(device)
         raise ConfigError(f"dtype = 'bfloat16': not supported by {gpu}; use float16 or float32")
-    if name == "float16" and device.type == "cpu":
-        raise ConfigError("dtype = 'float16': not supported on CPUs; use bfloat16 or float32")
     return getattr(torch, name)
 
 
