@@ -182,13 +182,7 @@ def start(
     """
     picked = pick_device(device, local_rank(), world_size(), process_group)
     ranks = Ranks(rank(), local_rank(), world_size(), picked)
-    if ranks.device.type == "cuda":
-        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # read at the first allocation
-            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # less memory is lost to fragmentation
-        torch.cuda.set_device(ranks.device)
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    elif ranks.device.type == "cpu":  # huge pages for large tensors: page faults took a third of a ZeRO step
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    set_up(ranks.device, tf32)
     if process_group:  # DeepSpeed reads its device from the environment
         os.environ["DS_ACCELERATOR"] = ranks.device.type
         os.environ.setdefault("LOCAL_RANK", str(ranks.device.index or 0))
@@ -204,10 +198,21 @@ def start(
     dist.barrier()
     # gloo's group lives until `run` exits: destroyed while DDP still refers to it, it now and then waits forever for
     # its own thread, which waits for the GIL.
-    if ranks.device.type == "cuda":
+    if ranks.control:  # the group is NCCL's
         dist.destroy_process_group()
     if stopped:
         raise stopped
+
+
+def set_up(device: torch.device, tf32: bool) -> None:
+    """Apply what torch reads from the environment at the first allocation, and the precision of float32 matmuls."""
+    if device.type == "cuda":
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # less memory is lost to fragmentation
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    elif device.type == "cpu":  # huge pages for large tensors: page faults took a third of a ZeRO step
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def leave_out_compiler() -> None:
