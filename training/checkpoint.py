@@ -4,6 +4,7 @@ out_dir/checkpoints/step_000500/    the train script's files, and checkpoint.jso
 out_dir/latest, out_dir/best        text: step_000500
 """
 
+import copy
 import fnmatch
 import io
 import json
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 from torch.utils.serialization import config as torch_save_config
 from tqdm import tqdm
 
@@ -191,24 +193,23 @@ class CheckpointWriter:
     def __init__(self, folder: Path, background: bool):
         self.folder, self.background = folder, background
         self.checksums: dict[str, Checksum] = {}
-        self.pending: dict[str, io.BytesIO] = {}
+        self.pending: dict[str, Any] = {}
 
     def write(self, name: str, state: Any) -> None:
         """Write with torch.save. Raises OSError where the disk refuses, such as when it is full."""
         if self.background:
-            save_without_crc(state, buffer := io.BytesIO())
-            self.pending[name] = buffer
+            self.pending[name] = copy_to_host(state)
         else:
-            with HashedFile(io.FileIO(self.folder / name, "wb")) as file, disk_errors():
-                save_without_crc(state, file)
-                self.checksums[name] = file.sync()
+            self.write_now(name, state)
+
+    def write_now(self, name: str, state: Any) -> None:
+        with HashedFile(io.FileIO(self.folder / name, "wb")) as file, disk_errors():
+            save_without_crc(state, file)
+            self.checksums[name] = file.sync()
 
     def finish(self) -> None:
         while self.pending:
-            name, buffer = self.pending.popitem()
-            with HashedFile(io.FileIO(self.folder / name, "wb")) as file, buffer.getbuffer() as content:
-                file.write(content)
-                self.checksums[name] = file.sync()
+            self.write_now(*self.pending.popitem())
 
     def add(self, paths: Iterable[Path]) -> None:
         """Include files that were written into the folder by other code."""
@@ -306,6 +307,21 @@ class HashedFile(io.BufferedWriter):
         self.flush()
         os.fsync(self.fileno())
         return self.tell(), f"{self.crc:08x}"
+
+
+@torch.no_grad()
+def copy_to_host(state: Any) -> Any:
+    """A deep copy with all tensors in host memory; pinned, where they come from a GPU: ten times as fast."""
+    copies, by_id = dict[Any, torch.Tensor](), {}
+    for tensor in (leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)):
+        memory = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype  # a tied weight is copied once
+        if memory not in copies:
+            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+            copies[memory] = host.copy_(tensor, non_blocking=True)
+        by_id[id(tensor)] = copies[memory]
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return copy.deepcopy(state, by_id)
 
 
 @contextmanager
