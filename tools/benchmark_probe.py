@@ -108,7 +108,6 @@ def count_tensors(trainer: Any, device: str) -> dict[str, int]:
     states, and no activation is left.
     """
     model, optimizer = trainer.model, trainer.optimizer  # torch's optimizer, or DeepSpeed's wrapper around it
-    gc.unfreeze()  # the loop freezes what lives to the end of the run
     gc.collect()
     objects = gc.get_objects()
     living = [item for item in objects if issubclass(type(item), Tensor) and item.device.type == device]

@@ -1,6 +1,5 @@
 """The outer loop: evaluate, save, step, log. Written once for both train scripts, whose Trainers differ."""
 
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -65,9 +64,6 @@ def train(
         evaluated = False
         control.step_done(step, step_metrics["loss"], step_metrics["grad_norm"])
         metrics.count_step()
-        if step == init.step:  # what exists now lives to the end of the run: garbage collection need not look at it
-            gc.collect()
-            gc.freeze()
         if cfg.benchmark or step % cfg.log_interval == 0:
             metrics.log_step(step, step_metrics)
     control.exchange()  # a NaN or inf in the last step

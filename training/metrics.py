@@ -1,5 +1,6 @@
 """Metrics: metrics.jsonl (the only source of numbers), the terminal, and Weights & Biases."""
 
+import gc
 import json
 import math
 import sys
@@ -55,6 +56,8 @@ class Metrics:
         """Call after every step; does not wait for the device."""
         self.steps += 1
         if self.steps == WARM_UP_STEPS:
+            gc.collect()
+            gc.freeze()  # what exists now lives to the end of the run: later collections need not look at it
             self.lap()
             self.seconds, self.timed_steps, self.first_timed = 0.0, 0, self.lap_start
         elif self.steps > WARM_UP_STEPS:

@@ -28,6 +28,7 @@ from training.errors import RankError, UserError
 from training.init import InitState
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # torch's, on GPUs and CPUs
+TESTED_TORCH = (2, 11), (2, 14)  # oldest and newest
 OUT_OF_MEMORY_FILE = "out_of_memory.txt"
 PATHS = ("out_dir", "dataset", "deepspeed_config", "nvme_path")  # settings that may differ between hosts
 LOCKS: list[IO[str]] = []  # closed when the process ends
@@ -60,6 +61,8 @@ def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str
         return
     with ranks.together():
         if ranks.main:
+            if not TESTED_TORCH[0] <= tuple(map(int, torch.__version__.split(".")[:2])) <= TESTED_TORCH[1]:
+                print(f"warning: torch {torch.__version__} is untested; requirements.txt has the versions that work")
             if cfg.wandb_log:
                 from training import wandb_log  # a third of a second
 
