@@ -18,12 +18,11 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import DEVNULL, STDOUT, Popen, SubprocessError, TimeoutExpired, run
-from time import monotonic
+from subprocess import DEVNULL, STDOUT, Popen, SubprocessError, run
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -49,9 +48,8 @@ from training.strategies import find_strategy
 HALF_ON_CPUS = "bfloat16"  # float16 once train.py accepts it there
 TINY = " --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --compile=False"  # sizes on CPUs
 ZEROS = ("zero2", "zero3", "zero1", "zero0")  # by importance
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for scripts: the same Python
 MEASURED = ("H100", "H200")  # GPUs that must reach the targets; on others they are only reported
-OF_PLAN = (0.9, 1.1)  # a target: peak memory over the planner's estimate
+OF_PLAN = (0.9, 1.1)  # the same for peak memory over the planner's estimate
 FORMS = {"loss difference": ".1e", "norm difference": ".1e", "tokens/s": ",.0f", "MFU": ".1%", "ratio": ".2f"}
 FORMS |= {"ms/step": ",.1f", "peak GB": ".2f", "of plan": ".2f"}  # the numbers of a stage
 
@@ -108,7 +106,7 @@ def correctness(gpu: bool, data: Path, gpt2: str) -> list[Stage]:
         Stage("async_save", "resume", 90, "single", f"{fp32} --async_save=True", "single", same),
         Stage("resume_async_save", "resume", 90, "single", again, "single", same, "async_save"),
         Stage("quickstart", "user", 120, "", f"./launch_quickstart.sh {quick}", prints="^The "),
-        Stage("sample", "user", 60, "", f"sample.py --out_dir={{out}}/../quickstart", "", 0, "quickstart", "^---"),
+        Stage("sample", "user", 60, "", "sample.py --out_dir={out}/../quickstart", "", 0, "quickstart", "^---"),
         Stage("memory", "alone", 60, "single", f"{gpt2} --benchmark {huge}", prints="try, in this order", status=2),
     ]
 
@@ -131,15 +129,41 @@ def speed(gpu: bool, gpt2: str, peer: str) -> list[Stage]:
     ]
 
 
+@dataclass
+class Job:
+    """A stage that waits, runs, or has ended."""
+
+    stage: Stage
+    result: dict[str, Any]
+    processes: list[Popen] = field(default_factory=list)
+    start: float = 0.0
+    limit: float = 0.0
+    killed: bool = False
+
+    def ended(self, stop: bool) -> bool:
+        """Whether all its processes have ended; at the limit or if `stop`, they are killed with all they started."""
+        if "seconds" in self.result:
+            return True
+        alive = None in [process.poll() for process in self.processes]
+        self.killed = alive and (stop or monotonic() > self.start + self.limit)
+        if self.killed or not alive:
+            self.result["seconds"] = round(monotonic() - self.start, 1)
+            for process in self.processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()  # a new process may not have its group yet
+                process.wait()
+        return "seconds" in self.result
+
+
 class Acceptance:
     """Runs stages in the order of the table for so many minutes. gpu: its name, or "" on CPUs, one stage at a time."""
 
     def __init__(self, folder: Path, write: Path | None, gpu: str = "", minutes: float = 9.0):
-        self.folder, self.write, self.gpu, self.minutes, self.since = folder, write, gpu, minutes, monotonic()
+        self.folder, self.write, self.gpu, self.minutes = folder, write, gpu, minutes
+        self.side_by_side = max(2, (os.cpu_count() or 1) // 2) if gpu else 1
+        self.since, self.stopped = monotonic(), False
         self.results: dict[str, dict[str, Any]] = {}
-        self.futures: dict[str, Future] = {}
-        self.processes: list[Popen] = []
-        self.stopped = False
 
     def say(self, *lines: str) -> None:
         """Print lines, and add them to summary.txt."""
@@ -151,140 +175,153 @@ class Acceptance:
 
     def run(self, stages: list[Stage]) -> bool:
         """Whether none failed. Ctrl-C kills what is running; what is waiting is not run."""
-        for alone in (False, True):
-            pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2) if self.gpu and not alone else 1)
-            mine = [stage for stage in stages if (stage.group == "alone") == alone]
-            self.futures |= {stage.name: pool.submit(self.perform, stage) for stage in mine}
+        waiting, running = list(stages), list[Job]()
+        while waiting or running:
             try:
-                pool.shutdown()
+                alone = bool(waiting) and waiting[0].group == "alone"
+                full = bool(running) and (alone or len(running) >= self.side_by_side)
+                if waiting and not full and waiting[0].after in ("", *self.results):
+                    running.append(Job(stage := waiting.pop(0), {"group": stage.group, "status": "ok", "reason": ""}))
+                    self.start(running[-1])
+                for job in running[:]:
+                    if job.ended(self.stopped) and job.stage.like in ("", *self.results):
+                        running.remove(job)
+                        self.finish(job)
+                sleep(0.05)
             except KeyboardInterrupt:
                 self.stopped = True
-                kill(self.processes)
-                pool.shutdown()
         return all(result["status"] in ("ok", "too large") for result in self.results.values())
 
-    def perform(self, stage: Stage) -> None:
-        """Run a stage, judge it, and print its line; of a failed one also the end of its log."""
-        since, folder, log = monotonic(), self.folder / stage.name, self.folder / f"{stage.name}.log"
-        result = self.results[stage.name] = {"group": stage.group, "status": "ok", "reason": ""}
+    def start(self, job: Job) -> None:
+        """Start its processes, unless there is a reason not to: then it ends at once."""
+        stage, job.start = job.stage, monotonic()
+        left = 60 * self.minutes + self.since - job.start
+        job.limit = min(stage.limit, left)
         try:
-            self.launch(stage, folder, log, result)
-            self.measure(stage, folder, result)
-            self.judge(stage, result)
+            if self.stopped or left < stage.limit / 2:
+                raise SubprocessError("not run", "stopped" if self.stopped else f"{self.minutes:g} minutes are over")
+            if stage.after and self.results[stage.after]["status"] != "ok":
+                raise SubprocessError("not run", f"it needs {stage.after}, which is not ok")
+            lines = self.prepare(stage, job.result)
+        except SubprocessError as failure:
+            job.result["status"], job.result["reason"] = failure.args
+            return
+        self.say(f"{stage.name}: started, for {job.limit:.0f} s at most; {left:.0f} s left for all")
+        env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # of launch scripts
+        with (self.folder / f"{stage.name}.log").open("w") as file:
+            for line in lines:
+                own: dict[str, Any] = {"env": env if line[0].startswith("./") else None, "start_new_session": True}
+                job.processes.append(Popen(line, cwd=ROOT, stdin=DEVNULL, stdout=file, stderr=STDOUT, **own))
+
+    def prepare(self, stage: Stage, result: dict[str, Any]) -> list[list[str]]:
+        """Make its folder, and return its command lines. Raises SubprocessError if the planner says it does not fit."""
+        folder = self.folder / stage.name
+        line = stage.command(folder)
+        result["command"] = " ".join(line[1:]).replace(str(self.folder), "$OUT")
+        if stage.group == "alone" and stage.strategy and not stage.status:
+            result["planned GB"] = planned = planned_bytes(stage, line[2:], self.gpu) / 1e9
+            size = torch.cuda.get_device_properties(0).total_memory / 1e9 if self.gpu else np.inf
+            if planned > size:
+                raise SubprocessError("too large", f"needs {planned:.0f} GB, the GPU has {size:.0f}")
+        folder.mkdir()
+        if stage.after and stage.strategy:
+            shutil.copytree(self.folder / stage.after, folder, dirs_exist_ok=True)
+            shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
+        if stage.group != "gloo":
+            return [line]
+        # Two nodes of one rank, each of which takes the first GPU; NCCL would refuse.
+        nodes = f"-m launch.ranks --nnodes=2 --master_addr=127.0.0.1 --master_port={free_port(host='127.0.0.1')}"
+        words = ["1", *line[1:], "--backend=gloo"]
+        return [[sys.executable, *nodes.split(), f"--node_rank={node}", *words] for node in (0, 1)]
+
+    def finish(self, job: Job) -> None:
+        """Judge a stage that has ended, and print its line; of a failed one also the end of its log, which is kept."""
+        stage, log = job.stage, self.folder / f"{job.stage.name}.log"
+        result = self.results[stage.name] = job.result
+        text = log.read_text(errors="replace") if job.processes else ""
+        try:
+            if result["status"] == "ok":
+                self.check(job, text)
+                self.measure(stage, result)
+                self.judge(stage, result)
         except SubprocessError as failure:
             result["status"], result["reason"] = failure.args
-        except (OSError, ValueError, LookupError) as error:  # what it should have written is missing or damaged
+        except (OSError, ValueError, LookupError) as error:  # a file that it should have written
             result |= {"status": "FAILED", "reason": f"{type(error).__name__}: {error}"}
-        result["seconds"] = round(monotonic() - since, 1)
-        numbers = [f"{name} {result[name]:{form}}" for name, form in FORMS.items() if result.get(name) is not None]
-        words = ", ".join([f"{result['seconds']} s", *filter(None, [result["reason"]]), *numbers])
-        lines = log.read_text(errors="replace").splitlines()[-200:] if log.exists() else []
-        if result["status"] == "FAILED" and self.write:
+        numbers = (f"{name} {number}" for name, number in shown(result).items())
+        words = [f"{stage.name}: {result['status']}", f"{result['seconds']} s", result["reason"], *numbers]
+        lines = text.splitlines()[-200:] if result["status"] == "FAILED" else []
+        if lines and self.write:
             (self.write / log.name).write_text("\n".join(lines) + "\n")
-        self.say(f"{stage.name}: {result['status']}, {words}", *(lines[-5:] if result["status"] == "FAILED" else ()))
+        self.say(", ".join(filter(None, words)), *lines[-5:])
 
-    def launch(self, stage: Stage, folder: Path, log: Path, result: dict[str, Any]) -> None:
-        """Run it to its end, or to its limit. Raises SubprocessError(status, reason)."""
-        for name in filter(None, (stage.after, stage.like)):
-            self.futures[name].result()
-            if self.results[name]["status"] != "ok":
-                raise SubprocessError("not run", f"{name}, which it needs, is not ok")
-        left = 60 * self.minutes + self.since - monotonic()
-        if self.stopped or left < stage.limit / 2:
-            raise SubprocessError("not run", f"interrupted, or only {max(0, left):.0f} s of {self.minutes:g} min left")
-        lines = [stage.command(folder)]
-        result["command"] = " ".join(lines[0][1:]).replace(str(self.folder), "$OUT")
-        if stage.group == "alone" and stage.strategy and not stage.status:
-            self.fit(stage, lines[0][2:], result)
-        if stage.after and stage.strategy:
-            shutil.copytree(self.folder / stage.after, folder)
-            shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
-        folder.mkdir(exist_ok=True)
-        if stage.group == "gloo":  # two nodes of one rank, which share a GPU; NCCL would refuse
-            nodes = f"-m launch.ranks --nnodes=2 --master_addr=127.0.0.1 --master_port={free_port(host='127.0.0.1')}"
-            words = [*lines[0][1:], "--backend=gloo"]
-            lines = [[sys.executable, *nodes.split(), f"--node_rank={node}", "1", *words] for node in (0, 1)]
-        self.say(f"{stage.name}: started, {stage.limit:.0f} s at most, {left:.0f} s left for all")
-        env = os.environ | ({} if lines[0][0] == sys.executable else {"PATH": PATH})
-        with log.open("w") as file:
-            to: dict[str, Any] = {"stdin": DEVNULL, "stdout": file, "stderr": STDOUT}
-            processes = [Popen(line, cwd=ROOT, env=env, start_new_session=True, **to) for line in lines]
-        self.processes += processes
-        try:
-            for process in processes:
-                process.wait(min(stage.limit, left))
-        except TimeoutExpired:
-            raise SubprocessError("FAILED", f"killed after its limit, {min(stage.limit, left):.0f} s") from None
-        finally:
-            kill(processes)
-        if self.stopped:
-            raise SubprocessError("not run", "interrupted")
-        text = log.read_text(errors="replace")
-        if wrong := [process.returncode for process in processes if process.returncode != stage.status]:
+    def check(self, job: Job, text: str) -> None:
+        """Raise SubprocessError(status, reason) if a stage did not end as it should; text: its output."""
+        if job.killed:
+            raise SubprocessError(
+                *("not run", "stopped") if self.stopped else ("FAILED", f"over its limit, {job.limit:.0f} s")
+            )
+        if wrong := [process.returncode for process in job.processes if process.returncode != job.stage.status]:
             raise SubprocessError("FAILED", f"status {wrong[0]}: {explain(text.splitlines(), wrong[0]).args[1]}")
-        if not re.search(stage.prints or ("resuming" if stage.after else ""), text, re.M):
-            raise SubprocessError("FAILED", f"does not print {stage.prints or 'resuming'!r}")
+        if not re.search(expected := job.stage.prints or ("resuming" if job.stage.after else ""), text, re.M):
+            raise SubprocessError("FAILED", f"did not print {expected!r}")
+        if job.stage.like and self.results[job.stage.like]["status"] != "ok":
+            raise SubprocessError("FAILED", f"cannot be compared with {job.stage.like}, which is not ok")
 
-    def fit(self, stage: Stage, words: list[str], result: dict[str, Any]) -> None:
-        """Note the planner's estimate of tensors; raises SubprocessError if the GPU has less."""
-        cfg, on = parse(RecipeConfig, words, ""), ("H100", "bfloat16") if self.gpu else ("cpu", "float32")
-        rates = dict.fromkeys(("gpu_memory", "memory_bandwidth", "tflops", "node_link"), 1.0)
-        machine = Machines(gpus=1, device=on[0], dtype=on[1], baseline=0.0, fragmentation=0.0, **rates)
-        model, strategy = cfg.model_config(open_dataset(Path(cfg.dataset)).vocab_size), find_strategy(stage.strategy)
-        batch = cfg.batch_size, cfg.gradient_accumulation_steps, cfg.activation_checkpointing
-        result["planned GB"] = Candidate(model, strategy, machine, *batch).memory / 1e9
-        if self.gpu and (size := torch.cuda.get_device_properties(0).total_memory / 1e9) < result["planned GB"]:
-            raise SubprocessError("too large", f"needs {result['planned GB']:.0f} GB, the GPU has {size:.0f}")
-
-    def measure(self, stage: Stage, folder: Path, result: dict[str, Any]) -> None:
-        """Add the numbers of FORMS, and the fall of the validation loss."""
+    def measure(self, stage: Stage, result: dict[str, Any]) -> None:
+        """Add the numbers of FORMS. Raises SubprocessError if the validation loss does not fall."""
+        folder, other = self.folder / stage.name, self.results.get(stage.like, {})
         if (folder / "benchmark.json").exists():
             ours, *peer = json.loads((folder / "benchmark.json").read_text())["rows"]
             result |= {"tokens/s": ours["tokens_per_second"], "MFU": ours["mfu"], "ms/step": ours["step_ms"]}
-            result |= {"ratio": ours["tokens_per_second"] / peer[0]["tokens_per_second"]} if peer else {}
-        if not (folder / "metrics.jsonl").exists():
-            return
-        rows = steps(folder)
-        timed = summarize(list(rows.values()))
-        result |= {"ms/step": timed["step_ms"], "peak GB": timed["peak_memory_bytes"] / 1e9}
-        if stage.group == "alone":
-            result |= {"tokens/s": timed["tokens_per_second"], "MFU": timed["mfu"]}
-            result["of plan"] = result["peak GB"] / result["planned GB"]
-        if stage.like:
-            other = steps(self.folder / stage.like)
-            pairs = [(rows[step], other[step]) for step in other]  # KeyError: a step is missing
-            result["loss difference"] = float(np.max([abs(a["loss"] - b["loss"]) for a, b in pairs]))
-            norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs]
-            result["norm difference"] = float(np.max(norms))
+            other = {"tokens/s": peer[0]["tokens_per_second"]} if peer else {}
+        elif (folder / "metrics.jsonl").exists():
+            rows, losses = read_metrics(folder)
+            speed = summarize(list(rows.values()))
+            result |= {"ms/step": speed["step_ms"], "peak GB": speed["peak_memory_bytes"] / 1e9}
             if stage.group == "alone":
-                result["ratio"] = result["tokens/s"] / self.results[stage.like]["tokens/s"]
-        losses = [row["val_loss"] for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "eval"]
-        if losses and not losses[-1] < losses[0]:
-            raise SubprocessError("FAILED", f"val loss goes from {losses[0]:.4f} to {losses[-1]:.4f}")
+                result |= {"tokens/s": speed["tokens_per_second"], "MFU": speed["mfu"]}
+            if self.gpu and "planned GB" in result:  # on CPUs the peak is that of the process
+                result["of plan"] = result["peak GB"] / result["planned GB"]
+            if stage.like:
+                pairs = [(rows[step], row) for step, row in read_metrics(self.folder / stage.like)[0].items()]
+                result["loss difference"] = float(np.max([abs(a["loss"] - b["loss"]) for a, b in pairs]))
+                norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs]
+                result["norm difference"] = float(np.max(norms))
+            if losses and not losses[-1] < losses[0]:
+                raise SubprocessError("FAILED", f"val loss was {losses[0]:.4f} and became {losses[-1]:.4f}")
+        if "tokens/s" in other and "tokens/s" in result:
+            result["ratio"] = result["tokens/s"] / other["tokens/s"]
 
     def judge(self, stage: Stage, result: dict[str, Any]) -> None:
-        """Raise SubprocessError where a loss or, on MEASURED GPUs, a target is missed."""
+        """Raise SubprocessError where the losses differ or, on MEASURED GPUs, a target is missed."""
         if stage.like and not result["loss difference"] <= stage.within:  # also if it is NaN
-            raise SubprocessError("FAILED", f"loss differs from {stage.like}'s by more than {stage.within:g}")
-        if find_device(self.gpu) not in MEASURED:
-            return
+            raise SubprocessError("FAILED", f"losses differ from those of {stage.like} by more than {stage.within:g}")
         bounds = {key: (least, np.inf) for key, least in stage.at_least.items()} | {"of plan": OF_PLAN}
-        for key, (low, high) in bounds.items():
+        for key, (low, high) in bounds.items() if find_device(self.gpu) in MEASURED else ():
             if result.get(key) is not None and not low <= result[key] <= high:
                 raise SubprocessError("FAILED", f"{key} must be from {low:g} to {high:g}")
 
 
-def kill(processes: list[Popen]) -> None:
-    """With all that they started."""
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()  # a new process may not have its group yet
-        process.wait()
+def shown(result: dict[str, Any]) -> dict[str, str]:
+    """The numbers of a result as text, by title."""
+    return {key: f"{result[key]:{form}}" for key, form in FORMS.items() if result.get(key) is not None}
 
 
-def steps(folder: Path) -> dict[int, dict[str, Any]]:
-    return {row["step"]: row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"}
+def read_metrics(folder: Path) -> tuple[dict[int, dict[str, Any]], list[float]]:
+    """Training rows by step, and validation losses."""
+    rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
+    train = {row["step"]: row for row in rows if row["kind"] == "train"}
+    return train, [row["val_loss"] for row in rows if row["kind"] == "eval"]
+
+
+def planned_bytes(stage: Stage, arguments: list[str], gpu: str) -> float:
+    """The planner's estimate of all tensors of a rank."""
+    cfg, (device, dtype) = parse(RecipeConfig, arguments, ""), ("H100", "bfloat16") if gpu else ("cpu", "float32")
+    machine = Machines(1, 1, device, 1, 1, 1, 1, 1, dtype, fragmentation=0, baseline=0)  # its speed does not matter
+    model, strategy = cfg.model_config(open_dataset(Path(cfg.dataset)).vocab_size), find_strategy(stage.strategy)
+    batch = cfg.batch_size, cfg.gradient_accumulation_steps, cfg.activation_checkpointing
+    return Candidate(model, strategy, machine, *batch).memory
 
 
 def write_data(folder: Path, tokenizer: Tokenizer, tokens: int) -> None:
@@ -293,88 +330,82 @@ def write_data(folder: Path, tokenizer: Tokenizer, tokens: int) -> None:
     with Writer(folder, tokenizer, "tools.accept") as writer:
         for split, count in (("train", tokens), ("val", tokens // 8)):
             new = np.minimum(random.zipf(1.2, count), size) - 1
-            writer.write(split, np.where(random.random(count) < 0.5, new, (31 * np.roll(new, 1) + 7) % size), end=False)
+            ids = np.where(random.random(count) < 0.5, new, (31 * np.roll(new, 1) + 7) % size)
+            writer.write(split, ids, end=False)
 
 
-def machine(gpu: str) -> dict[str, Any]:
-    about = {"device": gpu or processor(), "gpus": torch.cuda.device_count(), "commit": git("rev-parse", "HEAD")}
-    about |= versions() | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+def describe_machine(gpu: str) -> dict[str, Any]:
+    about = {"device": gpu or processor(), "GPUs": torch.cuda.device_count(), "commit": git("rev-parse", "HEAD")}
+    about |= versions()
     if gpu:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        about["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        about["driver"] = run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+        about["driver"] = run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+        about |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+        about["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return about
 
 
 def page(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
-    """README.md: a table of what was compared, one of what ran alone, and the reasons of what is not ok."""
+    """README.md: what was compared, what ran alone on the device, and why a stage is not ok."""
     lines = [f"# Acceptance on {about['device']}", "", ", ".join(f"{key} {value}" for key, value in about.items())]
     for title, alone in (("Correctness", False), ("Speed", True)):
         rows = {name: result for name, result in results.items() if (result["group"] == "alone") == alone}
-        names = [key for key in FORMS if any(result.get(key) is not None for result in rows.values())]
+        columns = [key for key in FORMS if any(key in shown(result) for result in rows.values())]
         lines += [
             "",
             f"## {title}",
             "",
-            f"| stage | result | s | {' | '.join(names)} |",
-            "|---" * (3 + len(names)) + "|",
+            f"| stage | result | s | {' | '.join(columns)} |",
+            f"{'|---' * (3 + len(columns))}|",
         ]
         for name, result in rows.items():
-            cells = [f"{result[key]:{FORMS[key]}}" if result.get(key) is not None else "" for key in names]
-            lines.append(f"| {' | '.join([name, result['status'], str(result['seconds']), *cells])} |")
+            cells = [name, result["status"], f"{result['seconds']}"]
+            lines.append(f"| {' | '.join([*cells, *(shown(result).get(key, '') for key in columns)])} |")
     reasons = [f"- {name}: {result['reason']}" for name, result in results.items() if result["reason"]]
     return "\n".join([*lines, "", "## Not ok", "", *(reasons or ["Nothing."])]) + "\n"
 
 
-def choose(stages: list[Stage], prefixes: list[str]) -> list[Stage]:
+def choose(stages: list[Stage], prefixes: tuple[str, ...]) -> list[Stage]:
     """Those whose name or group begins with one of the prefixes, and what they need."""
-    for prefix in prefixes:
-        if not any(text.startswith(prefix) for stage in stages for text in (stage.name, stage.group)):
-            names = ", ".join(dict.fromkeys([*(stage.group for stage in stages), *(stage.name for stage in stages)]))
-            raise UserError(f"--only={prefix}: no stage or group begins so; there are {names}")
-    chosen = {
-        stage.name
-        for stage in stages
-        if stage.name.startswith(tuple(prefixes)) or stage.group.startswith(tuple(prefixes))
-    }
+    chosen = {stage.name for stage in stages if stage.name.startswith(prefixes) or stage.group.startswith(prefixes)}
+    if not chosen:
+        groups = ", ".join(dict.fromkeys(stage.group for stage in stages))
+        raise UserError(f"--only={','.join(prefixes)}: no stage begins so; the groups are {groups}")
     for stage in reversed(stages):
-        if stage.name in chosen:
-            chosen |= {stage.like, stage.after}
+        chosen |= {stage.like, stage.after} if stage.name in chosen else set()
     return [stage for stage in stages if stage.name in chosen]
 
 
 def main() -> None:
     parser = make_parser("accept", __doc__ or "")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny, and without targets")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, no targets")
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT, whose train.py is timed as well")
     parser.add_argument("--write", type=Path, help="folder for the results; default: results/gpu_NAME, on CPUs none")
-    parser.add_argument("--only", default="", help="prefixes of names or groups of stages, with commas between")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all; stages that would not fit are not run")
+    parser.add_argument("--only", default="", help="stages: beginnings of their names or groups, with commas between")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all; what would not fit is not run")
     args = parser.parse_args(underscored(sys.argv[1:]))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: no GPU is visible; --device=cpu runs the same stages at tiny size")
-    gpu = torch.cuda.get_device_name(0) if args.device == "cuda" else ""
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
     write = args.write or (ROOT / "results" / f"gpu_{re.sub('[^a-z0-9]+', '_', gpu.lower())}" if gpu else None)
     if write:
         write.mkdir(parents=True, exist_ok=True)
         (write / "summary.txt").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="accept-") as temporary:
-        folder = Path(temporary)
-        acceptance = Acceptance(folder, write, gpu, args.minutes)
-        write_data(folder / "data", tokenizer_from({"name": "gpt2" if gpu else "byte"}), 8_000_000 if gpu else 50_000)
-        gpt2 = f"config/train_gpt2.py --dataset={folder / 'data'}{'' if gpu else TINY + ' --device=cpu'}"
+    with tempfile.TemporaryDirectory(prefix="accept-") as folder:
+        acceptance, data = Acceptance(Path(folder), write, gpu, args.minutes), Path(folder, "data")
+        write_data(data, tokenizer_from({"name": "gpt2" if gpu else "byte"}), 8_000_000 if gpu else 50_000)
+        gpt2 = f"config/train_gpt2.py --dataset={data}{'' if gpu else TINY + ' --device=cpu'}"
         peer = f"--peer={args.peer.resolve()}" if args.peer else ""
-        stages = [*correctness(bool(gpu), folder / "data", gpt2), *speed(bool(gpu), gpt2, peer)]
-        passed = acceptance.run(choose(stages, args.only.split(",")))
-    about = machine(gpu)
-    if write:
-        (write / "accept.json").write_text(
-            json.dumps({"machine": about, "stages": acceptance.results}, indent=1) + "\n"
-        )
-        (write / "README.md").write_text(page(about, acceptance.results))
+        stages = [*correctness(bool(gpu), data, gpt2), *speed(bool(gpu), gpt2, peer)]
+        passed = acceptance.run(choose(stages, tuple(args.only.split(","))))
     counts = Counter(result["status"] for result in acceptance.results.values())
     acceptance.say(", ".join(f"{number} {status}" for status, number in counts.items()))
+    if write:
+        about = describe_machine(gpu)
+        found = json.dumps({"machine": about, "stages": acceptance.results}, indent=1)
+        (write / "accept.json").write_text(found + "\n")
+        (write / "README.md").write_text(page(about, acceptance.results))
     sys.exit(not passed)
 
 
