@@ -40,7 +40,8 @@ from typing import Any, NoReturn
 FORKED = re.compile(
     "RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|LOCAL_SIZE|FIRST_RANK|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES"
     "|PYTEST_CURRENT_TEST|MARK|WANDB_.*|TIKTOKEN_CACHE_DIR|LC_CTYPE|TORCH_CPP_LOG_LEVEL"
-    "|CROSS_RANK|CROSS_SIZE|TORCHINDUCTOR_CACHE_DIR|PYTORCH_NVML_BASED_CUDA_CHECK"  # the last two are set by imports
+    "|GLOO_SOCKET_IFNAME|CROSS_RANK|CROSS_SIZE"
+    "|TORCHINDUCTOR_CACHE_DIR|PYTORCH_NVML_BASED_CUDA_CHECK"  # the last two are set by imports
 )
 # Modules that start other processes, which are then forked, too.
 FORKING = ("launch.ranks", "tools.accept", "tools.benchmark", "deepspeed.launcher.runner", "deepspeed.launcher.launch")

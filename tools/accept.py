@@ -18,10 +18,11 @@ import signal
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import DEVNULL, STDOUT, Popen, SubprocessError, run
+from subprocess import DEVNULL, STDOUT, Popen, run
 from time import monotonic, sleep
 from typing import Any
 
@@ -54,7 +55,7 @@ FORMS = {"loss difference": ".1e", "norm difference": ".1e", "tokens/s": ",.0f",
 FORMS |= {"ms/step": ",.1f", "peak GB": ".2f", "of plan": ".2f"}  # the numbers of a stage
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     name: str
     group: str  # "alone": one at a time; all others run side by side on a GPU
@@ -67,6 +68,9 @@ class Stage:
     prints: str = ""  # pattern of a line that it must print
     status: int = 0  # that it must exit with
     at_least: dict[str, float] = field(default_factory=dict)  # targets on MEASURED GPUs
+    since, killed = 0.0, False  # when it was started; whether it was killed
+    processes: list[Popen] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=lambda: {"reason": ""})
 
     def command(self, folder: Path) -> list[str]:
         words = self.arguments.replace("{out}", str(folder)).split()
@@ -74,6 +78,18 @@ class Stage:
             strategy = find_strategy(self.strategy)
             words = [strategy.script, *words, *strategy.arguments, f"--out_dir={folder}"]
         return words if words[0].startswith("./") else [sys.executable, *words]
+
+    def ended(self, stop: bool) -> bool:
+        """Whether it has; at its limit, or if `stop`, it is killed with all that it started."""
+        alive = None in [process.poll() for process in self.processes]
+        if "seconds" not in self.result and (stop or not alive or monotonic() > self.since + self.limit):
+            self.killed, self.result["seconds"] = alive, round(monotonic() - self.since, 1)
+            for process in self.processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()  # a new process may not have its group yet
+                process.wait()
+        return "seconds" in self.result
 
 
 def correctness(gpu: bool, data: Path, gpt2: str) -> list[Stage]:
@@ -88,7 +104,9 @@ def correctness(gpu: bool, data: Path, gpt2: str) -> list[Stage]:
     quick = f"--device={device} --out_dir={{out}} --max_iters=150 --lr_decay_iters=150"
     quick = quick if gpu else f"1 {quick} --warmup_iters=5 --eval_iters=4{TINY}"
     # On a GPU logits of 105 GB, on CPUs more bytes than there are addresses.
-    huge = "--batch_size=1024" if gpu else "--batch_size=2147483647 --gradient_accumulation_steps=1000000"
+    huge = (
+        "--batch_size=1024 --compile=False" if gpu else "--batch_size=2147483647 --gradient_accumulation_steps=1000000"
+    )
     return [
         Stage("cpu", "fp32", 90, "single", f"{fp32} --device=cpu"),
         Stage("zero2_offload", "fp32", 240, "zero2_offload", fp32, "cpu", near),  # early: it compiles CPUAdam
@@ -129,33 +147,6 @@ def speed(gpu: bool, gpt2: str, peer: str) -> list[Stage]:
     ]
 
 
-@dataclass
-class Job:
-    """A stage that waits, runs, or has ended."""
-
-    stage: Stage
-    result: dict[str, Any]
-    processes: list[Popen] = field(default_factory=list)
-    start: float = 0.0
-    limit: float = 0.0
-    killed: bool = False
-
-    def ended(self, stop: bool) -> bool:
-        """Whether all its processes have ended; at the limit or if `stop`, they are killed with all they started."""
-        if "seconds" in self.result:
-            return True
-        alive = None in [process.poll() for process in self.processes]
-        self.killed = alive and (stop or monotonic() > self.start + self.limit)
-        if self.killed or not alive:
-            self.result["seconds"] = round(monotonic() - self.start, 1)
-            for process in self.processes:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.kill()  # a new process may not have its group yet
-                process.wait()
-        return "seconds" in self.result
-
-
 class Acceptance:
     """Runs stages in the order of the table for so many minutes. gpu: its name, or "" on CPUs, one stage at a time."""
 
@@ -163,7 +154,7 @@ class Acceptance:
         self.folder, self.write, self.gpu, self.minutes = folder, write, gpu, minutes
         self.side_by_side = max(2, (os.cpu_count() or 1) // 2) if gpu else 1
         self.since, self.stopped = monotonic(), False
-        self.results: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, dict[str, Any]] = {}  # of the stages that have ended
 
     def say(self, *lines: str) -> None:
         """Print lines, and add them to summary.txt."""
@@ -175,102 +166,102 @@ class Acceptance:
 
     def run(self, stages: list[Stage]) -> bool:
         """Whether none failed. Ctrl-C kills what is running; what is waiting is not run."""
-        waiting, running = list(stages), list[Job]()
+        waiting, running = list(stages), list[Stage]()
         while waiting or running:
             try:
-                alone = bool(waiting) and waiting[0].group == "alone"
-                full = bool(running) and (alone or len(running) >= self.side_by_side)
-                if waiting and not full and waiting[0].after in ("", *self.results):
-                    running.append(Job(stage := waiting.pop(0), {"group": stage.group, "status": "ok", "reason": ""}))
+                places = 1 if waiting and waiting[0].group == "alone" else self.side_by_side
+                if waiting and len(running) < places and waiting[0].after in ("", *self.results):
+                    running.append(waiting.pop(0))
                     self.start(running[-1])
-                for job in running[:]:
-                    if job.ended(self.stopped) and job.stage.like in ("", *self.results):
-                        running.remove(job)
-                        self.finish(job)
+                for stage in running[:]:
+                    if stage.ended(self.stopped) and stage.like in ("", *self.results):
+                        running.remove(stage)
+                        self.finish(stage)
                 sleep(0.05)
             except KeyboardInterrupt:
                 self.stopped = True
         return all(result["status"] in ("ok", "too large") for result in self.results.values())
 
-    def start(self, job: Job) -> None:
-        """Start its processes, unless there is a reason not to: then it ends at once."""
-        stage, job.start = job.stage, monotonic()
-        left = 60 * self.minutes + self.since - job.start
-        job.limit = min(stage.limit, left)
-        try:
-            if self.stopped or left < stage.limit / 2:
-                raise SubprocessError("not run", "stopped" if self.stopped else f"{self.minutes:g} minutes are over")
-            if stage.after and self.results[stage.after]["status"] != "ok":
-                raise SubprocessError("not run", f"it needs {stage.after}, which is not ok")
-            lines = self.prepare(stage, job.result)
-        except SubprocessError as failure:
-            job.result["status"], job.result["reason"] = failure.args
-            return
-        self.say(f"{stage.name}: started, for {job.limit:.0f} s at most; {left:.0f} s left for all")
-        env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # of launch scripts
-        with (self.folder / f"{stage.name}.log").open("w") as file:
-            for line in lines:
-                own: dict[str, Any] = {"env": env if line[0].startswith("./") else None, "start_new_session": True}
-                job.processes.append(Popen(line, cwd=ROOT, stdin=DEVNULL, stdout=file, stderr=STDOUT, **own))
+    def start(self, stage: Stage) -> None:
+        """Start its processes, unless there is a reason not to: then it has ended."""
+        result, folder, stage.since = stage.result, self.folder / stage.name, monotonic()
+        left, line = 60 * self.minutes + self.since - stage.since, stage.command(folder)
+        result |= {"status": "not run", "alone": stage.group == "alone", "targets": stage.at_least}
+        result["command"] = " ".join(line[1:]).replace(str(self.folder), "OUT")
+        if self.stopped or left < stage.limit / 2:
+            result["reason"] = "stopped" if self.stopped else f"the {self.minutes:g} minutes are over"
+        elif stage.after and self.results[stage.after]["status"] != "ok":
+            result["reason"] = f"it needs {stage.after}, which is not ok"
+        elif not self.fits(stage, line[2:]):
+            result |= {"status": "too large", "reason": f"needs {result['planned GB']:.0f} GB"}
+        else:
+            result["status"], stage.limit = "ok", min(stage.limit, left)
+            self.say(f"{stage.name}: started, for {stage.limit:.0f} s at most; {left:.0f} s left for all")
+            folder.mkdir()
+            if stage.after and stage.strategy:
+                shutil.copytree(self.folder / stage.after, folder, dirs_exist_ok=True)
+                shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
+            with folder.with_suffix(".log").open("w") as file:
+                for words in two_nodes(line) if stage.group == "gloo" else [line]:
+                    own: dict[str, Any] = {"cwd": ROOT, "env": environment(words), "start_new_session": True}
+                    stage.processes.append(Popen(words, stdin=DEVNULL, stdout=file, stderr=STDOUT, **own))
 
-    def prepare(self, stage: Stage, result: dict[str, Any]) -> list[list[str]]:
-        """Make its folder, and return its command lines. Raises SubprocessError if the planner says it does not fit."""
-        folder = self.folder / stage.name
-        line = stage.command(folder)
-        result["command"] = " ".join(line[1:]).replace(str(self.folder), "$OUT")
-        if stage.group == "alone" and stage.strategy and not stage.status:
-            result["planned GB"] = planned = planned_bytes(stage, line[2:], self.gpu) / 1e9
-            size = torch.cuda.get_device_properties(0).total_memory / 1e9 if self.gpu else np.inf
-            if planned > size:
-                raise SubprocessError("too large", f"needs {planned:.0f} GB, the GPU has {size:.0f}")
-        folder.mkdir()
-        if stage.after and stage.strategy:
-            shutil.copytree(self.folder / stage.after, folder, dirs_exist_ok=True)
-            shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
-        if stage.group != "gloo":
-            return [line]
-        # Two nodes of one rank, each of which takes the first GPU; NCCL would refuse.
-        nodes = f"-m launch.ranks --nnodes=2 --master_addr=127.0.0.1 --master_port={free_port(host='127.0.0.1')}"
-        words = ["1", *line[1:], "--backend=gloo"]
-        return [[sys.executable, *nodes.split(), f"--node_rank={node}", *words] for node in (0, 1)]
+    def fits(self, stage: Stage, arguments: list[str]) -> bool:
+        """Whether the GPU has the memory that the planner predicts for a run that is alone on it."""
+        if stage.group != "alone" or not stage.strategy or stage.status:
+            return True
+        device, dtype = ("H100", "bfloat16") if self.gpu else ("cpu", "float32")
+        machine = Machines(1, 1, device, 1, 1, 1, 1, 1, dtype, fragmentation=0, baseline=0)  # its speed does not matter
+        cfg, strategy = parse(RecipeConfig, arguments, ""), find_strategy(stage.strategy)
+        model = cfg.model_config(open_dataset(Path(cfg.dataset)).vocab_size)
+        batch = cfg.batch_size, cfg.gradient_accumulation_steps, cfg.activation_checkpointing
+        planned = stage.result["planned GB"] = Candidate(model, strategy, machine, *batch).memory / 1e9
+        return not self.gpu or planned < torch.cuda.get_device_properties(0).total_memory / 1e9
 
-    def finish(self, job: Job) -> None:
+    def finish(self, stage: Stage) -> None:
         """Judge a stage that has ended, and print its line; of a failed one also the end of its log, which is kept."""
-        stage, log = job.stage, self.folder / f"{job.stage.name}.log"
-        result = self.results[stage.name] = job.result
-        text = log.read_text(errors="replace") if job.processes else ""
-        try:
-            if result["status"] == "ok":
-                self.check(job, text)
-                self.measure(stage, result)
-                self.judge(stage, result)
-        except SubprocessError as failure:
-            result["status"], result["reason"] = failure.args
-        except (OSError, ValueError, LookupError) as error:  # a file that it should have written
-            result |= {"status": "FAILED", "reason": f"{type(error).__name__}: {error}"}
-        numbers = (f"{name} {number}" for name, number in shown(result).items())
-        words = [f"{stage.name}: {result['status']}", f"{result['seconds']} s", result["reason"], *numbers]
+        result, log = stage.result, self.folder / f"{stage.name}.log"
+        self.results[stage.name] = result
+        text = log.read_text(errors="replace") if stage.processes else ""
+        if stage.killed and self.stopped:
+            result |= {"status": "not run", "reason": "stopped"}
+        elif result["status"] == "ok":
+            try:
+                reason = next(self.problems(stage, text), "")
+            except (OSError, ValueError, LookupError) as error:  # a file that it should have written
+                reason = f"{type(error).__name__}: {error}"
+            result |= {"status": "FAILED", "reason": reason} if reason else {}
         lines = text.splitlines()[-200:] if result["status"] == "FAILED" else []
         if lines and self.write:
             (self.write / log.name).write_text("\n".join(lines) + "\n")
+        words = [f"{stage.name}: {result['status']}, {result['seconds']} s", result["reason"]]
+        words += [f"{name} {number}" for name, number in shown(result).items()]
         self.say(", ".join(filter(None, words)), *lines[-5:])
 
-    def check(self, job: Job, text: str) -> None:
-        """Raise SubprocessError(status, reason) if a stage did not end as it should; text: its output."""
-        if job.killed:
-            raise SubprocessError(
-                *("not run", "stopped") if self.stopped else ("FAILED", f"over its limit, {job.limit:.0f} s")
-            )
-        if wrong := [process.returncode for process in job.processes if process.returncode != job.stage.status]:
-            raise SubprocessError("FAILED", f"status {wrong[0]}: {explain(text.splitlines(), wrong[0]).args[1]}")
-        if not re.search(expected := job.stage.prints or ("resuming" if job.stage.after else ""), text, re.M):
-            raise SubprocessError("FAILED", f"did not print {expected!r}")
-        if job.stage.like and self.results[job.stage.like]["status"] != "ok":
-            raise SubprocessError("FAILED", f"cannot be compared with {job.stage.like}, which is not ok")
+    def problems(self, stage: Stage, text: str) -> Iterator[str]:
+        """Reasons why a stage failed; text: its output. Adds its numbers to its result."""
+        if stage.killed:
+            yield f"killed at its limit of {stage.limit:.0f} s"
+        for code in (process.returncode for process in stage.processes if process.returncode != stage.status):
+            yield f"status {code}: {explain(text.splitlines(), code).args[1]}"
+        if not re.search(expected := stage.prints or ("resuming" if stage.after else ""), text, re.M):
+            yield f"did not print {expected!r}"
+        result, other = stage.result, self.results.get(stage.like, {})
+        losses = self.measure(stage, result, other)
+        if losses and not losses[-1] < losses[0]:
+            yield f"val loss was {losses[0]:.4f} and became {losses[-1]:.4f}"
+        if other and other["status"] != "ok":
+            yield f"cannot be compared with {stage.like}, which is not ok"
+        if other and not result["loss difference"] <= stage.within:  # also if it is NaN
+            yield f"losses differ from those of {stage.like} by more than {stage.within:g}"
+        bounds = {key: (least, np.inf) for key, least in stage.at_least.items()} | {"of plan": OF_PLAN}
+        for key, (low, high) in bounds.items() if find_device(self.gpu) in MEASURED else ():
+            if result.get(key) is not None and not low <= result[key] <= high:
+                yield f"{key} must be from {low:g} to {high:g}"
 
-    def measure(self, stage: Stage, result: dict[str, Any]) -> None:
-        """Add the numbers of FORMS. Raises SubprocessError if the validation loss does not fall."""
-        folder, other = self.folder / stage.name, self.results.get(stage.like, {})
+    def measure(self, stage: Stage, result: dict[str, Any], other: dict[str, Any]) -> list[float]:
+        """Add the numbers of FORMS to a result; returns validation losses. other: the result that it is compared with."""
+        folder, losses = self.folder / stage.name, list[float]()
         if (folder / "benchmark.json").exists():
             ours, *peer = json.loads((folder / "benchmark.json").read_text())["rows"]
             result |= {"tokens/s": ours["tokens_per_second"], "MFU": ours["mfu"], "ms/step": ours["step_ms"]}
@@ -288,19 +279,21 @@ class Acceptance:
                 result["loss difference"] = float(np.max([abs(a["loss"] - b["loss"]) for a, b in pairs]))
                 norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs]
                 result["norm difference"] = float(np.max(norms))
-            if losses and not losses[-1] < losses[0]:
-                raise SubprocessError("FAILED", f"val loss was {losses[0]:.4f} and became {losses[-1]:.4f}")
-        if "tokens/s" in other and "tokens/s" in result:
+        if "tokens/s" in result and "tokens/s" in other:
             result["ratio"] = result["tokens/s"] / other["tokens/s"]
+        return losses
 
-    def judge(self, stage: Stage, result: dict[str, Any]) -> None:
-        """Raise SubprocessError where the losses differ or, on MEASURED GPUs, a target is missed."""
-        if stage.like and not result["loss difference"] <= stage.within:  # also if it is NaN
-            raise SubprocessError("FAILED", f"losses differ from those of {stage.like} by more than {stage.within:g}")
-        bounds = {key: (least, np.inf) for key, least in stage.at_least.items()} | {"of plan": OF_PLAN}
-        for key, (low, high) in bounds.items() if find_device(self.gpu) in MEASURED else ():
-            if result.get(key) is not None and not low <= result[key] <= high:
-                raise SubprocessError("FAILED", f"{key} must be from {low:g} to {high:g}")
+
+def two_nodes(line: list[str]) -> list[list[str]]:
+    """The same as two nodes of one rank, both of which take the first GPU; NCCL would refuse."""
+    nodes = f"-m launch.ranks --nnodes=2 --master_addr=127.0.0.1 --master_port={free_port(host='127.0.0.1')}"
+    return [[sys.executable, *nodes.split(), f"--node_rank={n}", "1", *line[1:], "--backend=gloo"] for n in (0, 1)]
+
+
+def environment(line: list[str]) -> dict[str, str]:
+    """For gloo, the network of this machine; for launch scripts, the Python that runs this."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}" if line[0].startswith("./") else os.environ["PATH"]
+    return {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "PATH": path}
 
 
 def shown(result: dict[str, Any]) -> dict[str, str]:
@@ -313,15 +306,6 @@ def read_metrics(folder: Path) -> tuple[dict[int, dict[str, Any]], list[float]]:
     rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
     train = {row["step"]: row for row in rows if row["kind"] == "train"}
     return train, [row["val_loss"] for row in rows if row["kind"] == "eval"]
-
-
-def planned_bytes(stage: Stage, arguments: list[str], gpu: str) -> float:
-    """The planner's estimate of all tensors of a rank."""
-    cfg, (device, dtype) = parse(RecipeConfig, arguments, ""), ("H100", "bfloat16") if gpu else ("cpu", "float32")
-    machine = Machines(1, 1, device, 1, 1, 1, 1, 1, dtype, fragmentation=0, baseline=0)  # its speed does not matter
-    model, strategy = cfg.model_config(open_dataset(Path(cfg.dataset)).vocab_size), find_strategy(stage.strategy)
-    batch = cfg.batch_size, cfg.gradient_accumulation_steps, cfg.activation_checkpointing
-    return Candidate(model, strategy, machine, *batch).memory
 
 
 def write_data(folder: Path, tokenizer: Tokenizer, tokens: int) -> None:
@@ -346,23 +330,29 @@ def describe_machine(gpu: str) -> dict[str, Any]:
 
 
 def page(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
-    """README.md: what was compared, what ran alone on the device, and why a stage is not ok."""
+    """README.md: what was compared, what ran alone on the device, why a stage is not ok, and the targets."""
     lines = [f"# Acceptance on {about['device']}", "", ", ".join(f"{key} {value}" for key, value in about.items())]
     for title, alone in (("Correctness", False), ("Speed", True)):
-        rows = {name: result for name, result in results.items() if (result["group"] == "alone") == alone}
+        rows = {name: result for name, result in results.items() if result["alone"] == alone}
         columns = [key for key in FORMS if any(key in shown(result) for result in rows.values())]
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            f"| stage | result | s | {' | '.join(columns)} |",
-            f"{'|---' * (3 + len(columns))}|",
-        ]
+        head = f"| stage | result | s | {' | '.join(columns)} |"
+        lines += ["", f"## {title}", "", head, f"{'|---' * (3 + len(columns))}|"]
         for name, result in rows.items():
-            cells = [name, result["status"], f"{result['seconds']}"]
-            lines.append(f"| {' | '.join([*cells, *(shown(result).get(key, '') for key in columns)])} |")
-    reasons = [f"- {name}: {result['reason']}" for name, result in results.items() if result["reason"]]
-    return "\n".join([*lines, "", "## Not ok", "", *(reasons or ["Nothing."])]) + "\n"
+            cells = [name, result["status"], f"{result['seconds']}", *(shown(result).get(key, "") for key in columns)]
+            lines.append(f"| {' | '.join(cells)} |")
+    reasons = [
+        f"- {name}: {result['status']}, {result['reason']}" for name, result in results.items() if result["reason"]
+    ]
+    lines += ["", "## Failed or not run", "", *(reasons or ["Nothing."])]
+    lines += [
+        "",
+        "## Targets",
+        "",
+        f"On {' and '.join(MEASURED)}, peak memory is {OF_PLAN[0]} to {OF_PLAN[1]} of plan;",
+    ]
+    targets = {name: result["targets"] for name, result in results.items() if result["targets"]}
+    lines += ["; ".join(f"{name}: {key} at least {least}" for name in targets for key, least in targets[name].items())]
+    return "\n".join(lines) + "\n"
 
 
 def choose(stages: list[Stage], prefixes: tuple[str, ...]) -> list[Stage]:
