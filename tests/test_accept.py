@@ -28,7 +28,8 @@ def write_metrics(folder: Path, *losses: float, evals: tuple[float, ...] = ()) -
     rows += [{"kind": "train", "step": n, "loss": loss, "grad_norm": 1.0, **speed} for n, loss in enumerate(losses)]
     path = folder / f"{len(list(folder.iterdir()))}.py"
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(f"from pathlib import Path; import sys; Path(sys.argv[1], 'metrics.jsonl').write_text({text!r})")
+    files = {"metrics.jsonl": text, "config.json": "{}"}
+    path.write_text(f"import pathlib, sys\nfor n, t in {files}.items(): pathlib.Path(sys.argv[1], n).write_text(t)")
     return f"{path} {{out}}"
 
 
@@ -162,7 +163,7 @@ def test_stages_that_do_not_fit_are_not_run(acceptance, scripts):
     (scripts / "good.py").write_text("")
     stages = [Stage("long", "a", 90, "", f"{scripts}/good.py"), Stage("short", "a", 20, "", f"{scripts}/good.py")]
     assert not acceptance.run(stages)
-    assert outcomes(acceptance) == {"long": ("not run", "the 0.5 minutes are over"), "short": ("ok", "")}
+    assert outcomes(acceptance) == {"long": ("not run", "too little is left of 0.5 minutes"), "short": ("ok", "")}
 
 
 def test_stages_run_side_by_side_on_a_gpu(acceptance, scripts):
@@ -193,11 +194,11 @@ def test_ctrl_c_keeps_the_results_so_far(tmp_path):
 
 
 def test_chosen_stages_bring_what_they_need():
-    names = [stage.name for stage in accept.choose(TABLE, ("resume_f", "zero3_as"))]
+    names = [stage.name for stage in accept.choose(TABLE, ["resume_f", "zero3_as"])]
     assert names == ["cpu", "fsdp", "zero3", "resume_fsdp", "zero3_as_single"]
-    assert accept.choose(TABLE, ("",)) == TABLE
+    assert accept.choose(TABLE, [""]) == TABLE
     with pytest.raises(UserError, match="--only=nothing: no stage begins so; the groups are fp32, half, compile, "):
-        accept.choose(TABLE, ("nothing",))
+        accept.choose(TABLE, ["fp32", "nothing"])
 
 
 def test_without_a_gpu_cuda_is_one_message():

@@ -20,7 +20,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, run
 from time import monotonic, sleep
@@ -40,9 +40,9 @@ from tools.terminal import make_parser, underscored
 from training import distributed
 from training.config import ROOT, parse
 from training.errors import UserError
-from training.figures import read_rows
+from training.figures import read_run
 from training.gpus import find_device
-from training.run_folder import git, processor, versions
+from training.run_folder import environment
 from training.speed import summarize
 from training.strategies import find_strategy
 
@@ -193,7 +193,7 @@ class Acceptance:
         result |= {"status": "not run", "alone": stage.group == "alone", "targets": stage.at_least}
         result["command"] = " ".join(line[1:]).replace(str(self.folder), "OUT")
         if self.stopped or left < stage.limit / 2:
-            result["reason"] = "stopped" if self.stopped else f"the {self.minutes:g} minutes are over"
+            result["reason"] = "stopped" if self.stopped else f"too little is left of {self.minutes:g} minutes"
         elif stage.after and self.results[stage.after]["status"] != "ok":
             result["reason"] = f"it needs {stage.after}, which is not ok"
         elif not self.fits(stage, line[2:]):
@@ -207,7 +207,11 @@ class Acceptance:
                 shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
             with folder.with_suffix(".log").open("w") as file:
                 to: dict[str, Any] = {"stdin": DEVNULL, "stdout": file, "stderr": STDOUT, "start_new_session": True}
-                lines = two_nodes(line) if stage.group == "gloo" else [line]
+                lines = [line]
+                if stage.group == "gloo":  # two nodes of one rank, both on the first GPU, which NCCL would refuse
+                    nodes = "-m launch.ranks --nnodes=2 --master_addr=127.0.0.1 --master_port="
+                    start = [sys.executable, *f"{nodes}{free_port(host='127.0.0.1')}".split()]
+                    lines = [[*start, f"--node_rank={n}", "1", *line[1:], "--backend=gloo"] for n in (0, 1)]
                 stage.processes = [Popen(words, cwd=ROOT, env=self.environment, **to) for words in lines]
 
     def fits(self, stage: Stage, arguments: list[str]) -> bool:
@@ -236,7 +240,9 @@ class Acceptance:
                 reason = f"{type(error).__name__}: {error}"
             result |= {"status": "FAILED", "reason": reason} if reason else {}
         lines = text.splitlines()[-200:] if result["status"] == "FAILED" else []
-        if lines and self.write:
+        if self.write:
+            (self.write / log.name).unlink(missing_ok=True)  # of an earlier run
+        if self.write and lines:
             (self.write / log.name).write_text("\n".join(lines) + "\n")
         words = [f"{stage.name}: {result['status']}, {result['seconds']} s", result["reason"]]
         words += [f"{name} {number}" for name, number in shown(result).items()]
@@ -271,7 +277,7 @@ class Acceptance:
             result |= {"tokens/s": ours["tokens_per_second"], "MFU": ours["mfu"], "ms/step": ours["step_ms"]}
             other = {"tokens/s": peer[0]["tokens_per_second"]} if peer else {}
         elif (folder / "metrics.jsonl").exists():
-            rows, losses = read_metrics(folder)
+            rows, losses = read_losses(folder)
             speed = summarize(list(rows.values()))
             result |= {"ms/step": speed["step_ms"], "peak GB": speed["peak_memory_bytes"] / 1e9}
             if stage.group == "alone":
@@ -279,7 +285,7 @@ class Acceptance:
             if self.gpu and "planned GB" in result:  # on CPUs the peak is that of the process
                 result["of plan"] = result["peak GB"] / result["planned GB"]
             if stage.like:
-                pairs = [(rows[step], row) for step, row in read_metrics(self.folder / stage.like)[0].items()]
+                pairs = [(rows[step], row) for step, row in read_losses(self.folder / stage.like)[0].items()]
                 result["loss difference"] = float(np.max([abs(a["loss"] - b["loss"]) for a, b in pairs]))
                 norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs]
                 result["norm difference"] = float(np.max(norms))
@@ -288,22 +294,15 @@ class Acceptance:
         return losses
 
 
-def two_nodes(line: list[str]) -> list[list[str]]:
-    """The same as two nodes of one rank, both of which take the first GPU; NCCL would refuse."""
-    nodes = f"-m launch.ranks --nnodes=2 --master_addr=127.0.0.1 --master_port={free_port(host='127.0.0.1')}"
-    return [[sys.executable, *nodes.split(), f"--node_rank={n}", "1", *line[1:], "--backend=gloo"] for n in (0, 1)]
-
-
 def shown(result: dict[str, Any]) -> dict[str, str]:
     """The numbers of a result as text, by title."""
     return {key: f"{result[key]:{form}}" for key, form in FORMS.items() if result.get(key) is not None}
 
 
-def read_metrics(folder: Path) -> tuple[dict[int, dict[str, Any]], list[float]]:
+def read_losses(folder: Path) -> tuple[dict[int, dict[str, Any]], list[float]]:
     """Training rows by step, and validation losses."""
-    rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
-    train = {row["step"]: row for row in rows if row["kind"] == "train"}
-    return train, [row["val_loss"] for row in rows if row["kind"] == "eval"]
+    rows, _ = read_run(folder)
+    return {r["step"]: r for r in rows if r["kind"] == "train"}, [r["val_loss"] for r in rows if r["kind"] == "eval"]
 
 
 def write_data(folder: Path, tokenizer: Tokenizer, tokens: int) -> None:
@@ -316,19 +315,19 @@ def write_data(folder: Path, tokenizer: Tokenizer, tokens: int) -> None:
 
 
 def describe_machine(gpu: str) -> dict[str, Any]:
-    about = {"device": gpu or processor(), "GPUs": torch.cuda.device_count(), "commit": git("rev-parse", "HEAD")}
-    about |= versions()
+    about = environment(replace(distributed.SINGLE_PROCESS, device=torch.device("cuda" if gpu else "cpu")))
     if gpu:
+        about |= {"GPUs": torch.cuda.device_count(), "CUDA": torch.version.cuda, "NCCL": torch.cuda.nccl.version()}
+        about["cuDNN"] = torch.backends.cudnn.version()
+    if gpu and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         about["driver"] = run(query, capture_output=True, text=True).stdout.partition("\n")[0]
-        about |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
-        about["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return about
 
 
 def page(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
     """README.md: what was compared, what ran alone on the device, why a stage is not ok, and the targets."""
-    lines = [f"# Acceptance on {about['device']}", "", ", ".join(f"{key} {value}" for key, value in about.items())]
+    lines = [f"# Acceptance on {about['device']}", "", *(f"- {key}: {value}" for key, value in about.items())]
     for title, alone in (("Correctness", False), ("Speed", True)):
         rows = {name: result for name, result in results.items() if result["alone"] == alone}
         columns = [key for key in FORMS if any(key in shown(result) for result in rows.values())]
@@ -337,27 +336,23 @@ def page(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
         for name, result in rows.items():
             cells = [shown(result).get(key, "") for key in columns]
             lines.append(f"| {' | '.join([name, result['status'], str(result['seconds']), *cells])} |")
-    reasons = [
-        f"- {name}: {result['status']}, {result['reason']}" for name, result in results.items() if result["reason"]
-    ]
+    reasons = [f"- {name}: {row['status']}, {row['reason']}" for name, row in results.items() if row["reason"]]
+    low, high = OF_PLAN
+    targets = [f"- every training run: {low} to {high} of plan"]
+    targets += [f"- {name}: {key} {least}" for name, row in results.items() for key, least in row["targets"].items()]
     lines += ["", "## Failed or not run", "", *(reasons or ["Nothing."])]
-    lines += [
-        "",
-        "## Targets",
-        "",
-        f"On {' and '.join(MEASURED)}, peak memory is {OF_PLAN[0]} to {OF_PLAN[1]} of plan;",
-    ]
-    targets = {name: result["targets"] for name, result in results.items() if result["targets"]}
-    lines += ["; ".join(f"{name}: {key} at least {least}" for name in targets for key, least in targets[name].items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"## Targets on {' and '.join(MEASURED)}", "", *targets]) + "\n"
 
 
-def choose(stages: list[Stage], prefixes: tuple[str, ...]) -> list[Stage]:
+def choose(stages: list[Stage], prefixes: list[str]) -> list[Stage]:
     """Those whose name or group begins with one of the prefixes, and what they need."""
-    chosen = {stage.name for stage in stages if stage.name.startswith(prefixes) or stage.group.startswith(prefixes)}
-    if not chosen:
-        groups = ", ".join(dict.fromkeys(stage.group for stage in stages))
-        raise UserError(f"--only={','.join(prefixes)}: no stage begins so; the groups are {groups}")
+    chosen = set[str]()
+    for prefix in prefixes:
+        found = {stage.name for stage in stages if stage.name.startswith(prefix) or stage.group.startswith(prefix)}
+        if not found:
+            groups = ", ".join(dict.fromkeys(stage.group for stage in stages))
+            raise UserError(f"--only={prefix}: no stage begins so; the groups are {groups}")
+        chosen |= found
     for stage in reversed(stages):
         chosen |= {stage.like, stage.after} if stage.name in chosen else set()
     return [stage for stage in stages if stage.name in chosen]
@@ -379,17 +374,17 @@ def main() -> None:
         write.mkdir(parents=True, exist_ok=True)
         (write / "summary.txt").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    about = describe_machine(gpu)
     with tempfile.TemporaryDirectory(prefix="accept-") as folder:
         acceptance, data = Acceptance(Path(folder), write, gpu, args.minutes), Path(folder, "data")
         write_data(data, tokenizer_from({"name": "gpt2" if gpu else "byte"}), 8_000_000 if gpu else 50_000)
         gpt2 = f"config/train_gpt2.py --dataset={data}{'' if gpu else TINY + ' --device=cpu'}"
         peer = f"--peer={args.peer.resolve()}" if args.peer else ""
         stages = [*correctness(bool(gpu), data, gpt2), *speed(bool(gpu), gpt2, peer)]
-        passed = acceptance.run(choose(stages, tuple(args.only.split(","))))
+        passed = acceptance.run(choose(stages, args.only.split(",")))
     counts = Counter(result["status"] for result in acceptance.results.values())
     acceptance.say(", ".join(f"{number} {status}" for status, number in counts.items()))
     if write:
-        about = describe_machine(gpu)
         found = json.dumps({"machine": about, "stages": acceptance.results}, indent=1)
         (write / "accept.json").write_text(found + "\n")
         (write / "README.md").write_text(page(about, acceptance.results))
