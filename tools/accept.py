@@ -132,14 +132,15 @@ def correctness(gpu: bool, data: Path, gpt2: str) -> list[Stage]:
 
 def speed(gpu: bool, gpt2: str, peer: str) -> list[Stage]:
     """Alone on the device, the most important first, because the time may not suffice for all."""
-    bench = f"-m tools.benchmark --strategies=single --gpus=1 --speed {peer} --steps=25 --write={{out}}"
+    bench = f"-m tools.benchmark --strategies=single --gpus=1 --speed --steps=25 --write={{out}} {peer}"
+    bench += f" {gpt2} --gradient_accumulation_steps=4 --out_dir={{out}}/run"
     eager = f"{gpt2} --benchmark --steps=15 --gradient_accumulation_steps=4 --compile=False"
     large = f"{gpt2} --benchmark --steps=8 --gradient_accumulation_steps=2 --batch_size="
     medium = large.replace("gpt2.py", "gpt2_medium.py") + ("16" if gpu else "4")
     xl = large.replace("gpt2.py", "gpt2_xl.py") + ("8" if gpu else "4") + " --activation_checkpointing=False"
     best, ratio = {"MFU": 0.45, "ratio": 1.3}, {"ratio": 0.95}  # to nanoGPT; to the stage that it is like
     return [
-        Stage("124m", "alone", 200, "", f"{bench} {gpt2} --gradient_accumulation_steps=4", at_least=best),
+        Stage("124m", "alone", 200, "", bench, at_least=best),
         Stage("xl_fsdp", "alone", 120, "fsdp", xl, at_least={"MFU": 0.5}),
         Stage("eager_124m", "alone", 45, "single", eager),
         *(Stage(f"{z}_124m", "alone", 50, z, eager, "eager_124m", 0.1, at_least=ratio) for z in ZEROS),
