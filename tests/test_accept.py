@@ -89,14 +89,20 @@ def test_a_failure_has_its_reason_and_the_others_run(acceptance, scripts):
         Stage("good", "a", 60, "", f"{scripts}/good.py", prints="^The "),
         Stage("silent", "a", 60, "", f"{scripts}/good.py", prints="^try, in this order"),
         Stage("refused", "a", 60, "", f"{scripts}/wrong.py", status=1, prints="must be above"),
+        Stage("no_checkpoint", "a", 60, "single", "--init_from=resume", after="good"),
+        Stage("no_script", "a", 60, "", "./launch_nothing.sh"),
     ]
     assert not acceptance.run(stages)
-    assert outcomes(acceptance) == {
+    found = outcomes(acceptance)
+    status, reason = found.pop("no_checkpoint")
+    assert status == "FAILED" and reason.startswith("ValueError: max() "), "there is no checkpoint to resume from"
+    assert found == {
         "wrong": ("FAILED", "status 1: n_layer = 0: must be above 0"),
         "after_it": ("not run", "it needs wrong, which is not ok"),
         "good": ("ok", ""),
         "silent": ("FAILED", "did not print '^try, in this order'"),
         "refused": ("ok", ""),
+        "no_script": ("FAILED", "FileNotFoundError: [Errno 2] No such file or directory: './launch_nothing.sh'"),
     }
     folder = acceptance.write
     assert folder and sorted(path.name for path in folder.glob("*.log")) == ["silent.log", "wrong.log"]

@@ -70,7 +70,10 @@ class Stage:
     at_least: dict[str, float] = field(default_factory=dict)  # targets on MEASURED GPUs
     since, killed = 0.0, False  # when it was started; whether it was killed
     processes: list[Popen] = field(default_factory=list)
-    result: dict[str, Any] = field(default_factory=lambda: {"reason": ""})
+    result: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.result = {"group": self.group, "status": "not run", "reason": "", "targets": self.at_least}
 
     def command(self, folder: Path) -> list[str]:
         words = self.arguments.replace("{out}", str(folder)).split()
@@ -156,6 +159,7 @@ class Acceptance:
         self.folder, self.write, self.gpu, self.minutes = folder, write, gpu, minutes
         self.side_by_side = max(2, (os.cpu_count() or 1) // 2) if gpu else 1
         self.since, self.stopped = monotonic(), False
+        self.outputs = [sys.stdout, *([(write / "summary.txt").open("w")] if write else [])]
         self.results: dict[str, dict[str, Any]] = {}  # of the stages that have ended
         self.environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "2", **os.environ}
         if shutil.which("python") != sys.executable:  # launch scripts shall take this one
@@ -164,10 +168,8 @@ class Acceptance:
     def say(self, *lines: str) -> None:
         """Print lines, and add them to summary.txt."""
         text = f"[{monotonic() - self.since:4.0f} s] " + "\n         ".join(lines)
-        print(text, flush=True)
-        if self.write:
-            with (self.write / "summary.txt").open("a") as file:
-                file.write(text + "\n")
+        for output in self.outputs:
+            print(text, file=output, flush=True)
 
     def run(self, stages: list[Stage]) -> bool:
         """Whether none failed. Ctrl-C kills what is running; what is waiting is not run."""
@@ -176,8 +178,11 @@ class Acceptance:
             try:
                 places = 1 if waiting and waiting[0].group == "alone" else self.side_by_side
                 if waiting and len(running) < places and waiting[0].after in ("", *self.results):
-                    running.append(waiting.pop(0))
-                    self.start(running[-1])
+                    running.append(stage := waiting.pop(0))
+                    try:
+                        self.start(stage)
+                    except (OSError, ValueError) as error:  # such as a checkpoint that is missing
+                        stage.result |= {"status": "FAILED", "reason": f"{type(error).__name__}: {error}"}
                 for stage in running[:]:
                     if stage.ended(self.stopped) and stage.like in ("", *self.results):
                         running.remove(stage)
@@ -191,7 +196,6 @@ class Acceptance:
         """Start its processes, unless there is a reason not to: then it has ended."""
         result, folder, stage.since = stage.result, self.folder / stage.name, monotonic()
         left, line = 60 * self.minutes + self.since - stage.since, stage.command(folder)
-        result |= {"status": "not run", "alone": stage.group == "alone", "targets": stage.at_least}
         result["command"] = " ".join(line[1:]).replace(str(self.folder), "OUT")
         if self.stopped or left < stage.limit / 2:
             result["reason"] = "stopped" if self.stopped else f"too little is left of {self.minutes:g} minutes"
@@ -200,7 +204,7 @@ class Acceptance:
         elif not self.fits(stage, line[2:]):
             result |= {"status": "too large", "reason": f"needs {result['planned GB']:.0f} GB"}
         else:
-            result["status"], stage.limit = "ok", min(stage.limit, left)
+            stage.limit = min(stage.limit, left)
             self.say(f"{stage.name}: started, for {stage.limit:.0f} s at most; {left:.0f} s left for all")
             folder.mkdir()
             if stage.after and stage.strategy:
@@ -214,6 +218,7 @@ class Acceptance:
                     start = [sys.executable, *f"{nodes}{free_port(host='127.0.0.1')}".split()]
                     lines = [[*start, f"--node_rank={n}", "1", *line[1:], "--backend=gloo"] for n in (0, 1)]
                 stage.processes = [Popen(words, cwd=ROOT, env=self.environment, **to) for words in lines]
+            result["status"] = "ok"  # until a problem is found
 
     def fits(self, stage: Stage, arguments: list[str]) -> bool:
         """Whether the GPU has the memory that the planner predicts for a run that is alone on it."""
@@ -258,8 +263,6 @@ class Acceptance:
         if not re.search(expected := stage.prints or ("resuming" if stage.after else ""), text, re.M):
             yield f"did not print {expected!r}"
         result, other = stage.result, self.results.get(stage.like, {})
-        if other and "ms/step" not in other:
-            yield f"cannot be compared with {stage.like}, which has no metrics"
         losses = self.measure(stage, result, other)
         if losses and not losses[-1] < losses[0]:
             yield f"val loss was {losses[0]:.4f} and became {losses[-1]:.4f}"
@@ -330,7 +333,7 @@ def page(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
     """README.md: what was compared, what ran alone on the device, why a stage is not ok, and the targets."""
     lines = [f"# Acceptance on {about['device']}", "", *(f"- {key}: {value}" for key, value in about.items())]
     for title, alone in (("Correctness", False), ("Speed", True)):
-        rows = {name: result for name, result in results.items() if result["alone"] == alone}
+        rows = {name: result for name, result in results.items() if (result["group"] == "alone") == alone}
         columns = [key for key in FORMS if any(key in shown(result) for result in rows.values())]
         head = f"| stage | result | s | {' | '.join(columns)} |"
         lines += ["", f"## {title}", "", head, f"{'|---' * (3 + len(columns))}|"]
@@ -373,7 +376,6 @@ def main() -> None:
     write = args.write or (ROOT / "results" / f"gpu_{re.sub('[^a-z0-9]+', '_', gpu.lower())}" if gpu else None)
     if write:
         write.mkdir(parents=True, exist_ok=True)
-        (write / "summary.txt").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     about = describe_machine(gpu)
     with tempfile.TemporaryDirectory(prefix="accept-") as folder:
