@@ -40,10 +40,11 @@ from typing import Any, NoReturn
 FORKED = re.compile(
     "RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|LOCAL_SIZE|FIRST_RANK|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES"
     "|PYTEST_CURRENT_TEST|MARK|WANDB_.*|TIKTOKEN_CACHE_DIR|LC_CTYPE|TORCH_CPP_LOG_LEVEL"
-    "|CROSS_RANK|CROSS_SIZE|TORCHINDUCTOR_CACHE_DIR|PYTORCH_NVML_BASED_CUDA_CHECK"  # the last two are set by imports
+    "|GLOO_SOCKET_IFNAME|CROSS_RANK|CROSS_SIZE"
+    "|TORCHINDUCTOR_CACHE_DIR|PYTORCH_NVML_BASED_CUDA_CHECK"  # the last two are set by imports
 )
 # Modules that start other processes, which are then forked, too.
-FORKING = ("launch.ranks", "tools.benchmark", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+FORKING = ("launch.ranks", "tools.accept", "tools.benchmark", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 ROOM = "ROOM"  # a variable of the server whose place in memory takes a child's environment, for /proc/PID/environ
 ROOM_BYTES = 2**15
 MESSAGE_BYTES = 2**17  # more than a command and its environment

@@ -32,7 +32,12 @@ SHORT: dict[str, Any] = {key: TINY[key] for key in ("device", "compile", "block_
 SHORT |= {"n_layer": 1, "n_head": 2, "n_embd": 16, "max_iters": 2, "gradient_accumulation_steps": 8}
 MODULES = {"torchrun": ["-m", "torch.distributed.run"], "deepspeed": ["-m", "deepspeed.launcher.runner"]}
 ALWAYS_RUN = ("python -m tools.convert out-gpt2 ", "python -m tools.plan")  # cheap, and each of their options matters
-TESTED_ELSEWHERE = ("-m tools.benchmark", "-m tools.doctor", EXAMPLE)  # each by real runs, in a file of its own
+TESTED_ELSEWHERE = (
+    "-m tools.accept",
+    "-m tools.benchmark",
+    "-m tools.doctor",
+    EXAMPLE,
+)  # each by real runs, in a file of its own
 
 
 class Line:
