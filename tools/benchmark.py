@@ -2,6 +2,7 @@
 
     python -m tools.benchmark --compare --strategies=single,ddp,zero2 --ranks=2 config/train_debug.py
     python -m tools.benchmark --strategies=ddp,zero1,zero2,zero3 --gpus=8 --rounds=3 --write=results/mine config/x.py
+    python -m tools.benchmark --strategies=ddp,zero2 --ranks=2 --bare --speed --rounds=3 config/train_debug.py
     python -m tools.benchmark --strategies=single,ddp --peer=../nanoGPT config/train_debug.py
 
 Every strategy is a real launch with its own processes. They take turns for --rounds rounds, then each runs once more
@@ -51,6 +52,7 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rounds", type=int, default=1, help="timed runs per strategy; the strategies take turns")
     parser.add_argument("--compare", action="store_true", help="only losses, with settings that make them comparable")
     parser.add_argument("--speed", action="store_true", help="leave out the probe")
+    parser.add_argument("--bare", action="store_true", help="time a loop with nothing around it beside each strategy")
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT, whose train.py is timed as well")
     parser.add_argument("--write", type=Path, help="folder for benchmark.json, pages with all columns, and figures")
     args, arguments = parser.parse_known_args(underscored(sys.argv[1:]))
@@ -77,7 +79,8 @@ def main() -> None:
     if args.ranks < 1 or args.rounds < 1:
         raise UserError(f"--ranks={args.ranks}, --rounds={args.rounds}: both must be 1 or more")
     names = list(dict.fromkeys(args.strategies.split(",")))
-    cases = [strategy_case(name, 1 if name == "single" else args.ranks, launcher, arguments) for name in names]
+    loops = (False, True) if args.bare else (False,)
+    cases = [strategy_case(name, args.ranks, launcher, arguments, bare) for name in names for bare in loops]
     open_dataset(ROOT / "data" / cfg.dataset)  # if it is not prepared, say so once
     out = Path(cfg.out_dir).parent  # the disk where a run's checkpoints would be; hosts share it
     with tempfile.TemporaryDirectory(prefix=".benchmark-", dir=out if out.is_dir() else Path.cwd()) as temporary:

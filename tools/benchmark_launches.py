@@ -41,6 +41,7 @@ class Case:
     launcher: list[str]  # what starts a script on the ranks
     script: list[str]  # with its arguments
     peer_folder: Path | None = None  # where nanoGPT is started
+    bare: bool = False  # the strategy in a loop with nothing around it
     runs: list[list[dict[str, Any]]] = field(default_factory=list)  # each round's training rows of metrics.jsonl
     starts: list[float] = field(default_factory=list)  # seconds from each launch to the end of the first step
     notes: list[dict[str, Any]] = field(default_factory=list)  # the probe's, by rank
@@ -50,15 +51,19 @@ class Case:
     error: str | None = None
 
 
-def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[str]) -> Case:
-    """launcher: for several ranks; arguments: for the train scripts."""
-    strategy = find_strategy(name)
+def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[str], bare: bool = False) -> Case:
+    """launcher: for several ranks; arguments: for the train scripts. bare: by tools.benchmark_bare instead of them."""
+    strategy, ranks = find_strategy(name), 1 if name == "single" else ranks
+    if bare and not re.fullmatch(r"single|ddp|fsdp|zero\w+", name):
+        raise UserError(f"--bare: has no loop for {name}; use single, ddp, fsdp or zero0 to zero3")
     own = [argument.format(half=max(1, ranks // 2)) for argument in strategy.arguments]
     if strategy.script == "train.py":  # leave out DeepSpeed's keys
         plain = PlainTrainConfig.__dataclass_fields__
         arguments = [a for a in arguments if not a.startswith("--") or a[2:].partition("=")[0] in plain]
     launcher = ["-m", "launch.ranks", "1"] if ranks == 1 else launcher
-    return Case(name, ranks, [sys.executable, *launcher], [strategy.script, *arguments, *own])
+    script = ["-m", "tools.benchmark_bare", name] if bare else [strategy.script]
+    case_name = f"bare {name}" if bare else name
+    return Case(case_name, ranks, [sys.executable, *launcher], [*script, *arguments, *own], bare=bare)
 
 
 def peer_case(checkout: Path, cfg: TrainConfig, ranks: int, folder: Path) -> Case:
@@ -89,7 +94,9 @@ def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, 
     """Run all launches. A case that fails is skipped from then on; Ctrl-C ends the launches and keeps the results."""
     turns = [(f"round {number} of {rounds}", time_run, case) for number in range(1, rounds + 1) for case in cases]
     if with_probe:
-        turns += [("memory and parts of a step", probe, case) for case in cases if not case.peer_folder]
+        turns += [
+            ("memory and parts of a step", probe, case) for case in cases if not case.peer_folder and not case.bare
+        ]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for number, (title, launch, case) in enumerate(turns, 1):
         if case.error:
@@ -114,8 +121,8 @@ def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
     else:
         _, start_s = run_process([*line, "--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"], "step ")
         rows = [row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
-        case.environment = json.loads((folder / "environment.json").read_text())
-        del case.environment["command"]  # it names a temporary folder; benchmark.json has the arguments
+        case.environment = {} if case.bare else json.loads((folder / "environment.json").read_text())
+        case.environment.pop("command", None)  # it names a temporary folder; benchmark.json has the arguments
     case.runs.append(rows)
     case.starts.append(start_s)
 

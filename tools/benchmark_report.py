@@ -34,6 +34,9 @@ COLUMNS = {  # title -> cell of a row whose bytes are in MB
     "interquartile range": "{tokens_per_second_quartiles[0]:,.0f} to {tokens_per_second_quartiles[1]:,.0f}",
     "step, ms": "{step_ms:,.1f}",
     "steps/s, ratio": "{steps_per_second_ratio:.2f}",
+    "step time / bare": "{bare_step:.3f}",
+    "peak memory / bare": "{bare_memory:.3f}",
+    "start / bare": "{bare_start:.3f}",
     "MFU": "{mfu:.1%}",
     "share of matmul ceiling": "{ceiling_share:.1%}",
     **{f"{part}, ms": f"{{breakdown_ms[{part}]:,.1f}}" for part in PARTS},
@@ -47,7 +50,8 @@ COLUMNS = {  # title -> cell of a row whose bytes are in MB
 }
 # In a terminal, and there with --compare. peak_bytes: of GPU memory, or on a CPU of the process
 TERMINAL = {**COLUMNS, "peak memory, MB": "{peak_bytes:,.0f}"}
-TITLES = ("strategy", "tokens/s", "steps/s, ratio", "peak memory, MB", "loss difference", "verdict")
+OVERHEAD = ("step time / bare", "peak memory / bare", "start / bare")
+TITLES = ("strategy", "tokens/s", "steps/s, ratio", *OVERHEAD, "peak memory, MB", "loss difference", "verdict")
 COMPARED = ("strategy", "ranks", "loss difference", "gradient norm difference", "verdict")
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -73,13 +77,16 @@ $notes
 def make_rows(cases: list[Case], dtype: str) -> list[Row]:
     """A row for each case, compared with the first strategy that worked. dtype: of the matmuls."""
     base = next((case for case in cases if case.runs and not case.peer_folder), None)
+    bare = {case.name: case for case in cases if case.bare and case.runs}
     rows = []
     for case in cases:
         row: Row = {"strategy": case.name, "ranks": case.ranks, "status": case.status, "error": case.error}
         row["verdict"] = "not compared" if case.status == "ok" else case.status
         if case.runs and base:
             row |= speed(case, base)
-            row |= {} if case.peer_folder else parity(case, base, dtype)
+            row |= {} if case.peer_folder or case.bare else parity(case, base, dtype)
+        if case.runs and f"bare {case.name}" in bare:
+            row |= overhead(case, bare[f"bare {case.name}"])
         if case.notes:
             row |= probed(case.notes)
             row["ceiling_share"] = row["tokens_per_second"] * row["flops_per_token"] / row["ceiling_flops"]
@@ -112,6 +119,16 @@ def speed(case: Case, base: Case) -> Row:
         "start_s": median(case.starts),
         "losses": [[row["step"], row["loss"]] for row in case.runs[0]],
     }
+
+
+def overhead(case: Case, bare: Case) -> Row:
+    """Step time, peak memory and start of a strategy over those of the bare loop, round by round."""
+    pairs = [(summarize(own), summarize(other)) for own, other in zip(case.runs, bare.runs, strict=False)]
+    ratios = {
+        name: median(own[name] / other[name] for own, other in pairs) for name in ("step_ms", "peak_memory_bytes")
+    }
+    start = median(own / other for own, other in zip(case.starts, bare.starts, strict=False))
+    return {"bare_step": ratios["step_ms"], "bare_memory": ratios["peak_memory_bytes"], "bare_start": start}
 
 
 def parity(case: Case, base: Case, dtype: str) -> Row:
