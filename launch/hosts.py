@@ -27,6 +27,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, cast
 
+from data.errors import check_types
 from launch.ranks import catch_signals, watch
 from training.errors import LOST, STOPPED, UserError, list_problems
 
@@ -42,9 +43,9 @@ FORWARDED_ENV = (  # prefixes of the variables that are set on every host
 )
 SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5"]
 HOST_NAME = r"(\w[\w.-]*@)?[\w:][\w.:%-]*"  # also an address; ssh takes what begins with - for an option
-ANSWER = {"code": "", "python": "", "packages": {}, "gpus": 0, "addresses": [""], "port": 0}  # of launch.machine
+ANSWER = {"code": str, "python": str, "packages": dict, "gpus": int, "address": str, "port": int}  # of launch.machine
 ANSWER_CHARACTERS = 10**6  # at most, in a line
-Plan = dict[str, Any]  # what launch.ranks --node reads: environment (the same everywhere), variables, command
+Plan = dict[str, Any]  # what launch.ranks --node reads on a host
 Answers = dict[str, Any]  # by host: the dict of its JSON, or a str that says why there is none
 
 
@@ -65,16 +66,13 @@ def main() -> int:
     if args.restarts < 0 or not 0 <= args.master_port <= 65535 or not command:
         rule = f"must be {usage}, with --restarts of 0 or more, --master_port of 0 to 65535"
         raise UserError(f"{shlex.join(sys.argv[1:]) or 'no arguments'}: {rule}")
-    environment = forwarded_environment(os.environ)
     signals = catch_signals()
     hosts = read_hostfile(args.hostfile or "hostfile", args.include, args.exclude)
     answers = ask(hosts, args.ssh, ["-m", "launch.machine", str(args.master_port)])
     check(hosts, answers)
     for attempt in range(args.restarts + 1):
-        variables = {"MASTER_ADDR": master_address(hosts, answers, args.master_addr)}
-        variables["MASTER_PORT"] = args.master_port or answers[hosts[0].name]["port"]
-        plan = {"environment": environment, "variables": variables, "command": command}
-        nodes = start(hosts, answers, args.ssh, plan)
+        plans = make_plans(hosts, answers, args.ssh, args.master_addr, command, args.master_port)
+        nodes = [Node(name, args.ssh, plan) for name, plan in plans.items()]
         failed, status, _ = watch(nodes, signals, lambda code: GRACE_SECONDS, KILL_SECONDS)
         if status not in NO_RESTART:
             reason = "the connection was lost" if status == SSH_LOST else f"ended with status {status}"
@@ -163,21 +161,21 @@ def remote_command(ssh: str, host: str, *arguments: str) -> list[str]:
 
 
 def ask(
-    hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, str] = {}, answer: dict = ANSWER
+    hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, Any] = {}, types: dict = ANSWER
 ) -> Answers:
     """Run Python on every host at once, and collect the line of JSON that it prints, with the time it "arrived".
 
-    requests: by host, its first line of stdin. stdin is closed when all have answered; the program may wait for that.
-    answer: an example of what it prints.
+    requests: by host, the JSON of its first line of stdin. stdin is closed when all have answered or ended; the program
+    may wait for that. types: those of the values that it prints.
     """
     names = [host.name for host in hosts]
     streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True, "errors": "replace"}
     commands = [remote_command(ssh, name, *arguments) for name in names]
     processes: list[Any] = [subprocess.Popen(command, **streams, start_new_session=True) for command in commands]
-    with ThreadPoolExecutor(len(hosts)) as threads:
+    with ThreadPoolExecutor(max(1, len(hosts))) as threads:
         try:
-            lines = [requests.get(name, "") for name in names]
-            return dict(zip(names, threads.map(read_answer, names, processes, lines, repeat(answer)), strict=True))
+            lines = [json.dumps(requests.get(name)) for name in names]
+            return dict(zip(names, threads.map(read_answer, names, processes, lines, repeat(types)), strict=True))
         finally:
             for process in processes:
                 with contextlib.suppress(OSError):
@@ -188,24 +186,7 @@ def ask(
                 process.kill()
 
 
-def parse_answer(line: str, example: Any) -> dict[str, Any] | None:
-    """The JSON object of a line from another host; None if it has not the keys and types of the example."""
-    with contextlib.suppress(ValueError, RecursionError):
-        if same_shape(value := json.loads(line), example):
-            return value
-    return None
-
-
-def same_shape(value: Any, example: Any) -> bool:
-    """Whether keys and types are those of the example; every element of a list is compared with the example's first."""
-    if isinstance(value, dict) and isinstance(example, dict):
-        return all(key in value and same_shape(value[key], example[key]) for key in example)
-    if isinstance(value, list) and isinstance(example, list):
-        return all(same_shape(element, example[0]) for element in value)
-    return type(value) is type(example)
-
-
-def read_answer(name: str, process: Any, request: str, example: dict) -> dict[str, Any] | str:
+def read_answer(name: str, process: Any, request: str, types: dict) -> dict[str, Any] | str:
     """The JSON that a host prints, or why it gave none: the problem, a semicolon, the fix. process: a Popen."""
     timer = threading.Timer(ANSWER_SECONDS, process.kill)
     timer.start()
@@ -213,9 +194,10 @@ def read_answer(name: str, process: Any, request: str, example: dict) -> dict[st
         print(request, file=process.stdin, flush=True)
     printed = ""
     while line := process.stdout.readline(ANSWER_CHARACTERS):
-        if answer := parse_answer(line, example):
-            timer.cancel()
-            return {**answer, "arrived": time.time()}
+        with contextlib.suppress(ValueError, RecursionError):
+            if not check_types(answer := json.loads(line), types):
+                timer.cancel()
+                return {**answer, "arrived": time.time()}
         printed = line.strip()[:80]  # by a ~/.bashrc, or by other code
     text, status = process.stderr.read().strip(), process.wait()
     timer.cancel()
@@ -263,20 +245,37 @@ def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
     try:
         address = socket.gethostbyname(name)
     except (OSError, UnicodeError):  # a name that only ssh knows
-        address = next(iter(answers[hosts[0].name]["addresses"]), "")
+        address = answers[hosts[0].name]["address"]
     if not address or (address.startswith("127.") and len(hosts) > 1):
         problem = f"is {address}, so each host would reach itself" if address else "has no known address"
         raise UserError(f"{name} {problem}; set --master_addr to its address")
     return address
 
 
+def make_plans(
+    hosts: list[Host], answers: Answers, ssh: str, address: str, command: list[str], port: int = 0
+) -> dict[str, Plan]:
+    """By host: environment (the same everywhere), variables, and the command that starts one rank per slot."""
+    environment, plans, first_rank = forwarded_environment(os.environ), {}, 0
+    master, port = master_address(hosts, answers, address), port or answers[hosts[0].name]["port"]
+    shared: Plan = {"MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": sum(len(h.slots) for h in hosts)}
+    for host in hosts:
+        variables = {**shared, "FIRST_RANK": first_rank}
+        if answers[host.name]["gpus"] and ssh:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
+        arguments = [str(len(host.slots)), *command]
+        plans[host.name] = {"environment": environment, "variables": variables, "command": arguments}
+        first_rank += len(host.slots)
+    return plans
+
+
 class Node(subprocess.Popen):
     """launch.ranks on a host, as a local process whose signals are sent over ssh. poll() sends the heartbeats."""
 
-    def __init__(self, host: str, ssh: str, plan: Plan, output: IO[bytes] | None):
-        self.heartbeat_time, pipe = 0.0, subprocess.PIPE
+    def __init__(self, host: str, ssh: str, plan: Plan):
+        self.heartbeat_time = 0.0
         command = remote_command(ssh, host, "-m", "launch.ranks", "--node")
-        super().__init__(command, stdin=pipe, stdout=output, stderr=output, bufsize=0, start_new_session=True)
+        super().__init__(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
         self.pipe = cast(IO[bytes], self.stdin)
         with contextlib.suppress(BrokenPipeError):  # it has ended already; watch() sees how
             self.pipe.write(json.dumps(plan).encode() + b"\n")
@@ -299,22 +298,6 @@ class Node(subprocess.Popen):
 
     def kill(self) -> None:
         super().send_signal(signal.SIGKILL)
-
-
-def start(hosts: list[Host], answers: Answers, ssh: str, plan: Plan, output: IO[bytes] | None = None) -> list[Node]:
-    """Start the plan on each host, one rank per slot. Its variables need address and port of the first host.
-
-    output: file for stdout and stderr, default the terminal.
-    """
-    world_size, first_rank, nodes = sum(len(host.slots) for host in hosts), 0, []
-    for host in hosts:
-        variables = {**plan["variables"], "WORLD_SIZE": world_size, "FIRST_RANK": first_rank}
-        if answers[host.name]["gpus"] and ssh:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
-        own = {"variables": variables, "command": [str(len(host.slots)), *plan["command"]]}
-        nodes.append(Node(host.name, ssh, {**plan, **own}, output))
-        first_rank += len(host.slots)
-    return nodes
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def describe(port: int = 0) -> dict:
         "python": platform.python_version(),
         "packages": {name: next((d.version for d in distributions(name=name)), "missing") for name in PACKAGES},
         "gpus": count_gpus(),
-        "addresses": output_of("hostname", "-I").split(),
+        "address": next(iter(output_of("hostname", "-I").split()), ""),
         "port": free_port(port),
     }
 

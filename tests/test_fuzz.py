@@ -274,7 +274,7 @@ def weights_files(folder: Path) -> Target:
 
 def answers(folder: Path) -> Target:
     """What two hosts print, one of them what is expected."""
-    expected = {**describe(), "addresses": ["10.0.0.1"]}
+    expected = {**describe(), "address": "10.0.0.1"}
     pair = [hosts.Host("first", (0,)), hosts.Host("second", (0, 1))]
     program = 'cat "$1"; cat "$1" >&2; exit $2'
 

@@ -31,7 +31,7 @@ Request = dict[str, Any]  # what a run needs of this host; tools.doctor.make_req
 class Finding:
     check: str
     value: str
-    ok: bool | None  # None: not needed here
+    ok: bool
     fix: str  # what to do if it is not
     host: str = ""  # filled in by tools.doctor
 
@@ -51,7 +51,8 @@ def check_compiler(ops: list[str], environment: dict[str, str]) -> Iterator[Find
     """What compiles DeepSpeed's C++ ops, looked up as torch does."""
     name = environment.get("CXX", "c++").split()[0]
     compiler = shutil.which(name, path=environment.get("PATH"))
-    yield Finding(f"C++ compiler {name}", compiler or "missing", bool(compiler) if ops else None, "apt-get install g++")
+    if ops:
+        yield Finding(f"C++ compiler {name}", compiler or "missing", bool(compiler), "apt-get install g++")
     if compiler and "async_io" in ops:
         command = [compiler, "-include", "libaio.h", "-x", "c++", "-fsyntax-only", os.devnull]
         libaio = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
@@ -61,7 +62,7 @@ def check_compiler(ops: list[str], environment: dict[str, str]) -> Iterator[Find
 def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
     if not gpus:
         fix = "nvidia-smi -L lists none; install the driver, or set --device=cpu"
-        yield Finding("GPUs", "none", False if request["device"] == "cuda" else None, fix)
+        yield Finding("GPUs", "none", request["device"] != "cuda", fix)
         return
     query = ("--query-gpu=name,memory.free,driver_version", "--format=csv,noheader,nounits")
     rows = [line.split(", ") for line in machine.output_of("nvidia-smi", *query).splitlines()]
