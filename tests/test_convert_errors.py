@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from tests.checkpoints import BYTES, SMALL, assert_same, nanogpt_file, run_folder
 from tests.running import command, message, run, start_process
-from tools.convert import WRITERS, Options, convert
+from tools.convert import WRITERS, convert
 from tools.convert_read import open_source
 from training.errors import CheckpointError, UserError
 from training.model_state import TIED
@@ -32,7 +32,7 @@ def kept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
     run_folder(folder / "run")
     for to, name in (("hf", "hf"), ("nanogpt", "ckpt.pt"), ("safetensors", "w.safetensors")):
-        convert(str(folder / "run"), folder / name, to, Options())
+        convert(str(folder / "run"), folder / name, to)
     return folder
 
 
@@ -46,7 +46,7 @@ def refused(
     """The message; nothing was written in folder."""
     before = contents(folder)
     with pytest.raises(UserError) as error:
-        convert(str(source), folder / "target", to, Options(**options, tokenizer=tokenizer))
+        convert(str(source), folder / "target", to, **options, tokenizer=tokenizer)
     assert contents(folder) == before, "something was written"
     assert "\n" not in str(error.value) or "problems in" in str(error.value)
     return str(error.value)
@@ -95,8 +95,9 @@ def test_what_was_cut_off_is_named(kept, tmp_path, name, words):
         assert path.name in text and any(word in text for word in ("missing", "has no", "damaged")), text
 
 
-def test_a_part_of_a_sharded_folder_that_is_missing(kept, tmp_path):
-    convert(str(kept / "run"), tmp_path / "hf", "hf", Options(max_shard_size="20KB"))
+def test_a_part_of_a_sharded_folder_that_is_missing(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.convert.MAX_SHARD_BYTES", 20_000)
+    convert(str(kept / "run"), tmp_path / "hf", "hf")
     shard = sorted((tmp_path / "hf").glob("model-*"))[1]
     shard.unlink()
     assert f"hf has no {shard.name}, which model.safetensors.index.json lists" in refused(tmp_path / "hf", tmp_path)
@@ -145,12 +146,12 @@ def test_where_a_target_may_not_be(kept, tmp_path):
     }
     for target, words in messages.items():
         with pytest.raises(UserError, match=words):
-            convert(str(kept / "run"), target, "train", Options(force=True))
+            convert(str(kept / "run"), target, "train", force=True)
     assert (tmp_path / "work" / "thesis.tex").read_text() == "years"
     with pytest.raises(UserError, match=r"hf exists; --force overwrites it"):
-        convert(str(kept / "run"), kept / "hf", "hf", Options())
+        convert(str(kept / "run"), kept / "hf", "hf")
     with pytest.raises(UserError, match="--to=train stores weights in float32"):
-        convert(str(kept / "run"), tmp_path / "t", "train", Options(dtype=torch.bfloat16))
+        convert(str(kept / "run"), tmp_path / "t", "train", dtype=torch.bfloat16)
 
 
 def test_a_ckpt_that_was_packed_again_is_read_right(kept, tmp_path):
@@ -262,7 +263,7 @@ def test_a_disk_that_gets_full_leaves_nothing(kept, tmp_path):
     try:
         for to in WRITERS:
             with pytest.raises(UserError, match=os.strerror(errno.ENOSPC)):
-                convert(str(kept / "run"), disk / "target", to, Options())
+                convert(str(kept / "run"), disk / "target", to)
             assert not list(disk.iterdir()), f"{to} left something"
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
