@@ -60,9 +60,7 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
     if cfg.init_from == "resume":
         checkpoints = Checkpoints(cfg.out_dir)
         if not checkpoints.finished():
-            runs = {path.parents[1] for path in Path(cfg.out_dir).parent.glob("*/checkpoints/step_*")}
-            choices = " or ".join(f"--out_dir={run}" for run in sorted(runs))
-            fix = f"sample from {choices}" if runs else "train a model with ./launch_quickstart.sh, or set --out_dir"
+            fix = "set --out_dir to the folder of a run, or train one with ./launch_quickstart.sh"
             raise UserError(f"out_dir = {cfg.out_dir!r}: no checkpoint in {checkpoints.folder}; {fix}")
         folder, metadata = checkpoints.newest()
         config, saved = GPTConfig(**metadata["model"]), open_state(folder, metadata)

@@ -29,15 +29,12 @@ def run(main: Callable[[argparse.ArgumentParser], None], script: str, descriptio
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(script).resolve().parent, help="folder to write to")
     try:
-        return main(parser)
-    except DataError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'output'}: {error.strerror or error}"
+        main(parser)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 class Writer(contextlib.AbstractContextManager["Writer"]):

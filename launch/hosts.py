@@ -109,19 +109,15 @@ def read_hostfile(path: str, include: str = "", exclude: str = "") -> list[Host]
         if not line:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]{0,4})", line)
-        if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII):
-            rule = "must be NAME slots=RANKS, RANKS 1 to 99999; NAME: that of a host, USER@HOST or an address, in ASCII"
+        if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII) or match[1] in slots:
+            rule = "must be NAME slots=RANKS, RANKS 1 to 99999; NAME, each once: HOST, USER@HOST, address, in ASCII"
             raise UserError(f"{path}:{number}: {line!r}: {rule}")
-        if match[1] in slots:
-            raise UserError(f"{path}:{number}: {match[1]} is a duplicate; give each host one line")
         slots[match[1]] = tuple(range(int(match[2])))
-    if not slots:
-        raise UserError(f"{path}: is empty; write one line per host: NAME slots=RANKS")
     slots = parse_choice("--include", include, slots) or slots
     for name, excluded in parse_choice("--exclude", exclude, slots).items():
         slots[name] = tuple(slot for slot in slots[name] if slot not in excluded)
     if not any(slots.values()):
-        raise UserError(f"--exclude={exclude}: leaves no host of {path}")
+        raise UserError(f"{path}: no host with --exclude={exclude}; write one line per host: NAME slots=RANKS")
     return [Host(name, numbers) for name, numbers in slots.items() if numbers]
 
 
@@ -130,14 +126,11 @@ def parse_choice(option: str, text: str, slots: Mapping[str, tuple[int, ...]]) -
     chosen: dict[str, tuple[int, ...]] = {}
     for part in text.split("@") if text else []:
         name, colon, listed = part.partition(":")
-        if name not in slots:
-            raise UserError(f"{option}={text}: {name!r}: no such host in the hostfile; it has {', '.join(slots)}")
-        known = [str(slot) for slot in slots[name]]
+        known = [str(slot) for slot in slots.get(name, ())]
         numbers = listed.split(",") if colon else known
-        if unknown := [number for number in numbers if number not in known]:
-            raise UserError(f"{option}={text}: {name} has no slot {unknown[0]!r}; it has {len(known)}")
-        if name in chosen or len(set(numbers)) < len(numbers):
-            raise UserError(f"{option}={text}: {part} is a duplicate; name each host and slot once")
+        if not known or name in chosen or len(set(numbers)) < len(numbers) or not set(numbers) <= set(known):
+            has = ", ".join(f"{host} slots={len(numbers)}" for host, numbers in slots.items())
+            raise UserError(f"{option}={text}: {part!r}: must be a host, or HOST:SLOT,SLOT, each once; there are {has}")
         chosen[name] = tuple(map(int, numbers))
     return chosen
 
@@ -163,7 +156,7 @@ def remote_command(ssh: str, host: str, *arguments: str) -> list[str]:
 def ask(
     hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, Any] = {}, types: dict = ANSWER
 ) -> Answers:
-    """Run Python on every host at once, and collect the line of JSON that it prints, with the time it "arrived".
+    """Run Python on every host at once, and collect the line of JSON that it prints.
 
     requests: by host, the JSON of its first line of stdin. stdin is closed when all have answered or ended; the program
     may wait for that. types: those of the values that it prints.
@@ -197,7 +190,7 @@ def read_answer(name: str, process: Any, request: str, types: dict) -> dict[str,
         with contextlib.suppress(ValueError, RecursionError):
             if not check_types(answer := json.loads(line), types):
                 timer.cancel()
-                return {**answer, "arrived": time.time()}
+                return answer
         printed = line.strip()[:80]  # by a ~/.bashrc, or by other code
     text, status = process.stderr.read().strip(), process.wait()
     timer.cancel()

@@ -190,11 +190,11 @@ def test_ctrl_c_leaves_nothing_anywhere(trio, tmp_path, data, moment):
     assert not trio.left() and not list((tmp_path / "out").iterdir())
 
 
-# Faults that cannot be planted here: GPUs, clocks that differ, other versions.
+# Faults that cannot be planted here: GPUs, other versions.
 
 FACTS: dict[str, Any] = {
     **{"code": "abc", "python": "3.11.7", "packages": {"torch": "2.13.0"}, "device": "GPU", "data": 1000},
-    **{"clock": 100.0, "arrived": 100.002, "markers": ["m1", "m2"], "findings": []},
+    **{"markers": ["m1", "m2"], "findings": []},
 }
 
 
@@ -210,7 +210,6 @@ FACTS: dict[str, Any] = {
         ),
         ("device of all hosts", {"device": "CPU"}, "device differs from one: CPU (not GPU)"),
         ("data of all hosts", {"data": 999}, "data differs from one: 999 (not 1000)"),
-        ("clock", {"clock": 98.5}, "-1.502 s"),
         ("out_dir, shared", {"markers": ["m3"]}, "not the one of one"),
     ],
 )

@@ -60,8 +60,7 @@ def convert(
         raise ConfigError(f"--to={to} stores weights in float32, because AdamW updates those; omit --dtype")
     saved, metadata = open_source(source, tokenizer)
     if to == "train" and metadata["tokenizer"] is None:
-        fix = "give --dataset=FOLDER, a prepared data set with the same ids"
-        raise ConfigError(f"{source} does not say which tokenizer its {metadata['vocab_size']} ids belong to; {fix}")
+        raise ConfigError(f"{source} does not say which tokenizer it was trained with; give its --dataset")
     saved, notes = match_optimizer_state(saved, to)
     scratch = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed conversion

@@ -45,8 +45,8 @@ def open_source(source: str, tokenizer: Metadata | None = None) -> tuple[SavedSt
         path /= (path / "latest_universal").read_text().strip()
     read = recognize(path)
     if read is None:
-        problem = "is of no known format" if path.exists() else "does not exist"
-        raise CheckpointError(f"{source} {problem}; give {READABLE}, or {', '.join(pretrained.HUB)}")
+        known = ", ".join([READABLE, *pretrained.HUB])
+        raise CheckpointError(f"{source} does not exist or is of no known format; give {known}")
     try:
         saved, metadata = read(path)
         config = GPTConfig(**metadata["model"])
@@ -117,8 +117,7 @@ def read_safetensors(path: Path) -> tuple[SavedState, Metadata]:
     """Read a file of weights that tools.convert wrote: its header holds the metadata."""
     tensors, header = pretrained.read_safetensors(path)
     if "model" not in header:
-        fix = "for a Hugging Face model, give the folder with its config.json"
-        raise CheckpointError(f"{path} was not written by tools.convert: it has no model's dimensions; {fix}")
+        raise CheckpointError(f"{path} was not written by tools.convert; for a Hugging Face model, give its folder")
     tensors.pop(TIED, None)
     return from_whole(path, tensors, {}, {}), {key: json.loads(header[key]) for key in HEADER if key in header}
 

@@ -31,13 +31,10 @@ from training.deepspeed_engine import needed
 from training.errors import UserError, count
 from training.strategies import model_state_bytes
 
-ANSWER = {"findings": list, "data": int, "device": str, "clock": float, "markers": list, **hosts.ANSWER}
+ANSWER = {"findings": list, "data": int, "device": str, "markers": list, **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
-CLOCK_SECONDS = 1.0  # file times and logs of several hosts are compared
 SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
-NETWORK = "or name another network in GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME)"
-SLOW = f"check the cable and the switch, {NETWORK}"
-UNREACHED = f"each host must reach the other at every port: open the firewall between them, {NETWORK}"
+LINK_FIX = "check cable, switch and firewall, or name another network in GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME)"
 
 
 def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict[str, Request]:
@@ -81,12 +78,10 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
         for what in ("code", "python", "packages", "data", "device"):
             problem, _, fix = hosts.difference(what, facts[what], answers[one][what], one).partition("; ")
             yield Finding(f"{what} of all hosts", problem or "same", not problem, fix, name)
-        skew = facts["clock"] - facts["arrived"]
-        yield Finding("clock", f"{skew:+.3f} s", abs(skew) <= CLOCK_SECONDS, "run chrony or ntpd there", name)
         seen = set(answers[one]["markers"])  # empty where it cannot write
         shared = not seen or bool(seen & set(facts["markers"]))
-        fix = "put --out_dir on a disk that all hosts share"
-        yield Finding("out_dir, shared", "yes" if shared else f"not the one of {one}", shared, fix, name)
+        value, fix = "yes" if shared else f"not the one of {one}", "put --out_dir on a disk that all hosts share"
+        yield Finding("out_dir, shared", value, shared, fix, name)
 
 
 def check_links(
@@ -104,10 +99,10 @@ def check_links(
     for group, gbit in results:
         name = " - ".join(host.name for host in group) if len(group) < 3 else f"all {len(group)} hosts"
         if isinstance(gbit, str):
-            yield Finding("all-reduce", gbit, False, UNREACHED, name)
+            yield Finding("all-reduce", gbit, False, LINK_FIX, name)
         else:
             slow = len(group) < 3 and gbit < max(MIN_GBIT, SLOW_LINK * fastest)
-            yield Finding("all-reduce", f"{gbit:,.3f} Gbit/s each way", not slow, SLOW, name)
+            yield Finding("all-reduce", f"{gbit:,.3f} Gbit/s each way", not slow, LINK_FIX, name)
 
 
 def all_reduce(

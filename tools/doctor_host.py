@@ -61,8 +61,7 @@ def check_compiler(ops: list[str], environment: dict[str, str]) -> Iterator[Find
 
 def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
     if not gpus:
-        fix = "nvidia-smi -L lists none; install the driver, or set --device=cpu"
-        yield Finding("GPUs", "none", request["device"] != "cuda", fix)
+        yield Finding("GPUs", "none", request["device"] != "cuda", "install the driver, or set --device=cpu")
         return
     query = ("--query-gpu=name,memory.free,driver_version", "--format=csv,noheader,nounits")
     rows = [line.split(", ") for line in machine.output_of("nvidia-smi", *query).splitlines()]
@@ -72,8 +71,7 @@ def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
     fix = "install a driver and a torch of one CUDA version (https://pytorch.org), or write fewer slots"
     yield Finding("GPUs", f"{gpus} x {rows[0][0]}, driver {rows[0][2]}; usable by torch: {usable}", ok, fix)
     free = min((int(row[1]) * 2**20 for row in rows if row[1].isdecimal()), default=0)
-    fix = "use a higher ZeRO stage, offload or more ranks; or end what else runs there (nvidia-smi)"
-    yield compare("GPU memory", free, request["state_bytes"]["gpu"], fix)
+    yield compare("GPU memory", free, request["state_bytes"]["gpu"], "use a higher ZeRO stage, offload, or more ranks")
 
 
 def check_memory(request: Request, gpus: int) -> Iterator[Finding]:
@@ -82,8 +80,7 @@ def check_memory(request: Request, gpus: int) -> Iterator[Finding]:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
         rank_bytes = PROCESS_BYTES + request["state_bytes"]["cpu"] + (0 if gpus else request["state_bytes"]["gpu"])
-        fix = "use fewer ranks per host, a higher ZeRO stage, or offload to NVMe"
-        yield compare("memory", free, ranks * rank_bytes, fix)
+        yield compare("memory", free, ranks * rank_bytes, "use fewer ranks per host, a higher ZeRO stage, or NVMe")
         size = shutil.disk_usage("/dev/shm").total  # noqa: S108
         fix = "docker run --shm-size=1g, or mount -o remount,size=1g /dev/shm"
         needed = NCCL_SHM_BYTES if gpus and ranks > 1 else SHM_BYTES
@@ -94,18 +91,15 @@ def check_memory(request: Request, gpus: int) -> Iterator[Finding]:
 
 def check_storage(request: Request, out_dir: Path) -> Iterator[Finding]:
     """out_dir: the folder, or the nearest existing one above it."""
-    fix = "free space, lower --keep_checkpoints, or choose another --out_dir"
-    yield check_disk("out_dir, space", out_dir, request["kept_bytes"], fix)
+    yield check_disk("out_dir, space", out_dir, request["kept_bytes"], "free space, or choose another --out_dir")
     if request["nvme_path"]:
-        fix = "set --nvme_path to a folder with space on a local NVMe disk"
-        needed = len(request["slots"]) * request["state_bytes"]["nvme"]
-        yield check_disk("NVMe, space", Path(request["nvme_path"]), needed, fix)
+        path, needed = Path(request["nvme_path"]), len(request["slots"]) * request["state_bytes"]["nvme"]
+        yield check_disk("NVMe, space", path, needed, "set --nvme_path to a folder with space on a local NVMe disk")
     if request["dataset"]:
         folder = Path(request["dataset"])
         missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
         value = f"no {' and '.join(missing)}" if missing else f"{data_bytes(folder):,} bytes"
-        fix = f"python data/{folder.name}/prepare.py, or copy the folder from a host that has it"
-        yield Finding("data set", f"{folder.name}: {value}", not missing, fix)
+        yield Finding("data set", f"{folder.name}: {value}", not missing, "prepare it, or copy it from another host")
 
 
 def check_disk(check: str, folder: Path, needed: float, fix: str) -> Finding:
@@ -139,7 +133,7 @@ def main() -> None:
         while len(markers := [path.name for path in out_dir.glob(f"{request['marker']}*")]) < request["hosts"]:
             if time.monotonic() > deadline or select.select([sys.stdin], [], [], 0.1)[0]:  # readable: it was closed
                 break
-        print(json.dumps({**facts, "markers": markers, "clock": time.time()}), flush=True)
+        print(json.dumps({**facts, "markers": markers}), flush=True)
         sys.stdin.read()
 
 

@@ -103,7 +103,7 @@ def read_benchmark(path: str, dtype: str) -> list[str]:
             values |= {"node_link": 8e-9 * link, "link_share": 1.0}
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         rule = "must be a benchmark.json with timed rows, as tools.benchmark --write=FOLDER writes it"
-        raise ConfigError(f"measured = {path!r}: {rule}; measure again") from None
+        raise ConfigError(f"measured = {path!r}: {rule}") from None
     if values["dtype"] not in flops:
         raise ConfigError(f"dtype = {dtype!r}: {path} has {', '.join(flops)}; use or measure it")
     values["tflops"] = flops[values["dtype"]] / 1e12
@@ -141,8 +141,8 @@ class Request:
         cfg, ranks = self.cfg, self.cfg.ranks
         sequences, rest = divmod(self.global_batch, ranks)
         if rest or not sequences:
-            rule = f"must be divisible by the {ranks} ranks; set {ranks * max(1, sequences)}"
-            raise ConfigError(f"global_batch = {self.global_batch}: {rule}")
+            near = ranks * max(1, sequences)
+            raise ConfigError(f"global_batch = {self.global_batch}: must be divisible by the {ranks} ranks; set {near}")
         batches = [n for n in range(1, sequences + 1) if sequences % n == 0 and cfg.batch_size in (0, n)]
         if not batches:
             raise ConfigError(f"batch_size = {cfg.batch_size}: must divide the {sequences} sequences per rank")

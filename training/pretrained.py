@@ -53,8 +53,7 @@ def start_from(cfg: TrainConfig, vocab_size: int) -> tuple[GPTConfig, SavedState
     """Open the weights that cfg.init_from names, cut to cfg.block_size positions, for data with vocab_size ids."""
     config, weights = open_weights(cfg.init_from)
     if cfg.block_size > config.block_size:
-        rule = f"the weights of {cfg.init_from} have {config.block_size} positions; set at most that"
-        raise ConfigError(f"block_size = {cfg.block_size}: {rule}")
+        raise ConfigError(f"block_size = {cfg.block_size}: must be at most {config.block_size}, as in {cfg.init_from}")
     if vocab_size > config.vocab_size:
         rule = f"has {vocab_size} ids, but the weights of {cfg.init_from} have {config.vocab_size}"
         raise ConfigError(f"dataset = {cfg.dataset!r}: {rule}; prepare it with the tokenizer gpt2")
@@ -80,8 +79,7 @@ def find_folder(source: str) -> Path:
                 path = hub.hf_hub_download(HUB[source], file)
     except Exception as error:  # the exceptions of its HTTP library change from version to version
         fix = f"without a network, get {FILES} of {HUB[source]} elsewhere; give their folder instead of {source}"
-        problem = f"cannot be downloaded from {hub.constants.ENDPOINT} ({type(error).__name__})"
-        raise UserError(f"{source!r} {problem}; {fix}") from None
+        raise UserError(f"{source!r} cannot be downloaded ({type(error).__name__}); {fix}") from None
     return Path(path).parent
 
 
@@ -113,8 +111,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not (folder / file).is_file():
-            where = f", which {index.name} lists" if file != name else f" and no {index.name}"
-            raise CheckpointError(f"{folder} has no {file}{where}; download it, or write it with save_pretrained()")
+            raise CheckpointError(f"{folder} has no {file}; download it, or write it with save_pretrained()")
         content = read_safetensors(folder / file)[0] if name == WEIGHTS else read_pickle(folder / file)
         if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
             raise CheckpointError(f"{folder / file} must hold tensors by name; write it with save_pretrained()")
