@@ -66,7 +66,7 @@ def test_what_is_no_checkpoint_is_described(tmp_path):
         "photos": "photos does not exist or is of no known format",
         "photos/cat.jpg": "cat.jpg does not exist or is of no known format",
         "theirs": "theirs does not exist or is of no known format",
-        "other.pt": "is not from nanoGPT: it lacks 'model' or 'model_args'; give a run folder",
+        "other.pt": "other.pt does not describe a GPT (KeyError: 'model')",
         "text": "text does not exist or is of no known format",
     }
     for name, words in text.items():
@@ -141,7 +141,7 @@ def test_where_a_target_may_not_be(kept, tmp_path):
         kept / "run": "must be outside the source",
         kept / "run" / "inside": "must be outside the source",
         kept: "must be outside the source",
-        tmp_path / "none" / "w": f"the folder {tmp_path}/none does not exist; create it first",
+        tmp_path / "none" / "w": f"{tmp_path}/none/w: No such file or directory; nothing was written",
         tmp_path / "work": "is a folder without weights, which --force does not overwrite; remove it yourself",
     }
     for target, words in messages.items():

@@ -53,7 +53,7 @@ def test_greedy_text_is_one_text(finished):
     [
         ({"start": ""}, "start = '': is empty; give at least one character"),
         ({"start": f"FILE:{os.devnull}"}, f"start = 'FILE:{os.devnull}': is empty; give at least one character"),
-        ({"start": "FILE:none.txt"}, "start = 'FILE:none.txt': cannot be read"),
+        ({"start": "FILE:none.txt"}, "start = 'FILE:none.txt': [Errno 2] No such file"),
         ({"top_p": 0}, "top_p = 0.0 (command line): must be above 0 and at most 1"),
         ({"temperature": -1}, "temperature = -1.0 (command line): must be at least 0"),
         ({"dtype": "float16"}, "dtype = 'float16': not supported on CPUs"),

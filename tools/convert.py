@@ -52,8 +52,7 @@ def convert(
 ) -> list[str]:
     """Write source to target in a format of WRITERS, verify it, and return lines to print.
 
-    tokenizer: its describe(), for a source that does not say which one its ids belong to. force: overwrite the target.
-    Raises UserError, and leaves no target, on any failure.
+    tokenizer: as in open_source. force: overwrite the target. Raises UserError, and leaves no target, on any failure.
     """
     check_target(Path(source), target, force)
     if dtype != torch.float32 and to not in WEIGHTS_ONLY:
@@ -99,8 +98,6 @@ def check_target(source: Path, target: Path, force: bool) -> None:
     here, there = source.resolve(), target.resolve()
     if source.exists() and (here.is_relative_to(there) or there.is_relative_to(here)):
         raise ConfigError(f"{target}: must be outside the source {source}, and must not contain it")
-    if not there.parent.is_dir():
-        raise ConfigError(f"{target}: the folder {there.parent} does not exist; create it first")
     if target.exists() and not force:
         raise ConfigError(f"{target} exists; --force overwrites it")
     if target.is_dir() and any(target.iterdir()) and recognize(target) is None:

@@ -108,13 +108,10 @@ def check_links(
 def all_reduce(
     groups: list[list[Host]], answers: hosts.Answers, ssh: str, address: str, command: list[str]
 ) -> Iterator[tuple[list[Host], float | str]]:
-    """Bus bandwidth in Gbit/s of groups that share no host, at the same time; or why there is none.
-
-    address: of the first host, if not that of its name.
-    """
+    """Bus bandwidth in Gbit/s of groups that share no host, at the same time; or why there is none."""
     plans, members = dict[str, hosts.Plan](), list[Host]()
     for group in groups:
-        known = address if group[0].name == next(iter(answers)) else ""
+        known = address if group[0].name == next(iter(answers)) else ""  # given for the first host of all
         try:
             plans |= hosts.make_plans(group, answers, ssh, known, command)
             members += group

@@ -193,16 +193,13 @@ def build_request(argv: list[str]) -> Request:
 
 
 def header(request: Request) -> str:
-    """What is planned, in three lines; defaults that matter are marked."""
+    """What is planned, in three lines."""
     cfg, model, tokens = request.cfg, request.model, request.global_batch * request.model.block_size
-    marked = ("gpus", "device", "link", "global_batch")
-    gpus, device, link, batch = (" (default)" if getattr(cfg, k) == getattr(PlanConfig, k) else "" for k in marked)
-    batch = "" if request.recipes else batch  # a recipe sets it
-    where = f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}{gpus}, {cfg.device}{device}"
+    where = f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}, {cfg.device}"
     where += f", {gigabytes(1e9 * cfg.gpu_memory)} each, {cfg.dtype}"
     if cfg.nodes > 1:
-        where = f"{cfg.nodes} nodes of {where}, {cfg.link:,.4g} Gbit/s between them{link}"
-    step = f"{request.global_batch:,} sequences of {model.block_size:,} = {tokens:,} tokens{batch}"
+        where = f"{cfg.nodes} nodes of {where}, {cfg.link:,.4g} Gbit/s between them"
+    step = f"{request.global_batch:,} sequences of {model.block_size:,} = {tokens:,} tokens"
     name = f"{cfg.model or ' '.join(request.recipes)}: {model.parameter_count():,} parameters"
     return f"{name}\n{where}\na step: {step}; the run: {request.tokens:.3g} tokens"
 
@@ -304,7 +301,7 @@ def draw(title: str, system: Machines, rates: dict[str, dict[int, float]], sizes
         axes.set_title(caption, fontsize=10, loc="left")
         style_axes(axes)
         label_ends(axes)
-    figure.suptitle("; ".join(title.replace(" (default)", "").splitlines()[:2]), fontsize=9)
+    figure.suptitle("; ".join(title.splitlines()[:2]), fontsize=9)
     return figure
 
 

@@ -32,10 +32,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 def open_weights(source: str) -> tuple[GPTConfig, SavedState]:
-    """Open the weights of a name in HUB or of a folder; memory-mapped, of any dtype, in one file or several.
-
-    Raises UserError if there is no such model, no network, another architecture, or a damaged file.
-    """
+    """Open the weights of a name in HUB or of a folder; memory-mapped, of any dtype, in one file or several."""
     folder = find_folder(source)
     if not (folder / "config.json").is_file():
         raise UserError(f"init_from = {source!r}: must be scratch, resume, {', '.join(HUB)}, or a folder with {FILES}")
@@ -138,12 +135,11 @@ def check_zip(path: Path) -> bool:
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        methods = {entry.compress_type for entry in entries}
-        if len(set(archive.namelist())) < len(entries) or not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-            raise zipfile.BadZipFile("entries with equal names, or compressed by a method that torch cannot read")
+        if len(set(archive.namelist())) < len(entries):
+            raise zipfile.BadZipFile("entries with equal names")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} does not match its CRC-32")
-    return methods == {zipfile.ZIP_STORED} and all(entry.create_version == 0 for entry in entries)  # others set it
+    return all(entry.compress_type == zipfile.ZIP_STORED and entry.create_version == 0 for entry in entries)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
