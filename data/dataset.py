@@ -80,8 +80,6 @@ def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int]]:
         if problems := check_types(meta, META):
             raise DataError("; ".join(problems))
         tokenizer = tokenizer_from(meta["tokenizer"])
-        if meta["vocab_size"] != tokenizer.vocab_size:
-            raise DataError(f"vocab_size = {meta['vocab_size']}: must be {tokenizer.vocab_size} as in the tokenizer")
         if meta["dtype"] not in ("uint16", "uint32"):
             raise DataError(f"dtype = {meta['dtype']!r}: must be uint16 or uint32")
     except DataError as error:

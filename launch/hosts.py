@@ -145,10 +145,10 @@ def remote_command(ssh: str, host: str, *arguments: str) -> list[str]:
         return [sys.executable, *arguments]
     try:
         words = shlex.split(ssh)
-    except ValueError as error:  # no closing quotation
-        raise UserError(f"--ssh={ssh}: {error}; write it as in a shell: --ssh='ssh -p 2222 -i key'") from None
+    except ValueError:  # no closing quotation
+        words = []
     if not words or not shutil.which(words[0]):
-        raise UserError(f"--ssh={ssh}: no such program on this machine; install openssh-client, or give its path")
+        raise UserError(f"--ssh={ssh}: must be a program and its options, as in a shell: --ssh='ssh -p 2222 -i key'")
     command = shlex.join(["cd", str(Path.cwd())]) + " && exec " + shlex.join([sys.executable, *arguments])
     return [*words, *SSH_OPTIONS, host, command]
 
@@ -192,17 +192,14 @@ def read_answer(name: str, process: Any, request: str, types: dict) -> dict[str,
                 timer.cancel()
                 return answer
         printed = line.strip()[:80]  # by a ~/.bashrc, or by other code
-    text, status = process.stderr.read().strip(), process.wait()
+    errors = [line for line in process.stderr.read().strip().splitlines() if not line.startswith("launch.ranks: ")]
+    status = process.wait()
     timer.cancel()
     if status < 0:
         return f"no answer within {ANSWER_SECONDS:.0f} s; is it up, and are its disks?"
-    if status == SSH_LOST:
-        text += f"; ssh {name} must work by hand and without a password (ssh-copy-id {name})"
-    elif text and status in (1, 126, 127):
-        text += f"; this code and this Python ({sys.executable}) must be at the same place on every host"
-    elif printed and not status:
-        text = f"printed {printed!r} instead of an answer; it needs the same code, and a ~/.bashrc that does not exit"
-    return text.splitlines()[-1] if text else f"ssh ended with status {status}; run ssh {name} by hand"
+    other = f"printed {printed!r} instead of an answer" if printed else f"ssh ended with status {status}"
+    fix = f"`ssh {name}` must work without a password (ssh-copy-id {name}), and the code and Python be those of here"
+    return f"{errors[-1] if errors else other}; {fix}"
 
 
 def check(hosts: list[Host], answers: Answers) -> None:

@@ -53,7 +53,6 @@ def test_truncated_odd_and_empty_bins(make_data):
     "change, rule",
     [
         ({"dtype": "int8"}, "dtype = 'int8': must be uint16 or uint32; prepare it again"),
-        ({"vocab_size": 9}, "vocab_size = 9: must be 257 as in the tokenizer"),
         ({"train_tokens": None}, "train_tokens = None: must be an integer"),
         ({"tokenizer": {"name": "bite"}}, "unknown tokenizer 'bite'; did you mean byte?"),
     ],

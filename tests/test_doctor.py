@@ -87,7 +87,7 @@ def test_what_one_machine_lacks_is_reported_with_the_fix(tmp_path):
     }
     assert done.returncode == 1 and done.stdout.endswith("\n3 checks failed\n")
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
-    assert lines[0].startswith("--ranks=1 --device=cpu --compile=False ")
+    assert lines[0].startswith("1 rank: --device=cpu --compile=False ")
     assert [line[:6] for line in lines[1:5]] == ["FAIL  ", "FAIL  ", "FAIL  ", "ok    "], "what is wrong comes first"
 
 
@@ -100,9 +100,9 @@ def test_a_recipe_of_fsdp(tmp_path, data):
     done = doctor(*recipe)
     assert done.returncode == 0 and re.search(r"^ok    GPUs +localhost +none$", done.stdout, re.M)
     assert "C++ compiler" not in done.stdout, "FSDP needs none"
-    assert done.stdout.startswith("--ranks=2 (default) config/train_gpt2_fsdp.py --dataset=")
+    assert done.stdout.startswith("2 ranks: config/train_gpt2_fsdp.py --dataset=")
     done = doctor(*recipe, "--gpus=1")
-    assert done.returncode == 0 and done.stdout.startswith("--ranks=1 config/train_gpt2_fsdp.py --dataset=")
+    assert done.returncode == 0 and done.stdout.startswith("1 rank: config/train_gpt2_fsdp.py --dataset=")
 
 
 def test_model_state_by_strategy():

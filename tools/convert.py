@@ -43,19 +43,14 @@ GPT2_TOKENIZER = {"vocab.json": f"{OPENAI}/encoder.json", "merges.txt": f"{OPENA
 
 
 def convert(
-    source: str,
-    target: Path,
-    to: str,
-    dtype: torch.dtype = torch.float32,
-    tokenizer: Metadata | None = None,
-    force: bool = False,
+    source: str, target: Path, to: str, dtype: str = "float32", tokenizer: Metadata | None = None, force: bool = False
 ) -> list[str]:
     """Write source to target in a format of WRITERS, verify it, and return lines to print.
 
     tokenizer: as in open_source. force: overwrite the target. Raises UserError, and leaves no target, on any failure.
     """
     check_target(Path(source), target, force)
-    if dtype != torch.float32 and to not in WEIGHTS_ONLY:
+    if dtype != "float32" and to not in WEIGHTS_ONLY:
         raise ConfigError(f"--to={to} stores weights in float32, because AdamW updates those; omit --dtype")
     saved, metadata = open_source(source, tokenizer)
     if to == "train" and metadata["tokenizer"] is None:
@@ -67,7 +62,7 @@ def convert(
     try:
         scratch.mkdir()
         notes += WRITERS[to](saved, metadata, unfinished, dtype)
-        compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], dtype)
+        compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], getattr(torch, dtype))
         for path in [unfinished, *unfinished.rglob("*")]:
             sync(path)
         if target.is_dir():  # a folder cannot be replaced in one step
@@ -118,7 +113,7 @@ def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) ->
             raise UserError(f"{failed} the {kind} of {name} differs")
 
 
-def write_run(saved: SavedState, metadata: Metadata, target: Path, dtype: torch.dtype) -> list[str]:
+def write_run(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write a run folder with one checkpoint, as train.py in one process does."""
     # Copied, because torch.save writes all of the mapped file that a tensor is a part of.
     weights = {name: saved.whole(name).clone() for name in saved.shapes}
@@ -131,7 +126,7 @@ def write_run(saved: SavedState, metadata: Metadata, target: Path, dtype: torch.
     return []
 
 
-def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: torch.dtype) -> list[str]:
+def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write nanoGPT's ckpt.pt, to a target named *.pt or into the folder target, as in nanoGPT's out_dir."""
     path = target if target.suffix == ".pt" else target / NANOGPT_FILE
     path.parent.mkdir(exist_ok=True)
@@ -156,9 +151,9 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: to
     return ["the weights were trained with the tanh GELU; nanoGPT computes the exact one, so its loss differs slightly"]
 
 
-def write_weights(saved: SavedState, metadata: Metadata, target: Path, dtype: torch.dtype) -> list[str]:
+def write_weights(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write one safetensors file whose header holds the metadata, so that it can be read back."""
-    tensors = {name: cast(name, saved.whole(name), dtype) for name in saved.shapes}
+    tensors = {name: cast(name, saved.whole(name), getattr(torch, dtype)) for name in saved.shapes}
     tensors[TIED] = tensors["transformer.wte.weight"].clone()  # other readers may not know that they are tied
     header = {key: json.dumps(metadata[key]) for key in HEADER if key in metadata}
     save_file(tensors, target, header)
@@ -173,11 +168,11 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype).contiguous()
 
 
-def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype: torch.dtype) -> list[str]:
+def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write a folder for AutoModelForCausalLM and AutoTokenizer."""
     config, notes = GPTConfig(**metadata["model"]), []
     target.mkdir()
-    write_shards(saved, config, target, dtype)
+    write_shards(saved, config, target, getattr(torch, dtype))
     if not config.bias:
         notes.append("zero biases were added, because a Hugging Face GPT-2 always has them; the logits are the same")
     tokenizer, padding = metadata["tokenizer"], list(range(metadata["vocab_size"], config.vocab_size))
@@ -186,7 +181,7 @@ def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype
     about = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype,
         **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         "activation_function": next(theirs for theirs, ours in GELU.items() if ours == config.gelu),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
@@ -245,7 +240,7 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves nothing, as an error does
     tokenizer = open_dataset(DATA_FOLDER / args.dataset).tokenizer.describe() if args.dataset else None
-    lines = convert(args.source, args.target, args.to, getattr(torch, args.dtype), tokenizer, args.force)
+    lines = convert(args.source, args.target, args.to, args.dtype, tokenizer, args.force)
     print("\n  ".join(lines))
 
 

@@ -70,7 +70,7 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
     for name, facts in answers.items():
         if isinstance(facts, str):
             problem, _, fix = facts.partition("; ")
-            yield Finding("ssh", problem, False, fix or f"make `ssh {name}` work without a password", name)
+            yield Finding("ssh", problem, False, fix, name)
             continue
         yield from (Finding(**{**f, "host": name}) for f in facts["findings"])
         if len(answers) == 1:
@@ -152,12 +152,11 @@ def main() -> None:
     cfg = parse(RecipeConfig, settings, "")
     gpus = machine.count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if cfg.device in ("auto", "cuda") else 0
     all_hosts, ssh = [Host("localhost", tuple(range(args.ranks or gpus or 2)))], ""
-    where = f"--ranks={args.ranks or f'{gpus or 2} (default)'}"
     if args.hostfile:
         all_hosts, ssh = hosts.read_hostfile(args.hostfile, args.include, args.exclude), args.ssh
-        where = f"--hostfile={args.hostfile}"
     if not args.json:
-        print(where, *(settings or ["without a recipe (default): only the machine is checked"]), flush=True)
+        ranks = count(sum(len(host.slots) for host in all_hosts), "rank")
+        print(f"{ranks}:", *(settings or ["without a recipe, only the machine is checked"]), flush=True)
     requests = make_requests(cfg, all_hosts, bool(settings))
     answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], requests, ANSWER)
     findings = list(compare(answers))

@@ -108,7 +108,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} has no {file}; download it, or write it with save_pretrained()")
+            raise CheckpointError(f"{folder} has no {file} (or {index.name}); download it, or use save_pretrained()")
         content = read_safetensors(folder / file)[0] if name == WEIGHTS else read_pickle(folder / file)
         if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
             raise CheckpointError(f"{folder / file} must hold tensors by name; write it with save_pretrained()")
@@ -118,10 +118,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def read_pickle(path: Path) -> Any:
     """Read a file of torch.save from elsewhere, mapped where its bytes allow it. Raises CheckpointError."""
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\3\4"  # as torch decides; files of torch before 1.6 are none, without CRC-32s
-    try:
-        return read_torch_file(path, mmap=is_zip and check_zip(path))
+    try:  # files of torch before 1.6 are no zip archives
+        return read_torch_file(path, mmap=zipfile.is_zipfile(path) and check_zip(path))
     except Exception as error:  # unzipping and unpickling arbitrary bytes raises anything
         if isinstance(error, CheckpointError):
             raise
