@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from data.errors import check_types
+from launch.machine import SAME
 from launch.ranks import catch_signals, watch
 from training.errors import LOST, STOPPED, UserError, list_problems
 
@@ -43,7 +44,7 @@ FORWARDED_ENV = (  # prefixes of the variables that are set on every host
 )
 SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5"]
 HOST_NAME = r"(\w[\w.-]*@)?[\w:][\w.:%-]*"  # also an address; ssh takes what begins with - for an option
-ANSWER = {"code": str, "python": str, "packages": dict, "gpus": int, "address": str, "port": int}  # of launch.machine
+ANSWER = {**dict.fromkeys(SAME, str), "gpus": int, "address": str, "port": int}  # of launch.machine
 ANSWER_CHARACTERS = 10**6  # at most, in a line
 Plan = dict[str, Any]  # what launch.ranks --node reads on a host
 Answers = dict[str, Any]  # by host: the dict of its JSON, or a str that says why there is none
@@ -207,7 +208,7 @@ def check(hosts: list[Host], answers: Answers) -> None:
     problems = [f"{name}: {answer}" for name, answer in answers.items() if isinstance(answer, str)]
     for host in hosts if not problems else []:
         answer, first = answers[host.name], answers[hosts[0].name]
-        for what in ("code", "python", "packages"):
+        for what in SAME:
             if text := difference(what, answer[what], first[what], hosts[0].name):
                 problems.append(f"{host.name}: {text}")
         if host is hosts[0] and not answer["port"]:
@@ -222,11 +223,7 @@ def difference(what: str, value: Any, expected: Any, first: str) -> str:
     """How a host differs from the first one, with the fix after a semicolon; "" if it does not."""
     if value == expected:
         return ""
-    shown = f"{value} (not {expected})"
-    if isinstance(value, dict):
-        names = [name for name in {**expected, **value} if value.get(name) != expected.get(name)]
-        shown = ", ".join(f"{name} {value.get(name)} (not {expected.get(name)})" for name in names)
-    return f"{what} differs from {first}: {shown}; install the same on every host"
+    return f"{what} differs from {first}: {value} (not {expected}); install the same on every host"
 
 
 def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:

@@ -14,17 +14,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CODE = ("*.py", "config/*.py", "data/**/*.py", "deepspeed_configs/*.json", "launch/*.py", "tools/*.py", "training/*.py")
 PACKAGES = ("torch", "deepspeed", "numpy", "tiktoken", "wandb")
+SAME = ("code", "python", *PACKAGES)  # facts in which the hosts of a run must agree
 
 
 def describe(port: int = 0) -> dict:
-    """Facts about this host, most of which the hosts of a run must agree in. port: one that must be free; 0: any."""
+    """Facts about this host. port: one that must be free; 0: any."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return {
         "code": digest.hexdigest()[:12],
         "python": platform.python_version(),
-        "packages": {name: next((d.version for d in distributions(name=name)), "missing") for name in PACKAGES},
+        **{name: next((d.version for d in distributions(name=name)), "missing") for name in PACKAGES},
         "gpus": count_gpus(),
         "address": next(iter(output_of("hostname", "-I").split()), ""),
         "port": free_port(port),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from launch import hosts as launch_hosts
+from launch import machine
 from launch.hosts import Host as Slots
 from model import GPTConfig
 from tests import cluster
@@ -193,7 +194,7 @@ def test_ctrl_c_leaves_nothing_anywhere(trio, tmp_path, data, moment):
 # Faults that cannot be planted here: GPUs, other versions.
 
 FACTS: dict[str, Any] = {
-    **{"code": "abc", "python": "3.11.7", "packages": {"torch": "2.13.0"}, "device": "GPU", "data": 1000},
+    **{**dict.fromkeys(machine.SAME, "1.0"), "code": "abc", "torch": "2.13.0", "device": "GPU", "data": 1000},
     **{"markers": ["m1", "m2"], "findings": []},
 }
 
@@ -202,12 +203,8 @@ FACTS: dict[str, Any] = {
     "check, other, value",
     [
         ("code of all hosts", {"code": "abd"}, "code differs from one: abd (not abc)"),
-        ("python of all hosts", {"python": "3.12.1"}, "python differs from one: 3.12.1 (not 3.11.7)"),
-        (
-            "packages of all hosts",
-            {"packages": {"torch": "2.5.1"}},
-            "packages differs from one: torch 2.5.1 (not 2.13.0)",
-        ),
+        ("python of all hosts", {"python": "3.12.1"}, "python differs from one: 3.12.1 (not 1.0)"),
+        ("torch of all hosts", {"torch": "2.5.1"}, "torch differs from one: 2.5.1 (not 2.13.0)"),
         ("device of all hosts", {"device": "CPU"}, "device differs from one: CPU (not GPU)"),
         ("data of all hosts", {"data": 999}, "data differs from one: 999 (not 1000)"),
         ("out_dir, shared", {"markers": ["m3"]}, "not the one of one"),

@@ -120,7 +120,7 @@ def test_what_a_host_prints_besides_its_answer(tmp_path):
     right = answer()
     assert right.items() >= {"code": machine.describe()["code"], "gpus": machine.count_gpus()}.items()
     (tmp_path / "mute").touch()
-    wrong = [{}, {**right, "code": 1}, {**right, "gpus": "8"}, {**right, "packages": None}]
+    wrong = [{}, {**right, "code": 1}, {**right, "gpus": "8"}, {**right, "torch": None}]
     for text in ("{ hi", "7", "[" * 100_000, *map(json.dumps, wrong)):
         (tmp_path / "printed").write_text(text)
         assert answer().startswith(f"printed {text[:80]!r} instead of an answer; `ssh host1` must work"), text
@@ -197,15 +197,15 @@ def test_data_that_one_host_lacks(made, tmp_path):
 
 
 def test_differing_code_packages_and_gpus_are_listed():
-    same = {"code": "a", "python": "3.11.7", "packages": {"torch": "2.13.0"}, "gpus": 8, "address": "", "port": 1}
-    other = {**same, "packages": {"torch": "2.12.0"}, "code": "b"}
+    same = {**dict.fromkeys(machine.SAME, "1.0"), "gpus": 8, "address": "", "port": 1}
+    other = {**same, "torch": "2.12.0", "code": "b"}
     two = [Host("one", tuple(range(8))), Host("two", tuple(range(8)))]
     hosts.check(two, {"one": same, "two": same})
     with pytest.raises(UserError) as error:
         hosts.check(two, {"one": same, "two": {**other, "gpus": 4}})
     assert str(error.value).splitlines()[1:] == [
-        "  two: code differs from one: b (not a); install the same on every host",
-        "  two: packages differs from one: torch 2.12.0 (not 2.13.0); install the same on every host",
+        "  two: code differs from one: b (not 1.0); install the same on every host",
+        "  two: torch differs from one: 2.12.0 (not 1.0); install the same on every host",
         "  two: slots=8, but it has 4 GPUs",
     ]
 

@@ -75,7 +75,7 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
         yield from (Finding(**{**f, "host": name}) for f in facts["findings"])
         if len(answers) == 1:
             return
-        for what in ("code", "python", "packages", "data", "device"):
+        for what in (*machine.SAME, "data", "device"):
             problem, _, fix = hosts.difference(what, facts[what], answers[one][what], one).partition("; ")
             yield Finding(f"{what} of all hosts", problem or "same", not problem, fix, name)
         seen = set(answers[one]["markers"])  # empty where it cannot write

@@ -40,10 +40,10 @@ def compare(check: str, free: float, needed: float, fix: str) -> Finding:
     return Finding(check, f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB needed", free >= needed, fix)
 
 
-def check_software(packages: dict[str, str]) -> Iterator[Finding]:
-    version = tuple(int(part) for part in packages["torch"].split(".")[:2] if part.isdecimal())
-    yield Finding("torch", packages["torch"], TORCH[0] <= version <= TORCH[1], REQUIREMENTS)
-    missing = [name for name in ("deepspeed", "numpy", "tiktoken") if packages[name] == "missing"]
+def check_software(facts: dict[str, Any]) -> Iterator[Finding]:
+    version = tuple(int(part) for part in facts["torch"].split(".")[:2] if part.isdecimal())
+    yield Finding("torch", facts["torch"], TORCH[0] <= version <= TORCH[1], REQUIREMENTS)
+    missing = [name for name in ("deepspeed", "numpy", "tiktoken") if facts[name] == "missing"]
     yield Finding("packages", f"missing: {', '.join(missing)}" if missing else "installed", not missing, REQUIREMENTS)
 
 
@@ -125,7 +125,7 @@ def main() -> None:
             stack.enter_context(tempfile.NamedTemporaryFile(dir=out_dir, prefix=request["marker"]))
         facts = machine.describe()
         gpus = facts["gpus"] if request["device"] in ("auto", "cuda") else 0
-        findings = [*check_software(facts["packages"]), *check_compiler(request["ops"], request["environment"])]
+        findings = [*check_software(facts), *check_compiler(request["ops"], request["environment"])]
         findings += [*check_gpus(request, gpus), *check_memory(request, gpus), *check_storage(request, out_dir)]
         facts |= {"findings": [asdict(finding) for finding in findings], "device": "GPU" if facts["gpus"] else "CPU"}
         facts["data"] = data_bytes(Path(request["dataset"])) if request["dataset"] else 0
