@@ -44,8 +44,7 @@ MODELS = {
 }
 STEP_TOKENS = 2**19  # half a million, as GPT-3's smaller models (arXiv:2005.14165, table 2.1)
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
-CHOICES = {"model": ("", *MODELS), "activation_checkpointing": ("", "True", "False")}
-CHOICES["dtype"] = ("", "bfloat16", "float16", "float32")
+CHOICES = {"model": ("", *MODELS), "dtype": ("", "bfloat16", "float16", "float32")}
 RANGES = {"gpus": (1, 10**5), "nodes": (1, 10**5), "achievable": (0.01, 1), "link_share": (0.01, 1), "overlap": (0, 1)}
 RANGES |= {"fragmentation": (0, 1), "link": (0.001, 10**6)}
 ON_CPU = {"device": "cpu", "overlap": 0.5, "fragmentation": 0.0, "link_share": 1.0}  # results/zero_links
@@ -64,8 +63,6 @@ class PlanConfig(Machines):
     model: str = key("", ", ".join(MODELS), "Model (or a recipe, config/x.py)")
     measured: str = key("", "benchmark.json: matmul peak, link and process memory as tools.benchmark measured them")
     global_batch: int = key(0, f"sequences per step; 0: the recipe's, or about {STEP_TOKENS:,} tokens", "Step")
-    batch_size: int = key(0, "sequences per rank and micro-step; 0: the best")
-    activation_checkpointing: str = key("", "True, False; empty: whichever is better")
     strategies: str = key("", f"{','.join(strategies())}; empty: all")
     all: bool = key(False, "print every micro-batch, with and without activation checkpointing", "Output")
     curve: str = key("", "table: from 1 to 1,024 GPUs, of five strategies or those named; FILE.png: drawn as well")
@@ -143,9 +140,6 @@ class Request:
         if rest or not sequences:
             near = ranks * max(1, sequences)
             raise ConfigError(f"global_batch = {self.global_batch}: must be divisible by the {ranks} ranks; set {near}")
-        batches = [n for n in range(1, sequences + 1) if sequences % n == 0 and cfg.batch_size in (0, n)]
-        if not batches:
-            raise ConfigError(f"batch_size = {cfg.batch_size}: must divide the {sequences} sequences per rank")
         chosen = [find_strategy(name) for name in cfg.strategies.split(",") if name] or strategies().values()
         impossible = "ddp" if ranks == 1 else "single"
         several = cfg.nodes > 1 and cfg.gpus > 1  # nodes of several GPUs, which HSDP needs
@@ -153,15 +147,15 @@ class Request:
             Candidate(self.model, strategy, cfg, batch, sequences // batch, checkpointing)
             for strategy in chosen
             if strategy.name != impossible and (several or not strategy.hybrid)
-            for batch in batches
+            for batch in range(1, sequences + 1)
+            if sequences % batch == 0
             for checkpointing in (False, True)
-            if cfg.activation_checkpointing in ("", str(checkpointing))
         ]
 
     def at(self, ranks: int) -> "Request":
         """The same on so many ranks, nodes filled first; the global batch is rounded up to a multiple of them."""
         gpus = math.gcd(ranks, self.cfg.gpus)
-        cfg = replace(self.cfg, gpus=gpus, nodes=ranks // gpus, batch_size=0)
+        cfg = replace(self.cfg, gpus=gpus, nodes=ranks // gpus)
         return replace(self, cfg=cfg, global_batch=math.ceil(self.global_batch / ranks) * ranks)
 
 
