@@ -62,17 +62,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw, allow_abbrev=False)
     add_arguments(parser)
     parser.add_argument("--restarts", type=int, default=0, help="how often to restart, on the hosts that still answer")
-    parser.add_argument("--master_port", type=int, default=0, help="a free port on the first host; default: any")
     args, command = parser.parse_known_args()  # its options may also stand among those of the script
-    if args.restarts < 0 or not 0 <= args.master_port <= 65535 or not command:
-        rule = f"must be {usage}, with --restarts of 0 or more, --master_port of 0 to 65535"
-        raise UserError(f"{shlex.join(sys.argv[1:]) or 'no arguments'}: {rule}")
+    if args.restarts < 0 or not command:
+        raise UserError(f"{shlex.join(sys.argv[1:]) or 'no arguments'}: must be {usage}, --restarts 0 or more")
     signals = catch_signals()
     hosts = read_hostfile(args.hostfile or "hostfile", args.include, args.exclude)
-    answers = ask(hosts, args.ssh, ["-m", "launch.machine", str(args.master_port)])
+    answers = ask(hosts, args.ssh, ["-m", "launch.machine"])
     check(hosts, answers)
     for attempt in range(args.restarts + 1):
-        plans = make_plans(hosts, answers, args.ssh, args.master_addr, command, args.master_port)
+        plans = make_plans(hosts, answers, args.ssh, args.master_addr, command)
         nodes = [Node(name, args.ssh, plan) for name, plan in plans.items()]
         failed, status, _ = watch(nodes, signals, lambda code: GRACE_SECONDS, KILL_SECONDS)
         if status not in NO_RESTART:
@@ -211,8 +209,6 @@ def check(hosts: list[Host], answers: Answers) -> None:
         for what in SAME:
             if text := difference(what, answer[what], first[what], hosts[0].name):
                 problems.append(f"{host.name}: {text}")
-        if host is hosts[0] and not answer["port"]:
-            problems.append(f"{host.name}: --master_port is in use there; leave it out to get a free one")
         if answer["gpus"] and max(host.slots) >= answer["gpus"]:
             problems.append(f"{host.name}: slots={max(host.slots) + 1}, but it has {answer['gpus']} GPUs")
     if problems:
@@ -239,12 +235,10 @@ def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
     return address
 
 
-def make_plans(
-    hosts: list[Host], answers: Answers, ssh: str, address: str, command: list[str], port: int = 0
-) -> dict[str, Plan]:
+def make_plans(hosts: list[Host], answers: Answers, ssh: str, address: str, command: list[str]) -> dict[str, Plan]:
     """By host: environment (the same everywhere), variables, and the command that starts one rank per slot."""
     environment, plans, first_rank = forwarded_environment(os.environ), {}, 0
-    master, port = master_address(hosts, answers, address), port or answers[hosts[0].name]["port"]
+    master, port = master_address(hosts, answers, address), answers[hosts[0].name]["port"]
     shared: Plan = {"MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": sum(len(h.slots) for h in hosts)}
     for host in hosts:
         variables = {**shared, "FIRST_RANK": first_rank}

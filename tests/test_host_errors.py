@@ -88,10 +88,7 @@ def test_invalid_options_are_one_message(tmp_path):
     assert "no such hostfile" in message(start(hostfile))
     (tmp_path / "hostfile").write_text("host1 slots=2\n")
     assert "hostfile: no host with --exclude=host1; write one" in message(start(hostfile, "--exclude=host1"))
-    assert re.search(
-        "--restarts=-1 train.py: must be .*, with --restarts of 0", message(start(hostfile, "--restarts=-1"))
-    )
-    assert "--master_port=70000 train.py: must be " in message(start(hostfile, "--master_port=70000"))
+    assert re.search("--restarts=-1 train.py: must be .*, --restarts 0", message(start(hostfile, "--restarts=-1")))
     assert "--ssh=/no/ssh: must be a program and its options" in message(start(hostfile, "--ssh=/no/ssh"))
 
 
@@ -164,18 +161,8 @@ def test_unreachable_hosts_are_listed_with_the_reason(made, tmp_path):
     assert not made.left()
 
 
-def test_a_port_in_use_and_a_loopback_address(made):
-    first, hostfile = made.hosts[0], f"--hostfile={made.hostfile(1)}"
-    listen = "import socket, time; s = socket.create_server(('', 29611)); time.sleep(60)"
-    other = subprocess.Popen(["ip", "netns", "exec", first.space, sys.executable, "-c", listen])
-    try:
-        while not first.inside("ss", "-ltn", "sport", "=", "29611").count("LISTEN"):
-            pass
-        text = message(start(hostfile, f"--ssh={made.ssh}", "--master_port=29611"))
-        assert "host1: --master_port is in use there; leave it out to get a free one" in text
-    finally:
-        other.kill()
-        other.wait()
+def test_a_loopback_address(made):
+    hostfile = f"--hostfile={made.hostfile(1)}"
     text = message(start(hostfile, f"--ssh={made.ssh}", "--master_addr=localhost"))
     assert "localhost is 127.0.0.1, so each host would reach itself; set --master_addr to its address" in text
 
