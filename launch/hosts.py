@@ -66,7 +66,7 @@ def main() -> int:
     if args.restarts < 0 or not command:
         raise UserError(f"{shlex.join(sys.argv[1:]) or 'no arguments'}: must be {usage}, --restarts 0 or more")
     signals = catch_signals()
-    hosts = read_hostfile(args.hostfile or "hostfile", args.include, args.exclude)
+    hosts = read_hostfile(args.hostfile or "hostfile", args.include)
     answers = ask(hosts, args.ssh, ["-m", "launch.machine"])
     check(hosts, answers)
     for attempt in range(args.restarts + 1):
@@ -93,13 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say which hosts to use, and how to reach them."""
     parser.add_argument("--hostfile", default="", help="one line per host: NAME slots=RANKS")
     parser.add_argument("--include", default="", help="only these: host1@host2:0,1 (all slots, or those listed)")
-    parser.add_argument("--exclude", default="", help="not these; written like --include")
     parser.add_argument("--ssh", default="ssh", help="ssh with its options: 'ssh -p 2222 -i key -l user'")
     parser.add_argument("--master_addr", default="", help="address of the first host, as the others reach it")
 
 
-def read_hostfile(path: str, include: str = "", exclude: str = "") -> list[Host]:
-    """Read the hosts, and choose among them as --include and --exclude say. UserError: with file and line."""
+def read_hostfile(path: str, include: str = "") -> list[Host]:
+    """Read the hosts, and choose among them as --include says. UserError: with file and line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such hostfile; write one line per host: NAME slots=RANKS")
     slots: dict[str, tuple[int, ...]] = {}
@@ -112,15 +111,12 @@ def read_hostfile(path: str, include: str = "", exclude: str = "") -> list[Host]
             rule = "must be NAME slots=RANKS, RANKS 1 to 99999; NAME, each once: HOST, USER@HOST, address, in ASCII"
             raise UserError(f"{path}:{number}: {line!r}: {rule}")
         slots[match[1]] = tuple(range(int(match[2])))
-    slots = parse_choice("--include", include, slots) or slots
-    for name, excluded in parse_choice("--exclude", exclude, slots).items():
-        slots[name] = tuple(slot for slot in slots[name] if slot not in excluded)
-    if not any(slots.values()):
-        raise UserError(f"{path}: no host with --exclude={exclude}; write one line per host: NAME slots=RANKS")
-    return [Host(name, numbers) for name, numbers in slots.items() if numbers]
+    if not slots:
+        raise UserError(f"{path}: is empty; write one line per host: NAME slots=RANKS")
+    return [Host(name, numbers) for name, numbers in (parse_choice(include, slots) or slots).items()]
 
 
-def parse_choice(option: str, text: str, slots: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def parse_choice(text: str, slots: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Parse host1@host2:0,1 to {host1: (all of its slots), host2: (0, 1)}."""
     chosen: dict[str, tuple[int, ...]] = {}
     for part in text.split("@") if text else []:
@@ -128,8 +124,8 @@ def parse_choice(option: str, text: str, slots: Mapping[str, tuple[int, ...]]) -
         known = [str(slot) for slot in slots.get(name, ())]
         numbers = listed.split(",") if colon else known
         if not known or name in chosen or len(set(numbers)) < len(numbers) or not set(numbers) <= set(known):
-            has = ", ".join(f"{host} slots={len(numbers)}" for host, numbers in slots.items())
-            raise UserError(f"{option}={text}: {part!r}: must be a host, or HOST:SLOT,SLOT, each once; there are {has}")
+            has = ", ".join(f"{host} slots={len(all_slots)}" for host, all_slots in slots.items())
+            raise UserError(f"--include={text}: {part!r}: must be HOST, or HOST:SLOT,SLOT, each once; there are {has}")
         chosen[name] = tuple(map(int, numbers))
     return chosen
 

@@ -120,11 +120,11 @@ def hostfiles(folder: Path) -> Target:
     part = st.builds("{}:{}".format, name, st.lists(slots, max_size=3).map(",".join)) | name
     choice = st.just("") | st.lists(part, max_size=3).map("@".join)
 
-    def read(value: tuple[Case, str, str]) -> None:
+    def read(value: tuple[Case, str]) -> None:
         (folder / "hostfile").write_bytes(value[0].content)
-        hosts.read_hostfile(str(folder / "hostfile"), *value[1:])
+        hosts.read_hostfile(str(folder / "hostfile"), value[1])
 
-    return st.tuples(texts_of(st.builds("{} slots={}".format, name, slots)), choice, choice), read
+    return st.tuples(texts_of(st.builds("{} slots={}".format, name, slots)), choice), read
 
 
 def deepspeed_jsons(folder: Path) -> Target:

@@ -153,7 +153,7 @@ def main() -> None:
     gpus = machine.count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if cfg.device in ("auto", "cuda") else 0
     all_hosts, ssh = [Host("localhost", tuple(range(args.ranks or gpus or 2)))], ""
     if args.hostfile:
-        all_hosts, ssh = hosts.read_hostfile(args.hostfile, args.include, args.exclude), args.ssh
+        all_hosts, ssh = hosts.read_hostfile(args.hostfile, args.include), args.ssh
     if not args.json:
         ranks = count(sum(len(host.slots) for host in all_hosts), "rank")
         print(f"{ranks}:", *(settings or ["without a recipe, only the machine is checked"]), flush=True)
