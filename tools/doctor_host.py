@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import select
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from launch import machine
 
 TORCH = (2, 11), (2, 13)  # oldest and newest
 REQUIREMENTS = "pip install -r requirements.txt"
-OPEN_FILES = 1024  # sockets to all ranks, data, libraries
 SHM_BYTES, NCCL_SHM_BYTES = 64e6, 1e9  # Docker's default; what GPUs need that communicate through it
 PROCESS_BYTES = 1e9  # of a rank: Python, torch, DeepSpeed, activations of a small model
 MARKER_SECONDS = 3.0  # to wait for the markers of the other hosts in out_dir
@@ -85,8 +83,6 @@ def check_memory(request: Request, gpus: int) -> Iterator[Finding]:
         fix = "docker run --shm-size=1g, or mount -o remount,size=1g /dev/shm"
         needed = NCCL_SHM_BYTES if gpus and ranks > 1 else SHM_BYTES
         yield Finding("shared memory", f"{size / 1e9:,.1f} GB", size >= needed, fix)
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield Finding("open files", f"{files:,}", files == resource.RLIM_INFINITY or files >= OPEN_FILES, "ulimit -n 65536")
 
 
 def check_storage(request: Request, out_dir: Path) -> Iterator[Finding]:
