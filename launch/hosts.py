@@ -193,7 +193,7 @@ def read_answer(name: str, process: Any, request: str, types: dict) -> dict[str,
     if status < 0:
         return f"no answer within {ANSWER_SECONDS:.0f} s; is it up, and are its disks?"
     other = f"printed {printed!r} instead of an answer" if printed else f"ssh ended with status {status}"
-    fix = f"`ssh {name}` must work without a password (ssh-copy-id {name}), and the code and Python be those of here"
+    fix = f"`ssh {name}` must work without a password (ssh-copy-id {name}) and find the same code and Python there"
     return f"{errors[-1] if errors else other}; {fix}"
 
 
