@@ -24,7 +24,7 @@ def check(cfg: TrainConfig) -> None:
             wandb.login(verify=False)
     except (wandb.Error, ValueError) as error:  # ValueError: pydantic's, of several lines
         reason = " ".join(str(error).split("[type=")[0].split())
-        raise ConfigError(f"wandb_log = True: cannot start ({reason}); log in, or set WANDB_MODE=offline") from None
+        raise ConfigError(f"wandb_log = True: W&B cannot start ({reason}); log in or set WANDB_MODE=offline") from None
 
 
 class WandbLog:
