@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Train with DeepSpeed ZeRO-0: nothing is partitioned, as in DDP.
-
 source "$(dirname "$0")/launch/common.sh"
 launch_deepspeed zero0 "$@"

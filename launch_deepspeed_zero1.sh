@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Train with DeepSpeed ZeRO-1: optimizer states are partitioned.
-
 source "$(dirname "$0")/launch/common.sh"
 launch_deepspeed zero1 "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Train with DeepSpeed ZeRO-2: optimizer states and gradients are partitioned.
-
 source "$(dirname "$0")/launch/common.sh"
 launch_deepspeed zero2 "$@"

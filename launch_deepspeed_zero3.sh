@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Train with DeepSpeed ZeRO-3: optimizer states, gradients and parameters are partitioned.
-
 source "$(dirname "$0")/launch/common.sh"
 launch_deepspeed zero3 "$@"

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and a page of text that it writes: install the packages, prepare a small data
 # set from Python's documentation without a download, train with ZeRO-2 on every GPU (or N, or 2 CPU ranks), sample.
-
 source "$(dirname "$0")/launch/common.sh"
 usage "${1:-}" "[N] [--key=value ...]"
 

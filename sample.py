@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from data.errors import DataError
 from data.tokenizer import Tokenizer, tokenizer_from
 from model import GPT, GPTConfig
 from training import distributed
@@ -44,9 +43,7 @@ class SampleConfig(Settings):
     compile: bool = key(False, "torch.compile the model")
 
     def problems(self) -> Iterator[Problem]:
-        if not 0 <= self.seed < 2**64:
-            yield "seed", "must be at least 0 and below 2**64"
-        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 yield name, f"must be at least {least}"
         if not 0 < self.top_p <= 1:
@@ -60,9 +57,7 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
     if cfg.init_from == "resume":
         checkpoints = Checkpoints(cfg.out_dir)
         if not checkpoints.finished():
-            runs = {path.parents[1] for path in Path(cfg.out_dir).parent.glob("*/checkpoints/step_*")}
-            choices = " or ".join(f"--out_dir={run}" for run in sorted(runs))
-            fix = f"sample from {choices}" if runs else "train a model with ./launch_quickstart.sh, or set --out_dir"
+            fix = "set --out_dir to the folder of a run, or train one with ./launch_quickstart.sh"
             raise UserError(f"out_dir = {cfg.out_dir!r}: no checkpoint in {checkpoints.folder}; {fix}")
         folder, metadata = checkpoints.newest()
         config, saved = GPTConfig(**metadata["model"]), open_state(folder, metadata)
@@ -82,10 +77,8 @@ def read_prompt(start: str, tokenizer: Tokenizer) -> np.ndarray:
     try:
         text = Path(start.removeprefix("FILE:")).read_text("utf-8") if start.startswith("FILE:") else start
         ids = tokenizer.encode(text, allow_special=True)
-    except DataError as error:
-        raise ConfigError(f"start = {start!r}: {error}") from None
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
-        raise ConfigError(f"start = {start!r}: cannot be read ({error}); name a UTF-8 text file") from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, a NUL in the path, or a character without an id
+        raise ConfigError(f"start = {start!r}: {error}; give text, or FILE: and the path of a UTF-8 file") from None
     if not len(ids):
         raise ConfigError(f"start = {start!r}: is empty; give at least one character")
     return ids

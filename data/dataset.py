@@ -34,19 +34,17 @@ class Dataset:
 def open_dataset(folder: Path) -> Dataset:
     """Open a folder written by a prepare.py, ours or nanoGPT's. Raises DataError if it is missing or damaged."""
     script = folder / "prepare.py"
-    fix = f"prepare it again with: python {shown(script)}" if script.is_file() else "prepare it again"
     if all((folder / f"{split}.bin").is_file() for split in SPLITS):
         try:
             return read_dataset(folder)
         except DataError as error:
-            raise DataError(f"{error}; {fix}") from None
+            raise DataError(f"{error}; prepare it again") from None
     if script.is_file():
         raise DataError(f"data set {folder.name!r} is not prepared; run: python {shown(script)}")
     if folder.exists():
-        raise DataError(f"{folder} is not a data set: it must contain train.bin and val.bin; {fix}")
+        raise DataError(f"{folder} is not a data set: it must contain train.bin and val.bin")
     names = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    own = f"python data/text/prepare.py --input FILES --tokenizer gpt2 --name {folder.name}"
-    hint = did_you_mean(folder.name, names) or f"; to make one from your own text, run: {own}"
+    hint = did_you_mean(folder.name, names) or "; to make one from your own text: python data/text/prepare.py --help"
     raise DataError(f"there is no data set {shown(folder)}{hint}")
 
 
@@ -82,8 +80,6 @@ def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int]]:
         if problems := check_types(meta, META):
             raise DataError("; ".join(problems))
         tokenizer = tokenizer_from(meta["tokenizer"])
-        if meta["vocab_size"] != tokenizer.vocab_size:
-            raise DataError(f"vocab_size = {meta['vocab_size']}: must be {tokenizer.vocab_size} as in the tokenizer")
         if meta["dtype"] not in ("uint16", "uint32"):
             raise DataError(f"dtype = {meta['dtype']!r}: must be uint16 or uint32")
     except DataError as error:

@@ -21,17 +21,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_types(values: Any, types: Mapping[str, type | tuple[type, ...]]) -> list[str]:
-    """The problems of parsed JSON that must be an object: one text per key that is missing or of another type.
-
-    An integer is a float too, true and false are not integers, and NaN and Infinity are not numbers.
-    """
+    """The problems of parsed JSON that must be an object: one text per key that is missing or of another type."""
     if not isinstance(values, dict):
         return [f"must be {JSON_TYPES[dict]}, not {reprlib.repr(values)}"]
     problems = []
     for key, allowed in types.items():
         allowed = allowed if isinstance(allowed, tuple) else (allowed,)
         value = values.get(key)
-        right = type(value) in allowed or (type(value) is int and float in allowed)
+        right = type(value) in allowed or (type(value) is int and float in allowed)  # true and false are no integers
         if key not in values:
             problems.append(f"{key!r} is missing")
         elif not right or (isinstance(value, float) and not math.isfinite(value)):

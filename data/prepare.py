@@ -29,22 +29,16 @@ def run(main: Callable[[argparse.ArgumentParser], None], script: str, descriptio
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(script).resolve().parent, help="folder to write to")
     try:
-        return main(parser)
-    except DataError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'output'}: {error.strerror or error}"
+        main(parser)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 class Writer(contextlib.AbstractContextManager["Writer"]):
-    """Writes train.bin, val.bin and meta.json. An existing data set is replaced only when the `with` block ends.
-
-    is_part: of a data set, so it may be empty, and its token counts are not printed.
-    """
+    """Writes train.bin, val.bin and meta.json. An existing data set is replaced only when the `with` block ends."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, source: Any, is_part: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +68,7 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         """Rename the files. train.bin is the last: without it, the data set counts as not prepared."""
         tokens = {split: file.tell() // self.dtype.itemsize for split, file in self.files.items()}
         for split, file in self.files.items():
-            if not (tokens[split] or self.is_part):
+            if not (tokens[split] or self.is_part):  # a part of a data set may be empty
                 raise DataError(f"{self.source}: too little text, {split}.bin would be empty; add more text")
             file.flush()
             os.fsync(file.fileno())
@@ -147,8 +141,6 @@ def find_files(inputs: list[Path]) -> list[Path]:
 
 def read_plain(path: Path, _: str = "") -> Iterator[str]:
     """Yield the whole file."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise DataError(f"{path}: is not a file; give a text file")
     data = path.read_bytes()
     try:
         yield data.decode()

@@ -58,8 +58,7 @@ def build(settings: Settings, dataset: Dataset) -> Any:
         raise UserError(f"model = {settings.model!r} cannot be loaded: {' '.join(str(error).split())}") from None
     positions, ids = model.config.n_positions, model.config.vocab_size
     if settings.block_size > positions or dataset.vocab_size > ids:
-        given = f"block_size = {settings.block_size} and {dataset.vocab_size} token ids"
-        raise UserError(f"{given}: {settings.model} takes {positions} and {ids} at most")
+        raise UserError(f"model = {settings.model!r}: lower block_size to {positions}, the data set's ids to {ids}")
     return model
 
 

@@ -27,6 +27,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, cast
 
+from data.errors import check_types
+from launch.machine import SAME
 from launch.ranks import catch_signals, watch
 from training.errors import LOST, STOPPED, UserError, list_problems
 
@@ -42,9 +44,9 @@ FORWARDED_ENV = (  # prefixes of the variables that are set on every host
 )
 SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5"]
 HOST_NAME = r"(\w[\w.-]*@)?[\w:][\w.:%-]*"  # also an address; ssh takes what begins with - for an option
-ANSWER = {"code": "", "python": "", "packages": {}, "gpus": 0, "addresses": [""], "port": 0}  # of launch.machine
+ANSWER = {**dict.fromkeys(SAME, str), "gpus": int, "address": str, "port": int}  # of launch.machine
 ANSWER_CHARACTERS = 10**6  # at most, in a line
-Plan = dict[str, Any]  # what launch.ranks --node reads: environment (the same everywhere), variables, command
+Plan = dict[str, Any]  # what launch.ranks --node reads on a host
 Answers = dict[str, Any]  # by host: the dict of its JSON, or a str that says why there is none
 
 
@@ -60,21 +62,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw, allow_abbrev=False)
     add_arguments(parser)
     parser.add_argument("--restarts", type=int, default=0, help="how often to restart, on the hosts that still answer")
-    parser.add_argument("--master_port", type=int, default=0, help="a free port on the first host; default: any")
     args, command = parser.parse_known_args()  # its options may also stand among those of the script
-    if args.restarts < 0 or not 0 <= args.master_port <= 65535 or not command:
-        rule = f"must be {usage}, with --restarts of 0 or more, --master_port of 0 to 65535"
-        raise UserError(f"{shlex.join(sys.argv[1:]) or 'no arguments'}: {rule}")
-    environment = forwarded_environment(os.environ)
+    if args.restarts < 0 or not command:
+        raise UserError(f"{shlex.join(sys.argv[1:]) or 'no arguments'}: must be {usage}, --restarts 0 or more")
     signals = catch_signals()
-    hosts = read_hostfile(args.hostfile or "hostfile", args.include, args.exclude)
-    answers = ask(hosts, args.ssh, ["-m", "launch.machine", str(args.master_port)])
+    hosts = read_hostfile(args.hostfile or "hostfile", args.include)
+    answers = ask(hosts, args.ssh, ["-m", "launch.machine"])
     check(hosts, answers)
     for attempt in range(args.restarts + 1):
-        variables = {"MASTER_ADDR": master_address(hosts, answers, args.master_addr)}
-        variables["MASTER_PORT"] = args.master_port or answers[hosts[0].name]["port"]
-        plan = {"environment": environment, "variables": variables, "command": command}
-        nodes = start(hosts, answers, args.ssh, plan)
+        plans = make_plans(hosts, answers, args.ssh, args.master_addr, command)
+        nodes = [Node(name, args.ssh, plan) for name, plan in plans.items()]
         failed, status, _ = watch(nodes, signals, lambda code: GRACE_SECONDS, KILL_SECONDS)
         if status not in NO_RESTART:
             reason = "the connection was lost" if status == SSH_LOST else f"ended with status {status}"
@@ -96,13 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say which hosts to use, and how to reach them."""
     parser.add_argument("--hostfile", default="", help="one line per host: NAME slots=RANKS")
     parser.add_argument("--include", default="", help="only these: host1@host2:0,1 (all slots, or those listed)")
-    parser.add_argument("--exclude", default="", help="not these; written like --include")
     parser.add_argument("--ssh", default="ssh", help="ssh with its options: 'ssh -p 2222 -i key -l user'")
     parser.add_argument("--master_addr", default="", help="address of the first host, as the others reach it")
 
 
-def read_hostfile(path: str, include: str = "", exclude: str = "") -> list[Host]:
-    """Read the hosts, and choose among them as --include and --exclude say. UserError: with file and line."""
+def read_hostfile(path: str, include: str = "") -> list[Host]:
+    """Read the hosts, and choose among them as --include says. UserError: with file and line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such hostfile; write one line per host: NAME slots=RANKS")
     slots: dict[str, tuple[int, ...]] = {}
@@ -111,35 +107,25 @@ def read_hostfile(path: str, include: str = "", exclude: str = "") -> list[Host]
         if not line:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]{0,4})", line)
-        if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII):
-            rule = "must be NAME slots=RANKS, RANKS 1 to 99999; NAME: that of a host, USER@HOST or an address, in ASCII"
+        if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII) or match[1] in slots:
+            rule = "must be NAME slots=RANKS, RANKS 1 to 99999; NAME, each once: HOST, USER@HOST, address, in ASCII"
             raise UserError(f"{path}:{number}: {line!r}: {rule}")
-        if match[1] in slots:
-            raise UserError(f"{path}:{number}: {match[1]} is a duplicate; give each host one line")
         slots[match[1]] = tuple(range(int(match[2])))
     if not slots:
         raise UserError(f"{path}: is empty; write one line per host: NAME slots=RANKS")
-    slots = parse_choice("--include", include, slots) or slots
-    for name, excluded in parse_choice("--exclude", exclude, slots).items():
-        slots[name] = tuple(slot for slot in slots[name] if slot not in excluded)
-    if not any(slots.values()):
-        raise UserError(f"--exclude={exclude}: leaves no host of {path}")
-    return [Host(name, numbers) for name, numbers in slots.items() if numbers]
+    return [Host(name, numbers) for name, numbers in (parse_choice(include, slots) or slots).items()]
 
 
-def parse_choice(option: str, text: str, slots: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def parse_choice(text: str, slots: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Parse host1@host2:0,1 to {host1: (all of its slots), host2: (0, 1)}."""
     chosen: dict[str, tuple[int, ...]] = {}
     for part in text.split("@") if text else []:
         name, colon, listed = part.partition(":")
-        if name not in slots:
-            raise UserError(f"{option}={text}: {name!r}: no such host in the hostfile; it has {', '.join(slots)}")
-        known = [str(slot) for slot in slots[name]]
+        known = [str(slot) for slot in slots.get(name, ())]
         numbers = listed.split(",") if colon else known
-        if unknown := [number for number in numbers if number not in known]:
-            raise UserError(f"{option}={text}: {name} has no slot {unknown[0]!r}; it has {len(known)}")
-        if name in chosen or len(set(numbers)) < len(numbers):
-            raise UserError(f"{option}={text}: {part} is a duplicate; name each host and slot once")
+        if not known or name in chosen or len(set(numbers)) < len(numbers) or not set(numbers) <= set(known):
+            has = ", ".join(f"{host} slots={len(all_slots)}" for host, all_slots in slots.items())
+            raise UserError(f"--include={text}: {part!r}: must be HOST, or HOST:SLOT,SLOT, each once; there are {has}")
         chosen[name] = tuple(map(int, numbers))
     return chosen
 
@@ -154,30 +140,30 @@ def remote_command(ssh: str, host: str, *arguments: str) -> list[str]:
         return [sys.executable, *arguments]
     try:
         words = shlex.split(ssh)
-    except ValueError as error:  # no closing quotation
-        raise UserError(f"--ssh={ssh}: {error}; write it as in a shell: --ssh='ssh -p 2222 -i key'") from None
+    except ValueError:  # no closing quotation
+        words = []
     if not words or not shutil.which(words[0]):
-        raise UserError(f"--ssh={ssh}: no such program on this machine; install openssh-client, or give its path")
+        raise UserError(f"--ssh={ssh}: must be a program and its options, as in a shell: --ssh='ssh -p 2222 -i key'")
     command = shlex.join(["cd", str(Path.cwd())]) + " && exec " + shlex.join([sys.executable, *arguments])
     return [*words, *SSH_OPTIONS, host, command]
 
 
 def ask(
-    hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, str] = {}, answer: dict = ANSWER
+    hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, Any] = {}, types: dict = ANSWER
 ) -> Answers:
-    """Run Python on every host at once, and collect the line of JSON that it prints, with the time it "arrived".
+    """Run Python on every host at once, and collect the line of JSON that it prints.
 
-    requests: by host, its first line of stdin. stdin is closed when all have answered; the program may wait for that.
-    answer: an example of what it prints.
+    requests: by host, the JSON of its first line of stdin. stdin is closed when all have answered or ended; the program
+    may wait for that. types: those of the values that it prints.
     """
     names = [host.name for host in hosts]
     streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True, "errors": "replace"}
     commands = [remote_command(ssh, name, *arguments) for name in names]
     processes: list[Any] = [subprocess.Popen(command, **streams, start_new_session=True) for command in commands]
-    with ThreadPoolExecutor(len(hosts)) as threads:
+    with ThreadPoolExecutor(max(1, len(hosts))) as threads:
         try:
-            lines = [requests.get(name, "") for name in names]
-            return dict(zip(names, threads.map(read_answer, names, processes, lines, repeat(answer)), strict=True))
+            lines = [json.dumps(requests.get(name)) for name in names]
+            return dict(zip(names, threads.map(read_answer, names, processes, lines, repeat(types)), strict=True))
         finally:
             for process in processes:
                 with contextlib.suppress(OSError):
@@ -188,24 +174,7 @@ def ask(
                 process.kill()
 
 
-def parse_answer(line: str, example: Any) -> dict[str, Any] | None:
-    """The JSON object of a line from another host; None if it has not the keys and types of the example."""
-    with contextlib.suppress(ValueError, RecursionError):
-        if same_shape(value := json.loads(line), example):
-            return value
-    return None
-
-
-def same_shape(value: Any, example: Any) -> bool:
-    """Whether keys and types are those of the example; every element of a list is compared with the example's first."""
-    if isinstance(value, dict) and isinstance(example, dict):
-        return all(key in value and same_shape(value[key], example[key]) for key in example)
-    if isinstance(value, list) and isinstance(example, list):
-        return all(same_shape(element, example[0]) for element in value)
-    return type(value) is type(example)
-
-
-def read_answer(name: str, process: Any, request: str, example: dict) -> dict[str, Any] | str:
+def read_answer(name: str, process: Any, request: str, types: dict) -> dict[str, Any] | str:
     """The JSON that a host prints, or why it gave none: the problem, a semicolon, the fix. process: a Popen."""
     timer = threading.Timer(ANSWER_SECONDS, process.kill)
     timer.start()
@@ -213,21 +182,19 @@ def read_answer(name: str, process: Any, request: str, example: dict) -> dict[st
         print(request, file=process.stdin, flush=True)
     printed = ""
     while line := process.stdout.readline(ANSWER_CHARACTERS):
-        if answer := parse_answer(line, example):
-            timer.cancel()
-            return {**answer, "arrived": time.time()}
+        with contextlib.suppress(ValueError, RecursionError):
+            if not check_types(answer := json.loads(line), types):
+                timer.cancel()
+                return answer
         printed = line.strip()[:80]  # by a ~/.bashrc, or by other code
-    text, status = process.stderr.read().strip(), process.wait()
+    errors = [line for line in process.stderr.read().strip().splitlines() if not line.startswith("launch.ranks: ")]
+    status = process.wait()
     timer.cancel()
     if status < 0:
         return f"no answer within {ANSWER_SECONDS:.0f} s; is it up, and are its disks?"
-    if status == SSH_LOST:
-        text += f"; ssh {name} must work by hand and without a password (ssh-copy-id {name})"
-    elif text and status in (1, 126, 127):
-        text += f"; this code and this Python ({sys.executable}) must be at the same place on every host"
-    elif printed and not status:
-        text = f"printed {printed!r} instead of an answer; it needs the same code, and a ~/.bashrc that does not exit"
-    return text.splitlines()[-1] if text else f"ssh ended with status {status}; run ssh {name} by hand"
+    other = f"printed {printed!r} instead of an answer" if printed else f"ssh ended with status {status}"
+    fix = f"`ssh {name}` must work without a password (ssh-copy-id {name}) and find the same code and Python there"
+    return f"{errors[-1] if errors else other}; {fix}"
 
 
 def check(hosts: list[Host], answers: Answers) -> None:
@@ -235,11 +202,9 @@ def check(hosts: list[Host], answers: Answers) -> None:
     problems = [f"{name}: {answer}" for name, answer in answers.items() if isinstance(answer, str)]
     for host in hosts if not problems else []:
         answer, first = answers[host.name], answers[hosts[0].name]
-        for what in ("code", "python", "packages"):
+        for what in SAME:
             if text := difference(what, answer[what], first[what], hosts[0].name):
                 problems.append(f"{host.name}: {text}")
-        if host is hosts[0] and not answer["port"]:
-            problems.append(f"{host.name}: --master_port is in use there; leave it out to get a free one")
         if answer["gpus"] and max(host.slots) >= answer["gpus"]:
             problems.append(f"{host.name}: slots={max(host.slots) + 1}, but it has {answer['gpus']} GPUs")
     if problems:
@@ -250,11 +215,7 @@ def difference(what: str, value: Any, expected: Any, first: str) -> str:
     """How a host differs from the first one, with the fix after a semicolon; "" if it does not."""
     if value == expected:
         return ""
-    shown = f"{value} (not {expected})"
-    if isinstance(value, dict):
-        names = [name for name in {**expected, **value} if value.get(name) != expected.get(name)]
-        shown = ", ".join(f"{name} {value.get(name)} (not {expected.get(name)})" for name in names)
-    return f"{what} differs from {first}: {shown}; install the same on every host"
+    return f"{what} differs from {first}: {value} (not {expected}); install the same on every host"
 
 
 def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
@@ -263,20 +224,35 @@ def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
     try:
         address = socket.gethostbyname(name)
     except (OSError, UnicodeError):  # a name that only ssh knows
-        address = next(iter(answers[hosts[0].name]["addresses"]), "")
+        address = answers[hosts[0].name]["address"]
     if not address or (address.startswith("127.") and len(hosts) > 1):
         problem = f"is {address}, so each host would reach itself" if address else "has no known address"
         raise UserError(f"{name} {problem}; set --master_addr to its address")
     return address
 
 
+def make_plans(hosts: list[Host], answers: Answers, ssh: str, address: str, command: list[str]) -> dict[str, Plan]:
+    """By host: environment (the same everywhere), variables, and the command that starts one rank per slot."""
+    environment, plans, first_rank = forwarded_environment(os.environ), {}, 0
+    master, port = master_address(hosts, answers, address), answers[hosts[0].name]["port"]
+    shared: Plan = {"MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": sum(len(h.slots) for h in hosts)}
+    for host in hosts:
+        variables = {**shared, "FIRST_RANK": first_rank}
+        if answers[host.name]["gpus"] and ssh:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
+        arguments = [str(len(host.slots)), *command]
+        plans[host.name] = {"environment": environment, "variables": variables, "command": arguments}
+        first_rank += len(host.slots)
+    return plans
+
+
 class Node(subprocess.Popen):
     """launch.ranks on a host, as a local process whose signals are sent over ssh. poll() sends the heartbeats."""
 
-    def __init__(self, host: str, ssh: str, plan: Plan, output: IO[bytes] | None):
-        self.heartbeat_time, pipe = 0.0, subprocess.PIPE
+    def __init__(self, host: str, ssh: str, plan: Plan):
+        self.heartbeat_time = 0.0
         command = remote_command(ssh, host, "-m", "launch.ranks", "--node")
-        super().__init__(command, stdin=pipe, stdout=output, stderr=output, bufsize=0, start_new_session=True)
+        super().__init__(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
         self.pipe = cast(IO[bytes], self.stdin)
         with contextlib.suppress(BrokenPipeError):  # it has ended already; watch() sees how
             self.pipe.write(json.dumps(plan).encode() + b"\n")
@@ -299,22 +275,6 @@ class Node(subprocess.Popen):
 
     def kill(self) -> None:
         super().send_signal(signal.SIGKILL)
-
-
-def start(hosts: list[Host], answers: Answers, ssh: str, plan: Plan, output: IO[bytes] | None = None) -> list[Node]:
-    """Start the plan on each host, one rank per slot. Its variables need address and port of the first host.
-
-    output: file for stdout and stderr, default the terminal.
-    """
-    world_size, first_rank, nodes = sum(len(host.slots) for host in hosts), 0, []
-    for host in hosts:
-        variables = {**plan["variables"], "WORLD_SIZE": world_size, "FIRST_RANK": first_rank}
-        if answers[host.name]["gpus"] and ssh:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
-        own = {"variables": variables, "command": [str(len(host.slots)), *plan["command"]]}
-        nodes.append(Node(host.name, ssh, {**plan, **own}, output))
-        first_rank += len(host.slots)
-    return nodes
 
 
 if __name__ == "__main__":

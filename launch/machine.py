@@ -1,6 +1,5 @@
 """Print what a machine has as JSON: code, packages, GPUs, addresses, a free port. Quick: standard library only."""
 
-import contextlib
 import hashlib
 import json
 import platform
@@ -14,20 +13,21 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CODE = ("*.py", "config/*.py", "data/**/*.py", "deepspeed_configs/*.json", "launch/*.py", "tools/*.py", "training/*.py")
 PACKAGES = ("torch", "deepspeed", "numpy", "tiktoken", "wandb")
+SAME = ("code", "python", *PACKAGES)  # facts in which the hosts of a run must agree
 
 
-def describe(port: int = 0) -> dict:
-    """Facts about this host, most of which the hosts of a run must agree in. port: one that must be free; 0: any."""
+def describe() -> dict:
+    """Facts about this host."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return {
         "code": digest.hexdigest()[:12],
         "python": platform.python_version(),
-        "packages": {name: next((d.version for d in distributions(name=name)), "missing") for name in PACKAGES},
+        **{name: next((d.version for d in distributions(name=name)), "missing") for name in PACKAGES},
         "gpus": count_gpus(),
-        "addresses": output_of("hostname", "-I").split(),
-        "port": free_port(port),
+        "address": next(iter(output_of("hostname", "-I").split()), ""),
+        "port": free_port(),
     }
 
 
@@ -50,14 +50,13 @@ def output_of(*command: str) -> str:
     return "" if done.returncode else done.stdout
 
 
-def free_port(port: int = 0, host: str = "") -> int:
-    """The port, or any for 0, in TIME_WAIT: rank 0 may listen on it, no other process is given it. 0: it is in use."""
-    with contextlib.suppress(OSError), socket.create_server((host, port)) as server, socket.socket() as client:
+def free_port(host: str = "") -> int:
+    """A port in TIME_WAIT: rank 0 may listen on it, no other process is given it."""
+    with socket.create_server((host, 0)) as server, socket.socket() as client:
         client.connect(("127.0.0.1", server.getsockname()[1]))
         server.accept()[0].close()  # the side that closes first is the one that waits
         return server.getsockname()[1]
-    return 0
 
 
 if __name__ == "__main__":
-    print(json.dumps(describe(int(sys.argv[1]) if sys.argv[1:] else 0)))
+    print(json.dumps(describe()))

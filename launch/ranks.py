@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
     variables = plan.get("variables") or group_variables(parser, args, int(count))
     signals = catch_signals()
     if args.node:
-        threading.Thread(target=listen, args=[signals], daemon=True).start()
+        timeout = plan.get("heartbeat_timeout", HEARTBEAT_TIMEOUT_SECONDS)
+        threading.Thread(target=listen, args=[signals, timeout], daemon=True).start()
     return run(int(count), command, variables, signals)
 
 
@@ -83,9 +84,9 @@ def catch_signals() -> list[int]:
     return signals
 
 
-def listen(signals: list[int]) -> None:
+def listen(signals: list[int], timeout: float) -> None:
     """Read from launch.hosts on stdin: a byte is the number of a signal to forward, or 0 for a heartbeat."""
-    while select.select([0], [], [], HEARTBEAT_TIMEOUT_SECONDS)[0]:
+    while select.select([0], [], [], timeout)[0]:
         data = os.read(0, 100)
         if not data:  # the connection was closed
             break

@@ -101,7 +101,6 @@ def compare(scratch: Path, config: GPTConfig, ranks: int) -> list[dict[str, Any]
     cases = {
         "nothing": [sys.executable, "-c", "import tools.convert"],
         "safetensors": [*convert, str(scratch / "safetensors"), "--to=safetensors"],
-        "safetensors, not verified": [*convert, str(scratch / "safetensors"), "--to=safetensors", "--verify=none"],
         "hf": [*convert, str(scratch / "hf"), "--to=hf"],
         "train": [*convert, str(scratch / "train"), "--to=train"],
         "zero_to_fp32": [sys.executable, "-c", THEIRS, str(newest.parent), str(scratch / "zero_to_fp32")],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from model import GPT, GPTConfig
 from tests.checkpoints import BYTES, SMALL, STEPS, assert_same, nanogpt_file, run_folder
 from tests.running import difference, run, train, zero_json
-from tools.convert import WRITERS, Options, compare_tensors, convert
+from tools.convert import WRITERS, compare_tensors, convert
 from tools.convert_read import open_source
 from training.checkpoint import Checkpoints, read_torch_file
 from training.errors import UserError
@@ -29,9 +29,9 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("first", WRITERS)
 def test_each_format_to_each_other(source, tmp_path, first):
     folder, model, optimizer = source
-    convert(str(folder), tmp_path / first, first, Options())
+    convert(str(folder), tmp_path / first, first)
     for second in WRITERS:
-        lines = convert(str(tmp_path / first), tmp_path / f"{first}-{second}", second, Options(tokenizer=BYTES))
+        lines = convert(str(tmp_path / first), tmp_path / f"{first}-{second}", second, tokenizer=BYTES)
         assert "verified: every tensor equal" in lines[-1]
         saved, metadata = open_source(str(tmp_path / f"{first}-{second}"), BYTES)
         has_optimizer_state = not {first, second} & set(WEIGHTS_ONLY)
@@ -51,7 +51,7 @@ def test_nanogpts_checkpoint_with_its_prefixes(tmp_path, prefix):
     saved, metadata = open_source(str(tmp_path))
     assert_same(saved, model, optimizer)
     assert (metadata["step"], metadata["best_val_loss"], metadata["settings"]["beta2"]) == (STEPS, 1.5, 0.99)
-    convert(str(tmp_path / "ckpt.pt"), tmp_path / "back.pt", "nanogpt", Options())
+    convert(str(tmp_path / "ckpt.pt"), tmp_path / "back.pt", "nanogpt")
     again = read_torch_file(tmp_path / "back.pt")
     groups = again["optimizer"]["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and groups[0]["betas"] == (0.9, 0.99)
@@ -69,8 +69,8 @@ def test_a_run_resumes_from_what_was_converted(source, tmp_path, data):
     """The losses are those of the original run, resumed."""
     folder, *_ = source
     settings: dict[str, Any] = {"bias": True, "max_iters": STEPS + 2, "init_from": "resume"}
-    convert(str(folder), tmp_path / "nanogpt", "nanogpt", Options())
-    convert(str(tmp_path / "nanogpt"), tmp_path / "run", "train", Options(tokenizer=BYTES))
+    convert(str(folder), tmp_path / "nanogpt", "nanogpt")
+    convert(str(tmp_path / "nanogpt"), tmp_path / "run", "train", tokenizer=BYTES)
     output = train(tmp_path / "run", data, **settings)
     train(shutil.copytree(folder, tmp_path / "own"), data, **settings)
     assert difference(tmp_path / "own", tmp_path / "run") == 0
@@ -82,8 +82,8 @@ def test_zero_starts_from_weights_without_optimizer_state(source, tmp_path, data
     """With a new AdamW: the losses are those of one process that starts from them, too."""
     settings: dict[str, Any] = {"bias": True, "max_iters": STEPS + 2, "init_from": "resume", "learning_rate": 1e-2}
     settings |= {"gradient_accumulation_steps": 2, "warmup_iters": 0}
-    convert(str(source[0]), tmp_path / "w", "safetensors", Options())
-    convert(str(tmp_path / "w"), tmp_path / "zero", "train", Options(tokenizer=BYTES))
+    convert(str(source[0]), tmp_path / "w", "safetensors")
+    convert(str(tmp_path / "w"), tmp_path / "zero", "train", tokenizer=BYTES)
     train(shutil.copytree(tmp_path / "zero", tmp_path / "one"), data, **settings)
     train(tmp_path / "zero", data, ranks=2, deepspeed_config=zero_json("zero3"), **settings)
     assert difference(tmp_path / "one", tmp_path / "zero") <= 1e-5
@@ -94,7 +94,7 @@ def test_deepspeeds_partitions_are_read(tmp_path, data, strategy):
     """Partitions of 2 ranks hold the same as a run folder of whole tensors made from them."""
     settings: dict[str, Any] = {"ranks": 2, "gradient_accumulation_steps": 2, "max_iters": 2, "eval_iters": 1}
     train(tmp_path / "zero", data, deepspeed_config=zero_json(strategy), **settings)
-    convert(str(tmp_path / "zero"), tmp_path / "run", "train", Options())
+    convert(str(tmp_path / "zero"), tmp_path / "run", "train")
     partitions, whole = (open_source(str(tmp_path / name))[0] for name in ("zero", "run"))
     assert partitions.step == whole.step == 2
     for name, kind in whole.pieces:
@@ -126,7 +126,7 @@ def test_universal_checkpoints_are_read(tmp_path, data, monkeypatch, strategy):
 
 def test_weights_in_half_precision_are_rounded(source, tmp_path):
     folder, model, _ = source
-    lines = convert(str(folder), tmp_path / "w", "safetensors", Options(dtype=torch.bfloat16))
+    lines = convert(str(folder), tmp_path / "w", "safetensors", dtype="bfloat16")
     assert lines[0].endswith(", bfloat16") and "every tensor equal" in lines[-1]
     for name, weight in load_file(tmp_path / "w").items():
         assert torch.equal(weight, model.state_dict()[name].bfloat16()), name
@@ -138,11 +138,11 @@ def test_weights_too_large_for_half_precision_are_refused(tmp_path, dtype, value
     with torch.no_grad():
         model.transformer.ln_f.bias[3] = value
     torch.save({"model": model.state_dict(), "model_args": vars(SMALL)}, tmp_path / "ckpt.pt")
-    name, shown = str(dtype).removeprefix("torch."), f"{value:.1e}".replace("+", r"\+")
+    shown = f"{value:.1e}".replace("+", r"\+")
     for to in WEIGHTS_ONLY:
-        with pytest.raises(UserError, match=rf"transformer.ln_f.bias has values up to {shown}, too large for {name}"):
-            convert(str(tmp_path / "ckpt.pt"), tmp_path / "w", to, Options(dtype=dtype))
-    assert "every tensor equal" in convert(str(tmp_path / "ckpt.pt"), tmp_path / "w", "safetensors", Options())[-1]
+        with pytest.raises(UserError, match=rf"transformer.ln_f.bias has values up to {shown}, too large for {dtype}"):
+            convert(str(tmp_path / "ckpt.pt"), tmp_path / "w", to, dtype=str(dtype).removeprefix("torch."))
+    assert "every tensor equal" in convert(str(tmp_path / "ckpt.pt"), tmp_path / "w", "safetensors")[-1]
     saved, rounded = open_source(str(tmp_path / "ckpt.pt"))[0], open_source(str(tmp_path / "run"))[0]
     with pytest.raises(UserError, match=r"verification failed, .*the weight of .* differs"):
         compare_tensors(saved, rounded, dtype)  # the source is not blamed

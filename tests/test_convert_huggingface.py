@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from model import GPTConfig
 from tests.checkpoints import SMALL, logits, run_folder
 from tests.running import run
-from tools.convert import Options, convert
+from tools.convert import convert
 from tools.convert_read import open_source
 
 SAMPLE = "The 2 quick foxes' 12,345 jumps:\n\n\tnaïve café — 漢字 can't won't   end.  \n x = y**2  # ok"
@@ -37,7 +37,7 @@ def test_from_them_through_our_formats_and_back(theirs, tmp_path, bpe_files):
     expected = model(tokens).logits[:, -1]
     at = folder
     for to in ("train", "safetensors", "hf"):
-        lines = convert(str(at), tmp_path / to, to, Options())
+        lines = convert(str(at), tmp_path / to, to)
         at = tmp_path / to
         saved, about = open_source(str(at))
         torch.testing.assert_close(
@@ -57,20 +57,21 @@ def test_from_them_through_our_formats_and_back(theirs, tmp_path, bpe_files):
 
 @pytest.mark.parametrize("bias, gelu", [(False, "none"), (True, "none"), (True, "tanh")])
 @torch.no_grad()
-def test_our_models_are_theirs_in_one_file_or_several(tmp_path, bias, gelu):
+def test_our_models_are_theirs_in_one_file_or_several(tmp_path, monkeypatch, bias, gelu):
     config = replace(SMALL, bias=bias, gelu=gelu)
     model, _ = run_folder(tmp_path / "run", config)
     tokens = torch.randint(257, (2, 20))
-    for size in ("5GB", "20KB"):
-        lines = convert(str(tmp_path / "run"), tmp_path / "hf", "hf", Options(max_shard_size=size, force=True))
+    for size in (5 * 10**9, 20_000):
+        monkeypatch.setattr("tools.convert.MAX_SHARD_BYTES", size)
+        lines = convert(str(tmp_path / "run"), tmp_path / "hf", "hf", force=True)
         shards = sorted((tmp_path / "hf").glob("*.safetensors"))
-        assert (len(shards) > 3) == (size == "20KB") == (tmp_path / "hf" / "model.safetensors.index.json").exists()
+        assert (len(shards) > 3) == (size == 20_000) == (tmp_path / "hf" / "model.safetensors.index.json").exists()
         assert all(path.stat().st_size < 2e4 + 3000 for path in shards[1:]), "but for the embedding they are small"
         assert any("zero biases were added" in note for note in lines) == (not bias)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
         largest = loaded(tokens).logits.abs().max()
         torch.testing.assert_close(loaded(tokens).logits[:, -1], model(tokens), rtol=0, atol=1e-6 * max(largest, 1))
-    lines = convert(str(tmp_path / "hf"), tmp_path / "back", "train", Options(tokenizer={"name": "byte"}))
+    lines = convert(str(tmp_path / "hf"), tmp_path / "back", "train", tokenizer={"name": "byte"})
     again, about = open_source(str(tmp_path / "back"))
     assert about["model"]["gelu"] == gelu
     for name in ("transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight"):
@@ -81,7 +82,7 @@ def test_padding_is_never_generated(tmp_path):
     model, _ = run_folder(tmp_path / "run")
     with torch.no_grad():
         model.transformer.wte.weight[300] = model.transformer.ln_f.bias * 100  # the likeliest of all
-    convert(str(tmp_path / "run"), tmp_path / "hf", "hf", Options())
+    convert(str(tmp_path / "run"), tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert config["suppress_tokens"] == list(range(257, 320)) and config["eos_token_id"] == 256
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -115,7 +116,7 @@ def test_files_of_several_shards_and_of_pickles_are_read(theirs, tmp_path):
 def test_their_tokenizer_has_tiktokens_ids(theirs, tmp_path, bpe_files):
     import tiktoken
 
-    convert(str(theirs[0]), tmp_path / "hf", "hf", Options())
+    convert(str(theirs[0]), tmp_path / "hf", "hf")
     tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path / "hf"), tiktoken.get_encoding("gpt2")
     code = (tmp_path / "hf" / "config.json").read_text() + Path(__file__).read_text()
     for text in (SAMPLE, code, "<|endoftext|>a<|endoftext|>", "\u3000\x85 \r\n\r\nÜber-straße 10000000 '''tis"):

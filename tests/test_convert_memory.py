@@ -8,12 +8,12 @@ from tests.convert_cost import make, measured
 
 TINY = GPTConfig(block_size=64, vocab_size=512, n_layer=1, n_head=2, n_embd=16)
 MEDIUM = GPTConfig(block_size=64, vocab_size=1024, n_layer=12, n_head=8, n_embd=512)
-SHARD_SIZE = 20e6  # bytes; the largest tensor has 4 MB, all weights 153 MB, the model state 460 MB
+SHARD_SIZE = 20_000_000  # bytes; the largest tensor has 4 MB, all weights 153 MB, the model state 460 MB
 
 
 def peak(source: Path, target: Path) -> int:
-    arguments = ["--to=hf", f"--max_shard_size={SHARD_SIZE / 1e6:.0f}MB"]
-    row = measured([sys.executable, "-m", "tools.convert", str(source), str(target), *arguments])
+    code = f"from tools import convert; convert.MAX_SHARD_BYTES = {SHARD_SIZE}; convert.main()"
+    row = measured([sys.executable, "-c", code, str(source), str(target), "--to=hf"])
     assert row["status"] == 0 and "verified: every tensor equal" in row["said"][-1], row
     return row["peak_bytes"]
 

@@ -16,7 +16,7 @@ import torch
 from model import GPTConfig
 from tests.checkpoints import BYTES, logits
 from tests.running import losses, train, zero_json
-from tools.convert import Options, convert
+from tools.convert import convert
 from tools.convert_read import open_source
 from training.batches import Batches
 from training.checkpoint import Checkpoints, read_torch_file
@@ -91,7 +91,7 @@ def test_it_goes_on_from_what_went_through_all_our_formats(data, tmp_path):
     expected = their_logits(tmp_path / "own" / "ckpt.pt", tokens, tmp_path)
     at = tmp_path / "own"
     for to in ("train", "nanogpt"):
-        convert(str(at), tmp_path / to, to, Options(tokenizer=BYTES))
+        convert(str(at), tmp_path / to, to, tokenizer=BYTES)
         at = tmp_path / to
         saved, about = open_source(str(at))
         assert (about["step"], saved.step, about["settings"]["beta2"]) == (3, 3, 0.99)
@@ -124,7 +124,7 @@ def test_we_go_on_from_its_checkpoint(data, tmp_path):
     expected = their_logits(own / "ckpt.pt", tokens, tmp_path)
     torch.save({**read_torch_file(own / "ckpt.pt"), "optimizer": {}}, tmp_path / "weights.pt")
     for source, to in ((own, "single"), (own, "zero2"), (tmp_path / "weights.pt", "forgotten")):
-        convert(str(source), tmp_path / to, "train", Options(tokenizer=BYTES))
+        convert(str(source), tmp_path / to, "train", tokenizer=BYTES)
         saved, about = open_source(str(tmp_path / to))
         torch.testing.assert_close(logits(saved, GPTConfig(**about["model"]), tokens), expected, rtol=0, atol=1e-6)
     expected = goes_on(own, words, tmp_path)

@@ -12,7 +12,7 @@ import torch
 
 from tests.checkpoints import BYTES, run_folder
 from tests.running import train, zero_json
-from tools.convert import Options, convert
+from tools.convert import convert
 from tools.convert_read import open_source
 from training.checkpoint import FORMAT, METADATA, checksum
 from training.errors import UserError
@@ -30,8 +30,10 @@ def kept(tmp_path_factory, data) -> Path:
     """A folder with one of each kind."""
     folder = tmp_path_factory.mktemp("kept")
     run_folder(folder / "source")
-    for name, to in CONVERTED.items():
-        convert(str(folder / "source"), folder / name, to, Options(max_shard_size="50KB", verify=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.convert.MAX_SHARD_BYTES", 50_000)
+        for name, to in CONVERTED.items():
+            convert(str(folder / "source"), folder / name, to)
     write_universal(folder / "source", folder / "universal")
     small: dict[str, Any] = {"ranks": 2, "gradient_accumulation_steps": 2, "max_iters": 2, "eval_iters": 1}
     for name in TRAINED:

@@ -16,7 +16,7 @@ import pytest
 from data import tokenizer
 from data.dataset import open_dataset
 from data.errors import DataError, check_types, did_you_mean
-from data.prepare import READERS, find_files, read_plain
+from data.prepare import READERS, find_files
 from sample import read_prompt
 from tests.running import ROOT, prepare
 from training.errors import ConfigError
@@ -35,7 +35,7 @@ def test_a_data_set_that_is_not_prepared(tmp_path):
         expected = "data set 'openwebtext' is not prepared; run: python data/openwebtext/prepare.py"
         assert error_of(ROOT / "data" / "openwebtext") == expected
     assert error_of(ROOT / "data" / "shakespear") == "there is no data set data/shakespear; did you mean shakespeare?"
-    assert "; to make one from your own text, run: python data/text/prepare.py" in error_of(ROOT / "data" / "xyzxyz")
+    assert "; to make one from your own text: python data/text/prepare.py" in error_of(ROOT / "data" / "xyzxyz")
     assert error_of(tmp_path).startswith(f"{tmp_path} is not a data set: it must contain train.bin and val.bin")
 
 
@@ -53,7 +53,6 @@ def test_truncated_odd_and_empty_bins(make_data):
     "change, rule",
     [
         ({"dtype": "int8"}, "dtype = 'int8': must be uint16 or uint32; prepare it again"),
-        ({"vocab_size": 9}, "vocab_size = 9: must be 257 as in the tokenizer"),
         ({"train_tokens": None}, "train_tokens = None: must be an integer"),
         ({"tokenizer": {"name": "bite"}}, "unknown tokenizer 'bite'; did you mean byte?"),
     ],
@@ -126,8 +125,6 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(DataError, match=r"no \.txt, .* file there"):
         find_files([tmp_path / "a.txt"])
-    with pytest.raises(DataError, match=r"a\.txt: is not a file"):
-        next(read_plain(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +182,7 @@ def test_types_of_parsed_json(value, types, problem):
         ("data/shakespeare_char/prepare.py", "https://raw.githubusercontent.com/", "pass --input FILE"),
         ("data/fineweb_edu/prepare.py", "HuggingFaceFW/fineweb-edu from Hugging Face", "pass --input FOLDER"),
         ("data/text/prepare.py --name=x --input README.md", "'gpt2' from OpenAI", "set TIKTOKEN_CACHE_DIR"),
-        ("sample.py --init_from=gpt2", "from https://huggingface.co", "give their folder instead of gpt2"),
+        ("sample.py --init_from=gpt2", "'gpt2' cannot be downloaded (", "give their folder instead of gpt2"),
     ],
 )
 def test_no_network_is_reported_at_once(tmp_path, command, download, fix):
@@ -220,7 +217,7 @@ def test_a_download_without_an_answer_ends(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("start", ["\udcff", "FILE:\0", "FILE:/", "FILE:\udcff"])
 def test_a_prompt_that_is_no_text_is_named(start):
-    with pytest.raises(ConfigError, match=r"start = .*: cannot be read \(.*\); name a UTF-8 text file"):
+    with pytest.raises(ConfigError, match=r"start = .*: .*; give text, or FILE: and the path of a UTF-8 file"):
         read_prompt(start, tokenizer.ByteTokenizer())
 
 
@@ -238,5 +235,5 @@ def test_a_full_disk_leaves_the_data_set_that_was_there(tmp_path, make_data):
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (2, "error: output: File too large\n")
+    assert (done.returncode, done.stderr) == (2, "error: [Errno 27] File too large\n")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

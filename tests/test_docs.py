@@ -13,7 +13,7 @@ from training.deepspeed_config import DeepSpeedTrainConfig
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page.name.startswith("from_")]
 OPTIONS = {"key", "restarts"}  # of the launchers
-OPTIONS |= {"max_shard_size", "to", "tokenizer", "verify"}  # of tools.convert
+OPTIONS |= {"to", "tokenizer"}  # of tools.convert
 OPTIONS |= {"achievable", "curve", "device", "gpus", "model", "nodes", "overlap", "ranks"}  # of tools.plan
 KEYS = {field.name for config in (PlainTrainConfig, DeepSpeedTrainConfig) for field in dataclasses.fields(config)}
 

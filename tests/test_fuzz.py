@@ -33,7 +33,7 @@ from tests.checkpoints import BYTES, nanogpt_file, run_folder
 from tests.fuzzing import Case, damaged, edited, fuzz, json_files, scalars, texts_of, values
 from tests.running import ROOT
 from tests.words import words
-from tools.convert import Options, convert
+from tools.convert import convert
 from tools.convert_read import open_source
 from training import deepspeed_config, distributed, figures
 from training.batches import Batches
@@ -120,11 +120,11 @@ def hostfiles(folder: Path) -> Target:
     part = st.builds("{}:{}".format, name, st.lists(slots, max_size=3).map(",".join)) | name
     choice = st.just("") | st.lists(part, max_size=3).map("@".join)
 
-    def read(value: tuple[Case, str, str]) -> None:
+    def read(value: tuple[Case, str]) -> None:
         (folder / "hostfile").write_bytes(value[0].content)
-        hosts.read_hostfile(str(folder / "hostfile"), *value[1:])
+        hosts.read_hostfile(str(folder / "hostfile"), value[1])
 
-    return st.tuples(texts_of(st.builds("{} slots={}".format, name, slots)), choice, choice), read
+    return st.tuples(texts_of(st.builds("{} slots={}".format, name, slots)), choice), read
 
 
 def deepspeed_jsons(folder: Path) -> Target:
@@ -254,7 +254,7 @@ def weights_files(folder: Path) -> Target:
     nanogpt_file(ckpt := folder / "ckpt.pt", SMALL)
     nanogpt_file(canary := folder / "canary.pt", SMALL, iter_num=Canary())
     torch.save(torch.load(ckpt), old := folder / "old.pt", _use_new_zipfile_serialization=False)
-    convert(str(ckpt), folder / "w.safetensors", "safetensors", Options(verify=False, tokenizer=BYTES))
+    convert(str(ckpt), folder / "w.safetensors", "safetensors", tokenizer=BYTES)
     deflated = rewritten(ckpt, "version", b"3\n", zipfile.ZIP_DEFLATED)
     files = [Case(path.name, path.read_bytes()) for path in (ckpt, canary, old, folder / "w.safetensors")]
     cases = [st.tuples(st.none(), damaged(file)) for file in (*files, Case("deflated", deflated))]
@@ -274,7 +274,7 @@ def weights_files(folder: Path) -> Target:
 
 def answers(folder: Path) -> Target:
     """What two hosts print, one of them what is expected."""
-    expected = {**describe(), "addresses": ["10.0.0.1"]}
+    expected = {**describe(), "address": "10.0.0.1"}
     pair = [hosts.Host("first", (0,)), hosts.Host("second", (0, 1))]
     program = 'cat "$1"; cat "$1" >&2; exit $2'
 

@@ -15,14 +15,13 @@ from launch.hosts import Host
 from tests import cluster
 from tests.cluster import Cluster
 from tests.running import ROOT, TINY, message
-from tools import doctor
 from training.errors import LOST, UserError
 
 HOSTFILES = {
     "": "is empty; write one line per host: NAME slots=RANKS",
     "host1 slots=2\nhost2\n": ":2: 'host2': must be NAME slots=RANKS, RANKS 1 to 99999",
     "host1 slots=0": ":1: 'host1 slots=0': must be NAME slots=RANKS",
-    "# mine\n\nhost1 slots=2\nhost1 slots=2": ":4: host1 is a duplicate; give each host one line",
+    "# mine\n\nhost1 slots=2\nhost1 slots=2": ":4: 'host1 slots=2': must be NAME slots=RANKS, RANKS 1 to 99999",
     "host1 slots=99999999999": ":1: 'host1 slots=99999999999': must be NAME slots=RANKS, RANKS 1 to 99999",
     f"host1 slots={'9' * 5000}": ":1: 'host1 slots=999",
     "host1 slots=2\nh\xe4st slots=2": ":2: 'h\ufffdst slots=2': must be NAME",  # not UTF-8
@@ -34,16 +33,18 @@ HOSTFILES = {
 }
 NAMES = ["worker-1", "gpu_7.example.org", "user@10.0.0.1", "::1", "fe80::1%eth0"]
 CHOICES = {
-    "host3": "'host3': no such host in the hostfile; it has host1, host2",
-    "@": "'': no such host",
-    "host1:5": "host1 has no slot '5'; it has 2",
-    "host1:abc": "host1 has no slot 'abc'",
-    "host1:": "host1 has no slot ''",
-    "host1:0,x": "host1 has no slot 'x'",
-    "host1:-1": "host1 has no slot '-1'",
-    "host1:0,0": "host1:0,0 is a duplicate",
-    "host1@host2@host1": "host1 is a duplicate; name each host and slot once",
+    "host3": "'host3'",
+    "@": "''",
+    "host1:5": "'host1:5'",
+    "host1:abc": "'host1:abc'",
+    "host1:": "'host1:'",
+    "host1:0,x": "'host1:0,x'",
+    "host1:-1": "'host1:-1'",
+    "host1:0,0": "'host1:0,0'",
+    "host1@host2@host1": "'host1'",
+    "host3:0": "'host3:0'",
 }
+RULE = "must be HOST, or HOST:SLOT,SLOT, each once; there are host1 slots=2, host2 slots=2"
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +75,23 @@ def test_names_that_a_host_can_have(tmp_path):
     assert hosts.read_hostfile(f"{tmp_path}/hostfile") == [Host(name, tuple(range(10))) for name in NAMES]
 
 
-@pytest.mark.parametrize("option", ["include", "exclude"])
 @pytest.mark.parametrize("text", CHOICES)
-def test_an_invalid_choice_of_hosts(tmp_path, option, text):
+def test_an_invalid_choice_of_hosts(tmp_path, text):
     (tmp_path / "hostfile").write_text("host1 slots=2\nhost2 slots=2\n")
-    with pytest.raises(UserError, match=re.escape(f"--{option}={text}: {CHOICES[text]}")):
-        hosts.read_hostfile(f"{tmp_path}/hostfile", **{option: text})
+    with pytest.raises(UserError, match=re.escape(f"--include={text}: {CHOICES[text]}: {RULE}")):
+        hosts.read_hostfile(f"{tmp_path}/hostfile", text)
 
 
 def test_invalid_options_are_one_message(tmp_path):
     hostfile = f"--hostfile={tmp_path}/hostfile"
     assert "no such hostfile" in message(start(hostfile))
     (tmp_path / "hostfile").write_text("host1 slots=2\n")
-    assert "leaves no host" in message(start(hostfile, "--exclude=host1"))
-    assert re.search(
-        "--restarts=-1 train.py: must be .*, with --restarts of 0", message(start(hostfile, "--restarts=-1"))
-    )
-    assert "--master_port=70000 train.py: must be " in message(start(hostfile, "--master_port=70000"))
-    assert "--ssh=/no/ssh: no such program on this machine; " in message(start(hostfile, "--ssh=/no/ssh"))
+    assert re.search("--restarts=-1 train.py: must be .*, --restarts 0", message(start(hostfile, "--restarts=-1")))
+    assert "--ssh=/no/ssh: must be a program and its options" in message(start(hostfile, "--ssh=/no/ssh"))
 
 
 @pytest.mark.parametrize(
-    "ssh, text", [("ssh -i 'key", "No closing quotation; write it as in"), (" ", "no such program")]
+    "ssh, text", [("ssh -i 'key", "must be a program and its options"), (" ", "must be a program and its options")]
 )
 def test_an_invalid_ssh_command(ssh, text):
     with pytest.raises(UserError, match=f"^--ssh={ssh}: {text}"):
@@ -119,16 +115,12 @@ def test_what_a_host_prints_besides_its_answer(tmp_path):
     right = answer()
     assert right.items() >= {"code": machine.describe()["code"], "gpus": machine.count_gpus()}.items()
     (tmp_path / "mute").touch()
-    wrong = [{}, {**right, "code": 1}, {**right, "gpus": "8"}, {**right, "addresses": [1]}, {**right, "packages": None}]
+    wrong = [{}, {**right, "code": 1}, {**right, "gpus": "8"}, {**right, "torch": None}]
     for text in ("{ hi", "7", "[" * 100_000, *map(json.dumps, wrong)):
         (tmp_path / "printed").write_text(text)
-        assert answer().startswith(f"printed {text[:80]!r} instead of an answer; it needs the same code"), text
+        assert answer().startswith(f"printed {text[:80]!r} instead of an answer; `ssh host1` must work"), text
     text = message(start(f"--hostfile={tmp_path}/hostfile", f"--ssh={ssh}"))
     assert text.splitlines()[1].startswith("  host1: printed '{")
-    facts = {**right, "data": 0, "device": "CPU", "clock": 1.0, "markers": [], "findings": []}
-    finding = {"check": "GPUs", "value": "none", "ok": None}
-    assert hosts.parse_answer(json.dumps(facts), doctor.ANSWER)
-    assert not hosts.parse_answer(json.dumps({**facts, "findings": [finding]}), doctor.ANSWER)
 
 
 def test_a_connection_that_is_lost_before_the_plan_is_sent_names_its_host(tmp_path):
@@ -163,22 +155,12 @@ def test_unreachable_hosts_are_listed_with_the_reason(made, tmp_path):
     cluster.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key")
     other = f"ssh -o UserKnownHostsFile={made.folder}/known_hosts -i {tmp_path}/key -o IdentitiesOnly=yes"
     text = message(start(f"--hostfile={made.hostfile(2, by='address')}", f"--ssh={other}"))
-    assert text.count("Permission denied") == text.count("and without a password (ssh-copy-id ") == 2
+    assert text.count("Permission denied") == text.count("must work without a password (ssh-copy-id ") == 2
     assert not made.left()
 
 
-def test_a_port_in_use_and_a_loopback_address(made):
-    first, hostfile = made.hosts[0], f"--hostfile={made.hostfile(1)}"
-    listen = "import socket, time; s = socket.create_server(('', 29611)); time.sleep(60)"
-    other = subprocess.Popen(["ip", "netns", "exec", first.space, sys.executable, "-c", listen])
-    try:
-        while not first.inside("ss", "-ltn", "sport", "=", "29611").count("LISTEN"):
-            pass
-        text = message(start(hostfile, f"--ssh={made.ssh}", "--master_port=29611"))
-        assert "host1: --master_port is in use there; leave it out to get a free one" in text
-    finally:
-        other.kill()
-        other.wait()
+def test_a_loopback_address(made):
+    hostfile = f"--hostfile={made.hostfile(1)}"
     text = message(start(hostfile, f"--ssh={made.ssh}", "--master_addr=localhost"))
     assert "localhost is 127.0.0.1, so each host would reach itself; set --master_addr to its address" in text
 
@@ -200,15 +182,15 @@ def test_data_that_one_host_lacks(made, tmp_path):
 
 
 def test_differing_code_packages_and_gpus_are_listed():
-    same = {"code": "a", "python": "3.11.7", "packages": {"torch": "2.13.0"}, "gpus": 8, "addresses": [], "port": 1}
-    other = {**same, "packages": {"torch": "2.12.0"}, "code": "b"}
+    same = {**dict.fromkeys(machine.SAME, "1.0"), "gpus": 8, "address": "", "port": 1}
+    other = {**same, "torch": "2.12.0", "code": "b"}
     two = [Host("one", tuple(range(8))), Host("two", tuple(range(8)))]
     hosts.check(two, {"one": same, "two": same})
     with pytest.raises(UserError) as error:
         hosts.check(two, {"one": same, "two": {**other, "gpus": 4}})
     assert str(error.value).splitlines()[1:] == [
-        "  two: code differs from one: b (not a); install the same on every host",
-        "  two: packages differs from one: torch 2.12.0 (not 2.13.0); install the same on every host",
+        "  two: code differs from one: b (not 1.0); install the same on every host",
+        "  two: torch differs from one: 2.12.0 (not 1.0); install the same on every host",
         "  two: slots=8, but it has 4 GPUs",
     ]
 
@@ -219,5 +201,5 @@ def test_address_of_the_first_host():
         hosts.master_address([Host("localhost", (0,)), Host("two", (0,))], {})
     for name in ("nobody.invalid", "a" * 70):
         with pytest.raises(UserError, match=f"{name} has no known address; set --master_addr"):
-            hosts.master_address([Host(name, (0,))], {name: {"addresses": []}})
+            hosts.master_address([Host(name, (0,))], {name: {"address": ""}})
     assert socket.gethostbyname("localhost") == "127.0.0.1"

@@ -59,7 +59,7 @@ class Line:
             self.launcher_options.append(words.pop(0))
         if is_launch_script:
             self.script = "train_deepspeed.py" if "deepspeed" in first else "train.py"
-            options = ("--restarts=", "--include=", "--exclude=", "--ssh=")
+            options = ("--restarts=", "--include=", "--ssh=")
             self.launcher_options = [word for word in words if word.isdigit() or word.startswith(options)]
             words = [word for word in words if word not in self.launcher_options]
             words += ["--strategy=fsdp"] if "fsdp" in first else []

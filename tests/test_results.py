@@ -89,6 +89,7 @@ def test_what_converting_costs():
     assert table(CONVERT, "Cost") == [
         [row["what"], f"{row['cpu_seconds']:.1f}", *(f"{MB * row[key]:,.0f}" for key in ("peak_bytes", "target_bytes"))]
         for row in found
+        if row["what"] != "safetensors, not verified"  # which earlier versions could do
     ]
     for key in ("bytes", "largest_tensor", "largest_shard"):
         assert f"{MB * source[key]:,.0f} MB" in CONVERT

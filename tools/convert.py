@@ -13,7 +13,7 @@ import math
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import tiktoken.load
@@ -37,42 +37,32 @@ from training.optim import make_optimizer
 from training.pretrained import FIXED_SETTINGS, GELU, SIZES, TRANSPOSED, WEIGHTS
 
 WEIGHTS_ONLY = ("safetensors", "hf")  # without optimizer states, and of any dtype
+MAX_SHARD_BYTES = 5 * 10**9  # of a file of weights in hf, one of which is in memory
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 GPT2_TOKENIZER = {"vocab.json": f"{OPENAI}/encoder.json", "merges.txt": f"{OPENAI}/vocab.bpe"}
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to write a target."""
-
-    dtype: torch.dtype = torch.float32  # of the weights in safetensors and hf
-    max_shard_size: str = "5GB"  # largest file of weights in hf
-    verify: bool = True
-    tokenizer: Metadata | None = None  # its describe(), for a source that does not say which one its ids belong to
-    force: bool = False  # overwrite the target
-
-
-def convert(source: str, target: Path, to: str, options: Options) -> list[str]:
+def convert(
+    source: str, target: Path, to: str, dtype: str = "float32", tokenizer: Metadata | None = None, force: bool = False
+) -> list[str]:
     """Write source to target in a format of WRITERS, verify it, and return lines to print.
 
-    Raises UserError, and leaves no target, on any failure.
+    tokenizer: as in open_source. force: overwrite the target. Raises UserError, and leaves no target, on any failure.
     """
-    check_target(Path(source), target, options.force)
-    if options.dtype != torch.float32 and to not in WEIGHTS_ONLY:
+    check_target(Path(source), target, force)
+    if dtype != "float32" and to not in WEIGHTS_ONLY:
         raise ConfigError(f"--to={to} stores weights in float32, because AdamW updates those; omit --dtype")
-    saved, metadata = open_source(source, options.tokenizer)
+    saved, metadata = open_source(source, tokenizer)
     if to == "train" and metadata["tokenizer"] is None:
-        fix = "give --dataset=FOLDER, a prepared data set with the same ids"
-        raise ConfigError(f"{source} does not say which tokenizer its {metadata['vocab_size']} ids belong to; {fix}")
+        raise ConfigError(f"{source} does not say which tokenizer it was trained with; give its --dataset")
     saved, notes = match_optimizer_state(saved, to)
     scratch = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed conversion
     unfinished = scratch / f"new{target.suffix}"
     try:
         scratch.mkdir()
-        notes += WRITERS[to](saved, metadata, unfinished, options)
-        if options.verify:
-            compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], options.dtype)
+        notes += WRITERS[to](saved, metadata, unfinished, dtype)
+        compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], getattr(torch, dtype))
         for path in [unfinished, *unfinished.rglob("*")]:
             sync(path)
         if target.is_dir():  # a folder cannot be replaced in one step
@@ -82,9 +72,8 @@ def convert(source: str, target: Path, to: str, options: Options) -> list[str]:
         raise UserError(f"{target}: {getattr(error, 'strerror', None) or error}; nothing was written") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    notes.append("verified: every tensor equal" if options.verify else "not verified")
-    count, dtype = GPTConfig(**metadata["model"]).parameter_count(), str(options.dtype).removeprefix("torch.")
-    return [f"{target}: {count:,} parameters of {saved.folder}, {dtype}", *notes]
+    count = GPTConfig(**metadata["model"]).parameter_count()
+    return [f"{target}: {count:,} parameters of {saved.folder}, {dtype}", *notes, "verified: every tensor equal"]
 
 
 def match_optimizer_state(saved: SavedState, to: str) -> tuple[SavedState, list[str]]:
@@ -104,8 +93,6 @@ def check_target(source: Path, target: Path, force: bool) -> None:
     here, there = source.resolve(), target.resolve()
     if source.exists() and (here.is_relative_to(there) or there.is_relative_to(here)):
         raise ConfigError(f"{target}: must be outside the source {source}, and must not contain it")
-    if not there.parent.is_dir():
-        raise ConfigError(f"{target}: the folder {there.parent} does not exist; create it first")
     if target.exists() and not force:
         raise ConfigError(f"{target} exists; --force overwrites it")
     if target.is_dir() and any(target.iterdir()) and recognize(target) is None:
@@ -126,7 +113,7 @@ def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) ->
             raise UserError(f"{failed} the {kind} of {name} differs")
 
 
-def write_run(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
+def write_run(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write a run folder with one checkpoint, as train.py in one process does."""
     # Copied, because torch.save writes all of the mapped file that a tensor is a part of.
     weights = {name: saved.whole(name).clone() for name in saved.shapes}
@@ -139,7 +126,7 @@ def write_run(saved: SavedState, metadata: Metadata, target: Path, options: Opti
     return []
 
 
-def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
+def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write nanoGPT's ckpt.pt, to a target named *.pt or into the folder target, as in nanoGPT's out_dir."""
     path = target if target.suffix == ".pt" else target / NANOGPT_FILE
     path.parent.mkdir(exist_ok=True)
@@ -164,9 +151,9 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, options: 
     return ["the weights were trained with the tanh GELU; nanoGPT computes the exact one, so its loss differs slightly"]
 
 
-def write_weights(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
+def write_weights(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write one safetensors file whose header holds the metadata, so that it can be read back."""
-    tensors = {name: cast(name, saved.whole(name), options.dtype) for name in saved.shapes}
+    tensors = {name: cast(name, saved.whole(name), getattr(torch, dtype)) for name in saved.shapes}
     tensors[TIED] = tensors["transformer.wte.weight"].clone()  # other readers may not know that they are tied
     header = {key: json.dumps(metadata[key]) for key in HEADER if key in metadata}
     save_file(tensors, target, header)
@@ -177,16 +164,15 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Raises UserError if a weight is too large for dtype."""
     largest = torch.linalg.vector_norm(weight, math.inf).item()
     if torch.finfo(dtype).max < largest < math.inf:
-        narrow, wider = ("float16", "bfloat16") if dtype == torch.float16 else ("bfloat16", "float32")
-        raise UserError(f"{name} has values up to {largest:.1e}, too large for {narrow}; use {wider}")
+        raise UserError(f"{name} has values up to {largest:.1e}, too large for {dtype}; use float32")
     return weight.to(dtype).contiguous()
 
 
-def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, options: Options) -> list[str]:
+def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write a folder for AutoModelForCausalLM and AutoTokenizer."""
     config, notes = GPTConfig(**metadata["model"]), []
     target.mkdir()
-    write_shards(saved, config, target, options)
+    write_shards(saved, config, target, getattr(torch, dtype))
     if not config.bias:
         notes.append("zero biases were added, because a Hugging Face GPT-2 always has them; the logits are the same")
     tokenizer, padding = metadata["tokenizer"], list(range(metadata["vocab_size"], config.vocab_size))
@@ -195,7 +181,7 @@ def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, optio
     about = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "torch_dtype": str(options.dtype).removeprefix("torch."),
+        "torch_dtype": dtype,
         **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         "activation_function": next(theirs for theirs, ours in GELU.items() if ours == config.gelu),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
@@ -209,19 +195,16 @@ def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, optio
     return [*notes, f"no tokenizer files were written: only those of gpt2 are, and the ids are of {name}"]
 
 
-def write_shards(saved: SavedState, config: GPTConfig, target: Path, options: Options) -> None:
+def write_shards(saved: SavedState, config: GPTConfig, target: Path, dtype: torch.dtype) -> None:
     """Write the weights in Hugging Face's layout, one file at a time, and their index if there are several."""
     shapes = model_shapes(replace(config, bias=True))
-    empty = {name: torch.empty(shape, dtype=options.dtype, device="meta") for name, shape in shapes.items()}
-    try:
-        split = split_torch_state_dict_into_shards(empty, max_shard_size=options.max_shard_size)
-    except ValueError:
-        raise ConfigError(f"--max_shard_size={options.max_shard_size}: must be a size such as 5GB or 200MB") from None
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=MAX_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
         tensors = {}
         for name in names:
             weight = saved.whole(name) if name in saved.shapes else torch.zeros(shapes[name])  # an added bias
-            tensors[name] = cast(name, weight.t() if name.endswith(TRANSPOSED) else weight, options.dtype)
+            tensors[name] = cast(name, weight.t() if name.endswith(TRANSPOSED) else weight, dtype)
         save_file(tensors, target / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -252,15 +235,13 @@ def main() -> None:
     add("target", type=Path, help="file or folder to write")
     add("--to", choices=WRITERS, default="safetensors", help="format to write (default: safetensors)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of safetensors and hf")
-    add("--max_shard_size", default="5GB", help="largest file of weights in hf (default: 5GB)")
     add("--dataset", help="prepared data set, whose tokenizer is that of a source that does not name one")
-    add("--verify", choices=("tensors", "none"), default="tensors", help="compare all tensors, or nothing")
     add("--force", action="store_true", help="overwrite the target")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves nothing, as an error does
     tokenizer = open_dataset(DATA_FOLDER / args.dataset).tokenizer.describe() if args.dataset else None
-    options = Options(getattr(torch, args.dtype), args.max_shard_size, args.verify == "tensors", tokenizer, args.force)
-    print("\n  ".join(convert(args.source, args.target, args.to, options)))
+    lines = convert(args.source, args.target, args.to, args.dtype, tokenizer, args.force)
+    print("\n  ".join(lines))
 
 
 if __name__ == "__main__":

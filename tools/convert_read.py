@@ -35,18 +35,14 @@ READABLE = "a run folder or checkpoint, nanoGPT's ckpt.pt, a safetensors file, a
 
 
 def open_source(source: str, tokenizer: Metadata | None = None) -> tuple[SavedState, Metadata]:
-    """Open the model state and metadata at a path, or of a name on the Hugging Face hub.
-
-    tokenizer: its `describe()`, for a source that does not say which one it was trained with.
-    Raises CheckpointError if the source is of no known format, damaged, or does not fit its own description.
-    """
+    """Open a path or a name on the hub. tokenizer: its describe(), for a source that names none. CheckpointError."""
     path = pretrained.find_folder(source)
     if (path / "latest_universal").is_file():  # DeepSpeed names the folder there
         path /= (path / "latest_universal").read_text().strip()
     read = recognize(path)
     if read is None:
-        problem = "is of no known format" if path.exists() else "does not exist"
-        raise CheckpointError(f"{source} {problem}; give {READABLE}, or {', '.join(pretrained.HUB)}")
+        known = ", ".join([READABLE, *pretrained.HUB])
+        raise CheckpointError(f"{source} does not exist or is of no known format; give {known}")
     try:
         saved, metadata = read(path)
         config = GPTConfig(**metadata["model"])
@@ -96,8 +92,6 @@ def read_nanogpt(path: Path) -> tuple[SavedState, Metadata]:
     """Read nanoGPT's ckpt.pt, or the one in its out_dir; parameter names and order are those of our model."""
     path = path / NANOGPT_FILE if path.is_dir() else path
     state = pretrained.read_pickle(path)
-    if not isinstance(state, dict) or not {"model", "model_args"} <= state.keys():
-        raise CheckpointError(f"{path} is not from nanoGPT: it lacks 'model' or 'model_args'; give {READABLE}")
     weights = {  # names without the prefixes of torch.compile and DDP
         name.replace("_orig_mod.", "").replace("module.", ""): weight
         for name, weight in state["model"].items()
@@ -117,8 +111,7 @@ def read_safetensors(path: Path) -> tuple[SavedState, Metadata]:
     """Read a file of weights that tools.convert wrote: its header holds the metadata."""
     tensors, header = pretrained.read_safetensors(path)
     if "model" not in header:
-        fix = "for a Hugging Face model, give the folder with its config.json"
-        raise CheckpointError(f"{path} was not written by tools.convert: it has no model's dimensions; {fix}")
+        raise CheckpointError(f"{path} was not written by tools.convert; for a Hugging Face model, give its folder")
     tensors.pop(TIED, None)
     return from_whole(path, tensors, {}, {}), {key: json.loads(header[key]) for key in HEADER if key in header}
 
@@ -129,11 +122,8 @@ def read_huggingface(folder: Path) -> tuple[SavedState, Metadata]:
 
 
 def read_universal(folder: Path) -> tuple[SavedState, Metadata]:
-    """Read what DeepSpeed's ds_to_universal made of a run's checkpoint: a file for each parameter and moment.
-
-    ds_to_universal leaves out the model's shape, so the run's checkpoint.json has to be copied into the folder.
-    """
-    try:
+    """Read what DeepSpeed's ds_to_universal made of a run's checkpoint: a file for each parameter and moment."""
+    try:  # ds_to_universal leaves out the model's shape, which is in the checkpoint.json of the run
         metadata = read_metadata(folder)
         expected = model_shapes(GPTConfig(**metadata["model"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -162,10 +152,7 @@ def read_universal(folder: Path) -> tuple[SavedState, Metadata]:
 
 
 def add_tokenizer(metadata: Metadata, tokenizer: Metadata | None) -> Metadata:
-    """Add the tokenizer, and vocab_size, the number of its ids.
-
-    It is the source's own; else the given one; else GPT-2's if the vocabulary has its size; else None.
-    """
+    """Add the tokenizer: the source's own, the given one, GPT-2's if the vocabulary has its size, or None."""
     own, rows = metadata.get("tokenizer"), metadata["model"]["vocab_size"]
     if own and tokenizer and own != tokenizer:
         raise ConfigError(f"the source was trained with the tokenizer {own['name']!r}, not {tokenizer['name']!r}")

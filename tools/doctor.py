@@ -12,21 +12,15 @@ import json
 import os
 import secrets
 import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import partial
-from itertools import repeat
 
 import torch
 
 from launch import hosts, machine
 from launch.hosts import Host
-from launch.ranks import END_NOW, watch
 from model import GPTConfig
-from tools.doctor_host import Finding
+from tools.doctor_host import Finding, Request
 from tools.plan import GPT2_VOCABULARY, MODELS, RecipeConfig
 from tools.plan_formulas import by_device
 from tools.terminal import make_parser, underscored
@@ -37,19 +31,14 @@ from training.deepspeed_engine import needed
 from training.errors import UserError, count
 from training.strategies import model_state_bytes
 
-FINDING = {"check": "", "value": "", "fix": ""}  # an example: what a host prints is checked against it
-ANSWER = {"findings": [FINDING], "data": 0, "device": "", "clock": 0.0, "markers": [""], **hosts.ANSWER}
+ANSWER = {"findings": list, "data": int, "device": str, "markers": list, **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
-CLOCK_SECONDS = 1.0  # file times and logs of several hosts are compared
 SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
-PATIENCE_SECONDS, END_SECONDS = 60.0, 15.0  # for an all-reduce; to end its ranks: launch.ranks takes up to 10
-NETWORK = "or name another network in GLOO_SOCKET_IFNAME (on GPUs NCCL_SOCKET_IFNAME)"
-SLOW = f"check the cable and the switch, {NETWORK}"
-UNREACHED = f"each host must reach the other at every port: open the firewall between them, {NETWORK}"
+LINK_FIX = "check cable, switch and firewall, or name another network in GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME)"
 
 
-def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict[str, str]:
-    """What a run needs of each host, as JSON. known: whether settings were given; else no parameters."""
+def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict[str, Request]:
+    """What a run needs of each host. known: whether settings were given; else no parameters."""
     config = deepspeed_config.read(cfg.deepspeed_config)
     stage, optimizer, weights = describe_json(config)
     strategy = f"zero{stage}"
@@ -72,7 +61,7 @@ def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict
         "hosts": len(all_hosts),
         "marker": f".doctor-{secrets.token_hex(4)}-",  # of the files by which the hosts see that they share out_dir
     }
-    return {host.name: json.dumps({**request, "slots": host.slots}) for host in all_hosts}
+    return {host.name: {**request, "slots": host.slots} for host in all_hosts}
 
 
 def compare(answers: hosts.Answers) -> Iterator[Finding]:
@@ -81,85 +70,74 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
     for name, facts in answers.items():
         if isinstance(facts, str):
             problem, _, fix = facts.partition("; ")
-            yield Finding("ssh", problem, False, fix or f"make `ssh {name}` work without a password", name)
+            yield Finding("ssh", problem, False, fix, name)
             continue
-        yield from (Finding(f["check"], f["value"], f.get("ok"), f["fix"], name) for f in facts["findings"])
+        yield from (Finding(**{**f, "host": name}) for f in facts["findings"])
         if len(answers) == 1:
             return
-        for what in ("code", "python", "packages", "data", "device"):
+        for what in (*machine.SAME, "data", "device"):
             problem, _, fix = hosts.difference(what, facts[what], answers[one][what], one).partition("; ")
             yield Finding(f"{what} of all hosts", problem or "same", not problem, fix, name)
-        skew = facts["clock"] - facts["arrived"]
-        yield Finding("clock", f"{skew:+.3f} s", abs(skew) <= CLOCK_SECONDS, "run chrony or ntpd there", name)
         seen = set(answers[one]["markers"])  # empty where it cannot write
         shared = not seen or bool(seen & set(facts["markers"]))
-        fix = "put --out_dir on a disk that all hosts share"
-        yield Finding("out_dir, shared", "yes" if shared else f"not the one of {one}", shared, fix, name)
+        value, fix = "yes" if shared else f"not the one of {one}", "put --out_dir on a disk that all hosts share"
+        yield Finding("out_dir, shared", value, shared, fix, name)
 
 
-def check_links(reachable: list[Host], all_reduce: Callable[[list[Host], list[int]], float | str]) -> Iterator[Finding]:
+def check_links(
+    reachable: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]
+) -> Iterator[Finding]:
     """One rank per host: neighbors in two rounds, then all hosts together. On a single host, all its ranks."""
-    results: list[tuple[list[Host], float | str]] = []
     each = [replace(host, slots=host.slots[:1]) for host in reachable]
     rounds = [[each[i : i + 2] for i in range(first, len(each) - 1, 2)] for first in (0, 1)]
     if len(each) > 2:
         rounds.append([each])
     elif len(each) == 1 and len(reachable[0].slots) > 1:
         rounds = [[reachable]]
-    for groups in filter(None, rounds):
-        signals: list[int] = []
-        timer = threading.Timer(PATIENCE_SECONDS, signals.append, [END_NOW])
-        timer.start()
-        with ThreadPoolExecutor(len(groups)) as threads:
-            try:
-                results += zip(groups, threads.map(all_reduce, groups, repeat(signals)), strict=False)
-            finally:  # also after Ctrl-C
-                timer.cancel()
-                signals.append(END_NOW)
+    results = [pair for groups in rounds for pair in all_reduce(groups, answers, ssh, address, command)]
     fastest = max((gbit for _, gbit in results if not isinstance(gbit, str)), default=0.0)
     for group, gbit in results:
         name = " - ".join(host.name for host in group) if len(group) < 3 else f"all {len(group)} hosts"
         if isinstance(gbit, str):
-            yield Finding("all-reduce", gbit, False, UNREACHED, name)
+            yield Finding("all-reduce", gbit, False, LINK_FIX, name)
         else:
             slow = len(group) < 3 and gbit < max(MIN_GBIT, SLOW_LINK * fastest)
-            yield Finding("all-reduce", f"{gbit:,.3f} Gbit/s each way", not slow, SLOW, name)
+            yield Finding("all-reduce", f"{gbit:,.3f} Gbit/s each way", not slow, LINK_FIX, name)
 
 
 def all_reduce(
-    answers: hosts.Answers, ssh: str, address: str, command: list[str], group: list[Host], signals: list[int]
-) -> float | str:
-    """Bus bandwidth in Gbit/s of a group, or why there is none. address: of the first host, if not that of its name."""
-    address = address if group[0].name == next(iter(answers)) else ""
-    try:
-        master = hosts.master_address(group, answers, address)
-    except UserError as error:  # the name is that of the loopback interface
-        return str(error)
-    with tempfile.TemporaryFile("a+b") as output:  # a pipe could fill up: NCCL_DEBUG=INFO
-        variables = {"MASTER_ADDR": master, "MASTER_PORT": answers[group[0].name]["port"]}
-        plan = {"environment": hosts.forwarded_environment(os.environ), "variables": variables, "command": command}
-        nodes = hosts.start(group, answers, ssh, plan, output)
-        watch(nodes, signals, lambda code: 0.0, END_SECONDS)
-        output.seek(0)
-        lines = output.read().decode(errors="replace").strip().splitlines()
-    for measured in (hosts.parse_answer(line, {"gbit_per_second": 0.0}) for line in lines):
-        if measured:
-            return measured["gbit_per_second"]
-    if END_NOW in signals:
-        return f"no all-reduce within {PATIENCE_SECONDS:.0f} s"
-    errors = [line for line in reversed(lines) if not line.startswith("launch.ranks: ")]
-    return next(iter(errors), "the ranks ended without a message").removeprefix("error: ")
+    groups: list[list[Host]], answers: hosts.Answers, ssh: str, address: str, command: list[str]
+) -> Iterator[tuple[list[Host], float | str]]:
+    """Bus bandwidth in Gbit/s of groups that share no host, at the same time; or why there is none."""
+    plans, members = dict[str, hosts.Plan](), list[Host]()
+    for group in groups:
+        known = address if group[0].name == next(iter(answers)) else ""  # given for the first host of all
+        try:
+            plans |= hosts.make_plans(group, answers, ssh, known, command)
+            members += group
+        except UserError as error:  # the name is that of the loopback interface
+            yield group, str(error)
+    patient = {name: {**plan, "heartbeat_timeout": hosts.ANSWER_SECONDS} for name, plan in plans.items()}
+    measured = hosts.ask(members, ssh, ["-m", "launch.ranks", "--node"], patient, {"gbit_per_second": float})
+    for group in (group for group in groups if group[0].name in plans):
+        result, *others = (measured[host.name] for host in group)  # the first host has rank 0, which prints it
+        if isinstance(result, str):
+            errors = [text.removeprefix("error: ") for text in (result, *others) if not text.startswith("ssh ended")]
+            yield group, next(iter(errors), "the ranks ended without a message").partition("; ")[0]
+        else:
+            yield group, result["gbit_per_second"]
 
 
-def report(findings: list[Finding], verbose: bool) -> str:
+def report(findings: list[Finding]) -> str:
     """Failures and their fixes first. Hosts that pass the same check share a line, with the value of the first."""
-    failed, passed = [f for f in findings if f.ok is False], dict[tuple[str, str], list[Finding]]()
+    failed, passed = [f for f in findings if not f.ok], dict[tuple[str, str], list[Finding]]()
     lines = [f"FAIL  {f.check:<20}  {f.host:<18}  {f.value}\n      {f.fix}" for f in failed]
-    for f in (finding for finding in findings if finding.ok or (verbose and finding.ok is None)):
-        passed.setdefault((f.check, f.host if f.check == "all-reduce" else ""), []).append(f)
+    for f in findings:
+        if f.ok:
+            passed.setdefault((f.check, f.host if f.check == "all-reduce" else ""), []).append(f)
     for (check, _), group in passed.items():
         names = group[0].host if len(group) == 1 else f"{len(group)} hosts"
-        lines.append(f"{'ok  ' if group[0].ok else '-   '}  {check:<20}  {names:<18}  {group[0].value}")
+        lines.append(f"ok    {check:<20}  {names:<18}  {group[0].value}")
     return "\n".join([*lines, f"{count(len(failed), 'check')} failed" if failed else "all checks passed"])
 
 
@@ -167,7 +145,6 @@ def main() -> None:
     parser = make_parser("doctor", __doc__)
     hosts.add_arguments(parser)
     parser.add_argument("--ranks", "--gpus", type=int, default=0, help="on this machine; default: all GPUs, else 2")
-    parser.add_argument("--verbose", action="store_true", help="also list what is not needed here")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args, settings = parser.parse_known_args(underscored(sys.argv[1:]))
     if args.ranks < 0:
@@ -175,20 +152,19 @@ def main() -> None:
     cfg = parse(RecipeConfig, settings, "")
     gpus = machine.count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if cfg.device in ("auto", "cuda") else 0
     all_hosts, ssh = [Host("localhost", tuple(range(args.ranks or gpus or 2)))], ""
-    where = f"--ranks={args.ranks or f'{gpus or 2} (default)'}"
     if args.hostfile:
-        all_hosts, ssh = hosts.read_hostfile(args.hostfile, args.include, args.exclude), args.ssh
-        where = f"--hostfile={args.hostfile}"
+        all_hosts, ssh = hosts.read_hostfile(args.hostfile, args.include), args.ssh
     if not args.json:
-        print(where, *(settings or ["without a recipe (default): only the machine is checked"]), flush=True)
+        ranks = count(sum(len(host.slots) for host in all_hosts), "rank")
+        print(f"{ranks}:", *(settings or ["without a recipe, only the machine is checked"]), flush=True)
     requests = make_requests(cfg, all_hosts, bool(settings))
     answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], requests, ANSWER)
     findings = list(compare(answers))
     if reachable := [host for host in all_hosts if not isinstance(answers[host.name], str)]:
         command = ["-m", "tools.all_reduce", f"--device={cfg.device}", f"--backend={cfg.backend}"]
-        findings += check_links(reachable, partial(all_reduce, answers, ssh, args.master_addr, command))
-    print(json.dumps([asdict(f) for f in findings], indent=1) if args.json else report(findings, args.verbose))
-    sys.exit(any(finding.ok is False for finding in findings))
+        findings += check_links(reachable, answers, ssh, args.master_addr, command)
+    print(json.dumps([asdict(f) for f in findings], indent=1) if args.json else report(findings))
+    sys.exit(not all(finding.ok for finding in findings))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import select
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from launch import machine
 
 TORCH = (2, 11), (2, 13)  # oldest and newest
 REQUIREMENTS = "pip install -r requirements.txt"
-OPEN_FILES = 1024  # sockets to all ranks, data, libraries
 SHM_BYTES, NCCL_SHM_BYTES = 64e6, 1e9  # Docker's default; what GPUs need that communicate through it
 PROCESS_BYTES = 1e9  # of a rank: Python, torch, DeepSpeed, activations of a small model
 MARKER_SECONDS = 3.0  # to wait for the markers of the other hosts in out_dir
@@ -31,7 +29,7 @@ Request = dict[str, Any]  # what a run needs of this host; tools.doctor.make_req
 class Finding:
     check: str
     value: str
-    ok: bool | None  # None: not needed here
+    ok: bool
     fix: str  # what to do if it is not
     host: str = ""  # filled in by tools.doctor
 
@@ -40,10 +38,10 @@ def compare(check: str, free: float, needed: float, fix: str) -> Finding:
     return Finding(check, f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB needed", free >= needed, fix)
 
 
-def check_software(packages: dict[str, str]) -> Iterator[Finding]:
-    version = tuple(int(part) for part in packages["torch"].split(".")[:2] if part.isdecimal())
-    yield Finding("torch", packages["torch"], TORCH[0] <= version <= TORCH[1], REQUIREMENTS)
-    missing = [name for name in ("deepspeed", "numpy", "tiktoken") if packages[name] == "missing"]
+def check_software(facts: dict[str, Any]) -> Iterator[Finding]:
+    version = tuple(int(part) for part in facts["torch"].split(".")[:2] if part.isdecimal())
+    yield Finding("torch", facts["torch"], TORCH[0] <= version <= TORCH[1], REQUIREMENTS)
+    missing = [name for name in ("deepspeed", "numpy", "tiktoken") if facts[name] == "missing"]
     yield Finding("packages", f"missing: {', '.join(missing)}" if missing else "installed", not missing, REQUIREMENTS)
 
 
@@ -51,7 +49,8 @@ def check_compiler(ops: list[str], environment: dict[str, str]) -> Iterator[Find
     """What compiles DeepSpeed's C++ ops, looked up as torch does."""
     name = environment.get("CXX", "c++").split()[0]
     compiler = shutil.which(name, path=environment.get("PATH"))
-    yield Finding(f"C++ compiler {name}", compiler or "missing", bool(compiler) if ops else None, "apt-get install g++")
+    if ops:
+        yield Finding(f"C++ compiler {name}", compiler or "missing", bool(compiler), "apt-get install g++")
     if compiler and "async_io" in ops:
         command = [compiler, "-include", "libaio.h", "-x", "c++", "-fsyntax-only", os.devnull]
         libaio = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
@@ -60,8 +59,7 @@ def check_compiler(ops: list[str], environment: dict[str, str]) -> Iterator[Find
 
 def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
     if not gpus:
-        fix = "nvidia-smi -L lists none; install the driver, or set --device=cpu"
-        yield Finding("GPUs", "none", False if request["device"] == "cuda" else None, fix)
+        yield Finding("GPUs", "none", request["device"] != "cuda", "install the driver, or set --device=cpu")
         return
     query = ("--query-gpu=name,memory.free,driver_version", "--format=csv,noheader,nounits")
     rows = [line.split(", ") for line in machine.output_of("nvidia-smi", *query).splitlines()]
@@ -71,8 +69,7 @@ def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
     fix = "install a driver and a torch of one CUDA version (https://pytorch.org), or write fewer slots"
     yield Finding("GPUs", f"{gpus} x {rows[0][0]}, driver {rows[0][2]}; usable by torch: {usable}", ok, fix)
     free = min((int(row[1]) * 2**20 for row in rows if row[1].isdecimal()), default=0)
-    fix = "use a higher ZeRO stage, offload or more ranks; or end what else runs there (nvidia-smi)"
-    yield compare("GPU memory", free, request["state_bytes"]["gpu"], fix)
+    yield compare("GPU memory", free, request["state_bytes"]["gpu"], "use a higher ZeRO stage, offload, or more ranks")
 
 
 def check_memory(request: Request, gpus: int) -> Iterator[Finding]:
@@ -81,30 +78,24 @@ def check_memory(request: Request, gpus: int) -> Iterator[Finding]:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
         rank_bytes = PROCESS_BYTES + request["state_bytes"]["cpu"] + (0 if gpus else request["state_bytes"]["gpu"])
-        fix = "use fewer ranks per host, a higher ZeRO stage, or offload to NVMe"
-        yield compare("memory", free, ranks * rank_bytes, fix)
+        yield compare("memory", free, ranks * rank_bytes, "use fewer ranks per host, a higher ZeRO stage, or NVMe")
         size = shutil.disk_usage("/dev/shm").total  # noqa: S108
         fix = "docker run --shm-size=1g, or mount -o remount,size=1g /dev/shm"
         needed = NCCL_SHM_BYTES if gpus and ranks > 1 else SHM_BYTES
         yield Finding("shared memory", f"{size / 1e9:,.1f} GB", size >= needed, fix)
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield Finding("open files", f"{files:,}", files == resource.RLIM_INFINITY or files >= OPEN_FILES, "ulimit -n 65536")
 
 
 def check_storage(request: Request, out_dir: Path) -> Iterator[Finding]:
     """out_dir: the folder, or the nearest existing one above it."""
-    fix = "free space, lower --keep_checkpoints, or choose another --out_dir"
-    yield check_disk("out_dir, space", out_dir, request["kept_bytes"], fix)
+    yield check_disk("out_dir, space", out_dir, request["kept_bytes"], "free space, or choose another --out_dir")
     if request["nvme_path"]:
-        fix = "set --nvme_path to a folder with space on a local NVMe disk"
-        needed = len(request["slots"]) * request["state_bytes"]["nvme"]
-        yield check_disk("NVMe, space", Path(request["nvme_path"]), needed, fix)
+        path, needed = Path(request["nvme_path"]), len(request["slots"]) * request["state_bytes"]["nvme"]
+        yield check_disk("NVMe, space", path, needed, "set --nvme_path to a folder with space on a local NVMe disk")
     if request["dataset"]:
         folder = Path(request["dataset"])
         missing = [name for name in ("train.bin", "val.bin") if not (folder / name).is_file()]
         value = f"no {' and '.join(missing)}" if missing else f"{data_bytes(folder):,} bytes"
-        fix = f"python data/{folder.name}/prepare.py, or copy the folder from a host that has it"
-        yield Finding("data set", f"{folder.name}: {value}", not missing, fix)
+        yield Finding("data set", f"{folder.name}: {value}", not missing, "prepare it, or copy it from another host")
 
 
 def check_disk(check: str, folder: Path, needed: float, fix: str) -> Finding:
@@ -130,7 +121,7 @@ def main() -> None:
             stack.enter_context(tempfile.NamedTemporaryFile(dir=out_dir, prefix=request["marker"]))
         facts = machine.describe()
         gpus = facts["gpus"] if request["device"] in ("auto", "cuda") else 0
-        findings = [*check_software(facts["packages"]), *check_compiler(request["ops"], request["environment"])]
+        findings = [*check_software(facts), *check_compiler(request["ops"], request["environment"])]
         findings += [*check_gpus(request, gpus), *check_memory(request, gpus), *check_storage(request, out_dir)]
         facts |= {"findings": [asdict(finding) for finding in findings], "device": "GPU" if facts["gpus"] else "CPU"}
         facts["data"] = data_bytes(Path(request["dataset"])) if request["dataset"] else 0
@@ -138,7 +129,7 @@ def main() -> None:
         while len(markers := [path.name for path in out_dir.glob(f"{request['marker']}*")]) < request["hosts"]:
             if time.monotonic() > deadline or select.select([sys.stdin], [], [], 0.1)[0]:  # readable: it was closed
                 break
-        print(json.dumps({**facts, "markers": markers, "clock": time.time()}), flush=True)
+        print(json.dumps({**facts, "markers": markers}), flush=True)
         sys.stdin.read()
 
 

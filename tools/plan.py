@@ -44,8 +44,7 @@ MODELS = {
 }
 STEP_TOKENS = 2**19  # half a million, as GPT-3's smaller models (arXiv:2005.14165, table 2.1)
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv:2203.15556
-CHOICES = {"model": ("", *MODELS), "activation_checkpointing": ("", "True", "False")}
-CHOICES["dtype"] = ("", "bfloat16", "float16", "float32")
+CHOICES = {"model": ("", *MODELS), "dtype": ("", "bfloat16", "float16", "float32")}
 RANGES = {"gpus": (1, 10**5), "nodes": (1, 10**5), "achievable": (0.01, 1), "link_share": (0.01, 1), "overlap": (0, 1)}
 RANGES |= {"fragmentation": (0, 1), "link": (0.001, 10**6)}
 ON_CPU = {"device": "cpu", "overlap": 0.5, "fragmentation": 0.0, "link_share": 1.0}  # results/zero_links
@@ -64,8 +63,6 @@ class PlanConfig(Machines):
     model: str = key("", ", ".join(MODELS), "Model (or a recipe, config/x.py)")
     measured: str = key("", "benchmark.json: matmul peak, link and process memory as tools.benchmark measured them")
     global_batch: int = key(0, f"sequences per step; 0: the recipe's, or about {STEP_TOKENS:,} tokens", "Step")
-    batch_size: int = key(0, "sequences per rank and micro-step; 0: the best")
-    activation_checkpointing: str = key("", "True, False; empty: whichever is better")
     strategies: str = key("", f"{','.join(strategies())}; empty: all")
     all: bool = key(False, "print every micro-batch, with and without activation checkpointing", "Output")
     curve: str = key("", "table: from 1 to 1,024 GPUs, of five strategies or those named; FILE.png: drawn as well")
@@ -103,7 +100,7 @@ def read_benchmark(path: str, dtype: str) -> list[str]:
             values |= {"node_link": 8e-9 * link, "link_share": 1.0}
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         rule = "must be a benchmark.json with timed rows, as tools.benchmark --write=FOLDER writes it"
-        raise ConfigError(f"measured = {path!r}: {rule}; measure again") from None
+        raise ConfigError(f"measured = {path!r}: {rule}") from None
     if values["dtype"] not in flops:
         raise ConfigError(f"dtype = {dtype!r}: {path} has {', '.join(flops)}; use or measure it")
     values["tflops"] = flops[values["dtype"]] / 1e12
@@ -141,11 +138,8 @@ class Request:
         cfg, ranks = self.cfg, self.cfg.ranks
         sequences, rest = divmod(self.global_batch, ranks)
         if rest or not sequences:
-            rule = f"must be divisible by the {ranks} ranks; set {ranks * max(1, sequences)}"
-            raise ConfigError(f"global_batch = {self.global_batch}: {rule}")
-        batches = [n for n in range(1, sequences + 1) if sequences % n == 0 and cfg.batch_size in (0, n)]
-        if not batches:
-            raise ConfigError(f"batch_size = {cfg.batch_size}: must divide the {sequences} sequences per rank")
+            near = ranks * max(1, sequences)
+            raise ConfigError(f"global_batch = {self.global_batch}: must be divisible by the {ranks} ranks; set {near}")
         chosen = [find_strategy(name) for name in cfg.strategies.split(",") if name] or strategies().values()
         impossible = "ddp" if ranks == 1 else "single"
         several = cfg.nodes > 1 and cfg.gpus > 1  # nodes of several GPUs, which HSDP needs
@@ -153,15 +147,15 @@ class Request:
             Candidate(self.model, strategy, cfg, batch, sequences // batch, checkpointing)
             for strategy in chosen
             if strategy.name != impossible and (several or not strategy.hybrid)
-            for batch in batches
+            for batch in range(1, sequences + 1)
+            if sequences % batch == 0
             for checkpointing in (False, True)
-            if cfg.activation_checkpointing in ("", str(checkpointing))
         ]
 
     def at(self, ranks: int) -> "Request":
         """The same on so many ranks, nodes filled first; the global batch is rounded up to a multiple of them."""
         gpus = math.gcd(ranks, self.cfg.gpus)
-        cfg = replace(self.cfg, gpus=gpus, nodes=ranks // gpus, batch_size=0)
+        cfg = replace(self.cfg, gpus=gpus, nodes=ranks // gpus)
         return replace(self, cfg=cfg, global_batch=math.ceil(self.global_batch / ranks) * ranks)
 
 
@@ -193,16 +187,13 @@ def build_request(argv: list[str]) -> Request:
 
 
 def header(request: Request) -> str:
-    """What is planned, in three lines; defaults that matter are marked."""
+    """What is planned, in three lines."""
     cfg, model, tokens = request.cfg, request.model, request.global_batch * request.model.block_size
-    marked = ("gpus", "device", "link", "global_batch")
-    gpus, device, link, batch = (" (default)" if getattr(cfg, k) == getattr(PlanConfig, k) else "" for k in marked)
-    batch = "" if request.recipes else batch  # a recipe sets it
-    where = f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}{gpus}, {cfg.device}{device}"
+    where = f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}, {cfg.device}"
     where += f", {gigabytes(1e9 * cfg.gpu_memory)} each, {cfg.dtype}"
     if cfg.nodes > 1:
-        where = f"{cfg.nodes} nodes of {where}, {cfg.link:,.4g} Gbit/s between them{link}"
-    step = f"{request.global_batch:,} sequences of {model.block_size:,} = {tokens:,} tokens{batch}"
+        where = f"{cfg.nodes} nodes of {where}, {cfg.link:,.4g} Gbit/s between them"
+    step = f"{request.global_batch:,} sequences of {model.block_size:,} = {tokens:,} tokens"
     name = f"{cfg.model or ' '.join(request.recipes)}: {model.parameter_count():,} parameters"
     return f"{name}\n{where}\na step: {step}; the run: {request.tokens:.3g} tokens"
 
@@ -304,7 +295,7 @@ def draw(title: str, system: Machines, rates: dict[str, dict[int, float]], sizes
         axes.set_title(caption, fontsize=10, loc="left")
         style_axes(axes)
         label_ends(axes)
-    figure.suptitle("; ".join(title.replace(" (default)", "").splitlines()[:2]), fontsize=9)
+    figure.suptitle("; ".join(title.splitlines()[:2]), fontsize=9)
     return figure
 
 

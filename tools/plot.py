@@ -15,13 +15,11 @@ from tools import benchmark_report
 from tools.terminal import make_parser
 from training.distributed import run
 from training.errors import UserError
-from training.figures import draw_loss, draw_run, label_ends, line_style, new_figure, read_run, style_axes
+from training.figures import draw_run, label_ends, line_style, new_figure, read_run, style_axes
 
 
 def draw_runs(folders: list[Path], path: Path, x: str, keys: list[str]) -> None:
     """One PNG, with a color and dashes for each run, and a panel below the losses for each key of metrics.jsonl."""
-    if len(folders) == 1 and x == "steps" and not keys:
-        return draw_loss(folders[0], path)
     figure = new_figure(8, 5 + 1.5 * len(keys))
     heights = [4] + [1.5] * len(keys)
     losses, *panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]

@@ -24,8 +24,7 @@ def check(cfg: TrainConfig) -> None:
             wandb.login(verify=False)
     except (wandb.Error, ValueError) as error:  # ValueError: pydantic's, of several lines
         reason = " ".join(str(error).split("[type=")[0].split())
-        fix = "run wandb login, or set WANDB_MODE=offline, --wandb_project or --wandb_log=False"
-        raise ConfigError(f"wandb_log = True: W&B cannot start ({reason}); {fix}") from None
+        raise ConfigError(f"wandb_log = True: W&B cannot start ({reason}); log in or set WANDB_MODE=offline") from None
 
 
 class WandbLog:
