@@ -201,11 +201,7 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight
 
     def compile_parts(self) -> None:
-        """Compile each block and the loss by itself, not the model as a whole.
-
-        So the gradients of a block are ready while backward goes on, and their reduction overlaps with it. Blocks
-        share one compilation.
-        """
+        """Compile each block and the loss by itself, so that a block's gradients are reduced while backward goes on."""
         for block in self.transformer.h:  # forward only: hooks of FSDP2 and DeepSpeed stay outside
             block.forward = torch.compile(block.forward, fullgraph=True)
         self.loss = torch.compile(cross_entropy, fullgraph=True)

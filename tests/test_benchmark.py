@@ -201,3 +201,19 @@ def test_the_flag_of_the_train_scripts(tmp_path, data):
     assert speed["steps_timed"] == 5 and speed["fastest_ms"] <= speed["step_ms"] <= speed["slowest_ms"]
     assert "val loss" not in done.stdout and not (tmp_path / "checkpoints").exists()
     assert "benchmark = True (command line)" in message(run("train.py", "--benchmark", **settings, init_from="resume"))
+
+
+def test_a_bare_loop_beside_each_strategy(tmp_path, data):
+    """It trains: its loss falls as ours does."""
+    settings = {**SETTINGS, "learning_rate": 1e-2, "dataset": data, "out_dir": tmp_path / "out"}
+    done = run_benchmark("single,ddp,fsdp,zero2", "--bare", "--speed", gpus=2, steps=8, write=tmp_path, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["strategy"]: row for row in benchmark_report.read(tmp_path / "benchmark.json")["rows"]}
+    for name in ("single", "ddp", "fsdp", "zero2"):
+        ours, bare = (dict(rows[which]["losses"]) for which in (name, f"bare {name}"))
+        assert ours[7] < ours[0] - 0.1 and bare[7] < bare[0] - 0.1 and abs(ours[0] - bare[0]) < 0.1
+        ratios = [rows[name][key] for key in ("bare_step", "bare_memory", "bare_start")]
+        assert all(0.01 < ratio < 100 for ratio in ratios) and "bare_step" not in rows[f"bare {name}"]
+    assert "step time / bare" in (tmp_path / "benchmark.md").read_text()
+    refused = run_benchmark("fsdp_hsdp", "--bare", **settings)
+    assert message(refused) == "--bare: has no loop for fsdp_hsdp; use single, ddp, fsdp or zero0 to zero3"

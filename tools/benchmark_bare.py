@@ -82,6 +82,24 @@ def deepspeed_loop(cfg: Any, ranks: Ranks, model: GPT, batch: Batch) -> Step:
     return step
 
 
+def time_steps(step: Step, cfg: TrainConfig, ranks: Ranks) -> None:
+    """Take cfg.steps steps; rank 0 writes rows like those of metrics.jsonl."""
+    tokens_per_step, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, list[str]()
+    for number in range(cfg.steps):
+        since = time.perf_counter()
+        loss = step().item()  # waits for the device
+        seconds = time.perf_counter() - since
+        row = {"kind": "train", "step": number, "loss": loss, "grad_norm": None, "mfu": None, "step_ms": None}
+        if number >= WARM_UP_STEPS:
+            row |= {"step_ms": 1e3 * seconds, "tokens_per_second": tokens_per_step / seconds}
+        rows.append(json.dumps(row | {"peak_memory_bytes": peak_memory_bytes(ranks.device)}))
+        if ranks.main:
+            print(f"step {number}: loss {loss:.4f}, {1e3 * seconds:.1f} ms", flush=True)
+    if ranks.main:
+        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+        Path(cfg.out_dir, "metrics.jsonl").write_text("\n".join(rows) + "\n")
+
+
 def main() -> None:
     name, *arguments = sys.argv[1:]
     zero = name.startswith("zero")
@@ -110,20 +128,7 @@ def main() -> None:
     if cfg.compile:
         model.compile()
     step = deepspeed_loop(cfg, ranks, model, batch) if zero else plain_loop(name, cfg, ranks, model, dtype, batch)
-    tokens_per_step, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, []
-    for number in range(cfg.steps):
-        since = time.perf_counter()
-        loss = step().item()  # waits for the device
-        seconds = time.perf_counter() - since
-        if rank == 0:
-            print(f"step {number}: loss {loss:.4f}, {1e3 * seconds:.1f} ms", flush=True)
-        row = {"kind": "train", "step": number, "loss": loss, "grad_norm": None, "mfu": None, "step_ms": None}
-        if number >= WARM_UP_STEPS:
-            row |= {"step_ms": 1e3 * seconds, "tokens_per_second": tokens_per_step / seconds}
-        rows.append(row | {"peak_memory_bytes": peak_memory_bytes(device)})
-    if rank == 0:
-        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-        Path(cfg.out_dir, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    time_steps(step, cfg, ranks)
     if name != "single":
         dist.barrier()
     os._exit(0)  # gloo's threads sometimes keep a process from ending

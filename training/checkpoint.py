@@ -199,17 +199,15 @@ class CheckpointWriter:
         """Write with torch.save. Raises OSError where the disk refuses, such as when it is full."""
         if self.background:
             self.pending[name] = copy_to_host(state)
-        else:
-            self.write_now(name, state)
-
-    def write_now(self, name: str, state: Any) -> None:
+            return
         with HashedFile(io.FileIO(self.folder / name, "wb")) as file, disk_errors():
             save_without_crc(state, file)
             self.checksums[name] = file.sync()
 
     def finish(self) -> None:
+        self.background = False
         while self.pending:
-            self.write_now(*self.pending.popitem())
+            self.write(*self.pending.popitem())
 
     def add(self, paths: Iterable[Path]) -> None:
         """Include files that were written into the folder by other code."""

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -106,20 +106,10 @@ class Ranks:
         dist.all_gather(all_ranks, mine, group=self.control)
         return [row.tolist() for row in all_ranks]
 
-    def start_max(self, numbers: Sequence[float]) -> Callable[[], list[float]]:
-        """Start to find the elementwise maximum over all ranks; the function that is returned waits for the result.
-
-        A collective between CPUs.
-        """
-        largest = torch.tensor(numbers, dtype=torch.float64)
-        work = dist.all_reduce(largest, ReduceOp.MAX, self.control, async_op=True) if self.world_size > 1 else None
-
-        def wait_for_ranks() -> list[float]:
-            if work:
-                work.wait()
-            return largest.tolist()
-
-        return wait_for_ranks
+    def start_max(self, numbers: torch.Tensor) -> dist.Work | None:
+        """Start to replace numbers by their maximum over all ranks; wait() for it. A collective between CPUs."""
+        several = self.world_size > 1
+        return dist.all_reduce(numbers, ReduceOp.MAX, self.control, async_op=True) if several else None
 
     def share(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. A collective. It travels as JSON: unpickling would run what a stranger sends."""
@@ -297,12 +287,10 @@ def check_driver() -> None:
         return
     try:
         torch.cuda.init()
-        reason = "torch finds none"
     except (RuntimeError, AssertionError) as error:  # an old driver; a torch without CUDA
-        reason = str(error).partition(". ")[0]
-    fix = f"install a driver for CUDA {torch.version.cuda}, or torch for this driver"
-    fix = fix if torch.version.cuda else "install torch with CUDA"
-    raise ConfigError(f"device = 'auto': this machine has an NVIDIA GPU, but {reason}; {fix}, or set --device=cpu")
+        reason = f"this machine has an NVIDIA GPU, but {str(error).partition('. ')[0]}"
+        fix = f"install a driver and a torch of one CUDA version (torch has {torch.version.cuda}), or set --device=cpu"
+        raise ConfigError(f"device = 'auto': {reason}; {fix}") from None
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

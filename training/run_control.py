@@ -14,13 +14,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, median_low
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from training.batches import Batches
@@ -36,7 +37,7 @@ DEADLINE, STOP_FILE = 1001, 1002  # reasons to stop, besides the signals' number
 MAX_SKIPPED_STEPS = 30  # fp16 may skip this many in a row: the loss scale halves each time, from 65,536 down
 
 COLLECTIVES = "torch/distributed/"  # in the path of the files that hold them
-WAITING = ("wait_for_ranks", "_engine_run_backward")  # a backward pass may wait for collectives in other threads
+WAITING = ("act", "_engine_run_backward")  # a backward pass may wait for collectives in other threads
 POLL_SECONDS = 0.5  # the watchdog looks at the clock this often
 REPORT_SECONDS = 5.0  # all live ranks time out within this, because their clocks started at the same collective
 
@@ -59,7 +60,7 @@ class RunControl:
         self.max_bad_steps = MAX_SKIPPED_STEPS if dtype == torch.float16 else 1
         self.bad_steps = 0
         self.previous: StepNumbers | None = None  # of a step that is not shared yet
-        self.shared: tuple[StepNumbers | None, Callable[[], list[float]]] | None = None  # and the result, to wait for
+        self.shared: tuple[StepNumbers | None, Tensor, dist.Work | None] | None = None
         self.files = {name: Path(cfg.out_dir) / name for name in ("stop", "save")}
         self.watchdog = Watchdog(cfg, ranks)
         for signum in HANDLED_SIGNALS:
@@ -99,16 +100,18 @@ class RunControl:
         self.watchdog.beat(f"step {numbers.step}" if numbers else "")
         loss, norm = numbers.read() if numbers else (0.0, 0.0)
         save = self.ranks.main and self.files["save"].exists()
-        mine = [self.stop_reason(), save, not math.isfinite(loss), not math.isfinite(norm)]
-        self.shared = numbers, self.ranks.start_max(mine)
+        largest = torch.tensor([self.stop_reason(), save, not math.isfinite(loss), not math.isfinite(norm)])
+        self.shared = numbers, largest, self.ranks.start_max(largest)
         return bool(self.stop)
 
     def act(self) -> None:
         if self.shared is None:
             return
-        (numbers, wait_for_ranks), self.shared = self.shared, None
-        stop, save, *bad = wait_for_ranks()
-        self.stop = self.stop or int(stop)
+        (numbers, largest, work), self.shared = self.shared, None
+        if work:
+            work.wait()
+        stop, save, *bad = largest.tolist()
+        self.stop = self.stop or stop
         self.save = self.save or bool(save)
         if numbers:
             self.bad_steps = self.bad_steps + 1 if any(bad) else 0
