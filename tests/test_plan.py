@@ -88,7 +88,7 @@ def test_model_states_as_counted_in_runs(ranks):
 
 
 def test_peak_memory_as_measured_in_runs():
-    """5 strategies x 2 models x 1, 2 and 4 CPU ranks: from 8 % below to 14 % above, with one number for the process.
+    """5 strategies x 2 models x 1, 2 and 4 CPU ranks: from 10 % below to 16 % above, with one number for the process.
 
     The largest are ZeRO-3, for which stage3_max_live_parameters is an upper bound, and ZeRO-2, whose bucket fills while
     activations go.
@@ -99,7 +99,7 @@ def test_peak_memory_as_measured_in_runs():
         model, batch = plan_check.MODELS[row["model"]]
         predicted = plan_check.predict(model, batch, row["strategy"], row["ranks"], found["process_bytes"])
         assert row["predicted"] == pytest.approx(predicted), "predict anew: python -m tests.plan_check"
-        assert 0.92 < predicted / row["measured"] < 1.14, row
+        assert 0.90 < predicted / row["measured"] < 1.16, row
         strategy = "ddp" if row["strategy"] == "single" else row["strategy"]
         numbers = f"{row['predicted'] / 1e6:,.0f} / {row['measured'] / 1e6:,.0f}"
         cells.setdefault((row["model"], strategy), []).extend([numbers, f"{predicted / row['measured']:.2f}"])

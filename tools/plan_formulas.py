@@ -209,9 +209,11 @@ def gradient_buffers(case: Candidate) -> float:
     if stage == 0:
         return max(0.0, FP32 * min(case.parameters, ZERO0_BUCKET) - case.activations)
     bucket = case.zero.get("reduce_bucket_size", 5e8)
-    copied: float = compute * min(case.parameters, case.block if stage == 3 else max(bucket, case.head))
+    copied: float = compute * min(case.parameters, max(bucket, case.block if stage == 3 else case.head))
     in_backward = copied + compute * min(case.parameters, bucket * (1 + case.overlap_comm))
     in_step = 0.0 if case.offloads else FP32 * min(case.parameters / case.shards, case.zero.get("sub_group_size", 1e9))
+    if stage == 3:  # its one bucket stays allocated, and what it reduces is a copy
+        return compute * min(case.parameters, bucket) + max(copied, in_step - case.activations)
     if stage == 1 and not case.overlap_comm:  # reduces when backward is done
         in_backward, in_step = 0.0, max(in_step, copied)
     return max(in_backward, in_step - case.activations)
