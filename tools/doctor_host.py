@@ -16,7 +16,7 @@ from typing import Any
 
 from launch import machine
 
-TORCH = (2, 11), (2, 13)  # oldest and newest
+TORCH = (2, 11), (2, 14)  # oldest and newest
 REQUIREMENTS = "pip install -r requirements.txt"
 SHM_BYTES, NCCL_SHM_BYTES = 64e6, 1e9  # Docker's default; what GPUs need that communicate through it
 PROCESS_BYTES = 1e9  # of a rank: Python, torch, DeepSpeed, activations of a small model

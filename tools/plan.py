@@ -234,7 +234,7 @@ def command(request: Request, taken: Candidate) -> str:
     """The line that launches it; launchers named after a strategy select it by themselves."""
     strategy, system = taken.strategy, taken.system
     selecting = () if strategy.launcher == f"./launch_deepspeed_{strategy.name}.sh" else strategy.arguments
-    arguments = [argument.format(half=system.gpus) for argument in selecting if argument != "--strategy=fsdp"]
+    arguments = [argument.format(half=system.gpus) for argument in selecting if "--strategy=" not in argument]
     arguments += ["--nvme_path=/local_nvme"] if strategy.optimizer_device == "nvme" else []
     arguments += [] if system.on_gpu else ["--device=cpu"]
     hosts = ["HOSTFILE=hostfile"] if system.nodes > 1 else []

@@ -42,7 +42,7 @@ def strategies() -> dict[str, Strategy]:
     """By name. DeepSpeed's are the files in deepspeed_configs/: a new JSON there is a new strategy."""
     table = [
         Strategy("single", "train.py", "python train.py"),
-        Strategy("ddp", "train.py", "./launch_traditional_ddp.sh"),
+        Strategy("ddp", "train.py", "./launch_traditional_ddp.sh", ("--strategy=ddp",)),
         fsdp("fsdp"),
         fsdp("fsdp_grad_op", "--reshard_after_forward=False", keeps_parameters=True),
         fsdp("fsdp_hsdp", "--shard_ranks={half}", hybrid=True),
