@@ -91,7 +91,8 @@ def main() -> None:
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpus else "float32"
     dtype = next((note["dtype"] for case in cases for note in case.notes), dtype)  # as the ranks chose it
     rows = report.make_rows(cases, dtype)
-    print("\n" + report.text_table(rows, report.COMPARED if args.compare else report.TITLES))
+    titles = report.COMPARED if args.compare else report.BARE if args.bare else report.TITLES
+    print("\n" + report.text_table(rows, titles))
     if args.write:
         environment = next((case.environment for case in cases if case.environment), {})
         results = {"format": report.FORMAT, "arguments": arguments, "environment": environment}

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data.dataset import open_dataset
-from model import GPT, initial_value
+from model import GPT, GPTConfig, initial_value
 from training.config import ROOT, PlainTrainConfig, TrainConfig, parse
-from training.deepspeed_config import DeepSpeedTrainConfig, read, resolve
+from training.deepspeed_config import DeepSpeedTrainConfig, describe_json, read, resolve
 from training.devices import peak_memory_bytes
 from training.distributed import Ranks, pick_device, pick_dtype
 from training.metrics import WARM_UP_STEPS
@@ -33,8 +33,18 @@ Batch = Callable[[], tuple[Tensor, Tensor]]
 Step = Callable[[], Tensor]
 
 
-def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, model: Any, dtype: torch.dtype, batch: Batch) -> Step:
-    """Wrap the model; returns the function that takes a step and returns the loss of its last micro-step."""
+@torch.no_grad()
+def fill(model: GPT, seed: int) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+
+
+def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, dtype: torch.dtype, batch: Batch) -> Step:
+    """Build and wrap the model; returns the function that takes a step and returns the loss of its last micro-step."""
+    model: Any = GPT(shape).to(ranks.device)
+    fill(model, cfg.seed)
+    if cfg.compile:
+        model.compile()
     micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
     autocast: Any = nullcontext()
     if name == "fsdp":
@@ -64,13 +74,21 @@ def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, model: Any, dtype: tor
     return step
 
 
-def deepspeed_loop(cfg: Any, ranks: Ranks, model: GPT, batch: Batch) -> Step:
-    """The same by DeepSpeed."""
+def deepspeed_loop(cfg: Any, ranks: Ranks, shape: GPTConfig, batch: Batch) -> Step:
+    """The same by DeepSpeed, which builds the model under ZeRO-3."""
     import deepspeed
 
-    config, _ = resolve(cfg, ranks, model.config, read(cfg.deepspeed_config))
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an op for inference, which it would compile
+    deepspeed.init_distributed()
+    config, _ = resolve(cfg, ranks, shape, read(cfg.deepspeed_config))
+    with deepspeed.zero.Init(config_dict_or_path=config, enabled=describe_json(config)[0] == 3):
+        model = GPT(shape)
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):  # no effect below ZeRO-3
+        fill(model, cfg.seed)
     groups = parameter_groups(model, cfg.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    if cfg.compile:
+        engine.compile()
 
     def step() -> Tensor:
         for _ in range(cfg.gradient_accumulation_steps // ranks.world_size):
@@ -109,25 +127,21 @@ def main() -> None:
     ranks, dtype = Ranks(rank, local_rank, world_size, device), pick_dtype(cfg.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
     os.environ["DS_ACCELERATOR"] = device.type
     if name != "single":
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dataset = open_dataset(ROOT / "data" / cfg.dataset)
-    ids, random = np.memmap(dataset.path("train"), dataset.dtype, "r"), np.random.default_rng(rank)
+    dataset, random = open_dataset(ROOT / "data" / cfg.dataset), np.random.default_rng(rank)
+    shape = cfg.model_config(dataset.vocab_size)
 
     def batch() -> tuple[Tensor, Tensor]:
+        ids = np.memmap(dataset.path("train"), dataset.dtype, "r")  # anew: all pages ever read would count as memory
         starts = random.integers(len(ids) - cfg.block_size, size=cfg.batch_size)
         rows = np.stack([ids[start : start + cfg.block_size + 1] for start in starts]).astype(np.int64)
         tokens = torch.from_numpy(rows).to(device)
         return tokens[:, :-1], tokens[:, 1:]
 
-    with device, torch.no_grad():
-        model = GPT(cfg.model_config(dataset.vocab_size))
-        for parameter_name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(parameter_name, parameter.shape, model.config, cfg.seed))
-    if cfg.compile:
-        model.compile()
-    step = deepspeed_loop(cfg, ranks, model, batch) if zero else plain_loop(name, cfg, ranks, model, dtype, batch)
+    step = deepspeed_loop(cfg, ranks, shape, batch) if zero else plain_loop(name, cfg, ranks, shape, dtype, batch)
     time_steps(step, cfg, ranks)
     if name != "single":
         dist.barrier()

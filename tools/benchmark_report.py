@@ -48,10 +48,11 @@ COLUMNS = {  # title -> cell of a row whose bytes are in MB
     "checkpoint, s": "{checkpoint_s:.2f}",
     "checkpoint, MB": "{checkpoint_bytes:,.1f}",
 }
-# In a terminal, and there with --compare. peak_bytes: of GPU memory, or on a CPU of the process
+# In a terminal, and there with --bare and --compare. peak_bytes: of GPU memory, or on a CPU of the process
 TERMINAL = {**COLUMNS, "peak memory, MB": "{peak_bytes:,.0f}"}
 OVERHEAD = ("step time / bare", "peak memory / bare", "start / bare")
-TITLES = ("strategy", "tokens/s", "steps/s, ratio", *OVERHEAD, "peak memory, MB", "loss difference", "verdict")
+TITLES = ("strategy", "tokens/s", "steps/s, ratio", "peak memory, MB", "loss difference", "verdict")
+BARE = ("strategy", "step, ms", "start to first step, s", *OVERHEAD, "verdict")
 COMPARED = ("strategy", "ranks", "loss difference", "gradient norm difference", "verdict")
 PAGE = Template("""<!doctype html>
 <html lang="en">
