@@ -98,7 +98,7 @@ def test_a_failure_has_its_reason_and_the_others_run(acceptance, scripts):
     assert status == "FAILED" and reason.startswith("ValueError: max() "), "there is no checkpoint to resume from"
     assert found == {
         "wrong": ("FAILED", "status 1: n_layer = 0: must be above 0"),
-        "after_it": ("not run", "it needs wrong, which is not ok"),
+        "after_it": ("not run", "needs wrong, which did not pass"),
         "good": ("ok", ""),
         "silent": ("FAILED", "did not print '^try, in this order'"),
         "refused": ("ok", ""),
@@ -120,12 +120,12 @@ def test_losses_are_compared_step_by_step(acceptance, scripts):
         "far": (
             write_metrics(scripts, 5.0, 4.1, 3.0, 2.0),
             "FAILED",
-            "losses differ from those of cpu by more than 0.0001",
+            "losses differ from cpu by more than 0.0001",
         ),
         "nan": (
             write_metrics(scripts, 5.0, float("nan"), 3.0, 2.0),
             "FAILED",
-            "losses differ from those of cpu by more",
+            "losses differ from cpu by more",
         ),
         "short": (write_metrics(scripts, 5.0, 4.0), "FAILED", "KeyError: 2"),
         "worse": (
@@ -149,7 +149,7 @@ def test_targets_are_those_of_some_gpus(acceptance, scripts, gpu, status):
     stage.result |= {"MFU": 0.4, "of plan": 1.0}
     acceptance.gpu = gpu
     (acceptance.folder / "slow").mkdir()
-    assert list(acceptance.problems(stage, "")) == (["MFU must be from 0.5 to inf"] if status == "FAILED" else [])
+    assert list(acceptance.problems(stage, "")) == (["MFU is not between 0.5 and inf"] if status == "FAILED" else [])
 
 
 def test_a_stage_over_its_limit_is_killed_with_all_it_started(acceptance, scripts, monkeypatch):
@@ -169,7 +169,7 @@ def test_stages_that_do_not_fit_are_not_run(acceptance, scripts):
     (scripts / "good.py").write_text("")
     stages = [Stage("long", "a", 90, "", f"{scripts}/good.py"), Stage("short", "a", 20, "", f"{scripts}/good.py")]
     assert not acceptance.run(stages)
-    assert outcomes(acceptance) == {"long": ("not run", "too little is left of 0.5 minutes"), "short": ("ok", "")}
+    assert outcomes(acceptance) == {"long": ("not run", "too little time left of 0.5 minutes"), "short": ("ok", "")}
 
 
 def test_stages_run_side_by_side_on_a_gpu(acceptance, scripts):
@@ -203,7 +203,9 @@ def test_chosen_stages_bring_what_they_need():
     names = [stage.name for stage in accept.choose(TABLE, ["resume_f", "zero3_as"])]
     assert names == ["cpu", "fsdp", "zero3", "resume_fsdp", "zero3_as_single"]
     assert accept.choose(TABLE, [""]) == TABLE
-    with pytest.raises(UserError, match="--only=nothing: no stage begins so; the groups are fp32, half, compile, "):
+    with pytest.raises(
+        UserError, match="--only=nothing: no stage or group has this prefix; the groups are fp32, half, compile, "
+    ):
         accept.choose(TABLE, ["fp32", "nothing"])
 
 

@@ -49,7 +49,7 @@ from training.strategies import find_strategy
 TINY = " --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --compile=False"  # sizes on CPUs
 ZEROS = ("zero2", "zero3", "zero1", "zero0")  # by importance
 MEASURED = ("H100", "H200")  # GPUs that must reach the targets; on others they are only reported
-OF_PLAN = (0.9, 1.1)  # the same for peak memory over the planner's estimate
+OF_PLAN = (0.9, 1.1)  # target for peak memory over the planner's estimate
 FORMS = {"loss difference": ".1e", "norm difference": ".1e", "tokens/s": ",.0f", "MFU": ".1%", "ratio": ".2f"}
 FORMS |= {"ms/step": ",.1f", "peak GB": ".2f", "of plan": ".2f"}  # the numbers of a stage
 
@@ -58,16 +58,16 @@ FORMS |= {"ms/step": ",.1f", "peak GB": ".2f", "of plan": ".2f"}  # the numbers 
 class Stage:
     name: str
     group: str  # "alone": one at a time; all others run side by side on a GPU
-    limit: float  # seconds until it is killed: about twice what it takes on an H100
-    strategy: str  # "": arguments is the whole command, and {out} its folder
+    limit: float  # seconds until it is killed: about twice the estimate for an H100
+    strategy: str  # "": arguments are the whole command, and {out} is its folder
     arguments: str
-    like: str = ""  # the stage whose losses it must have
+    like: str = ""  # the stage whose losses it must match
     within: float = 0.0
-    after: str = ""  # the stage that it needs; training resumes a copy of that run, from its last checkpoint but one
-    prints: str = ""  # pattern of a line that it must print
-    status: int = 0  # that it must exit with
+    after: str = ""  # the stage it needs; training resumes a copy of that run, from its last checkpoint but one
+    prints: str = ""  # regular expression that its output must match
+    status: int = 0  # expected exit status
     at_least: dict[str, float] = field(default_factory=dict)  # targets on MEASURED GPUs
-    since, killed = 0.0, False  # when it was started; whether it was killed
+    since, killed = 0.0, False  # start time; whether it was killed
     processes: list[Popen] = field(default_factory=list)
     result: dict[str, Any] = field(init=False)
 
@@ -82,7 +82,7 @@ class Stage:
         return words if words[0].startswith("./") else [sys.executable, *words]
 
     def ended(self, stop: bool) -> bool:
-        """Whether it has; at its limit, or if `stop`, it is killed with all that it started."""
+        """Whether it has ended. At its limit, or if `stop`, it is killed with all its processes."""
         alive = None in [process.poll() for process in self.processes]
         if "seconds" not in self.result and (stop or not alive or monotonic() > self.since + self.limit):
             self.killed, self.result["seconds"] = alive, round(monotonic() - self.since, 1)
@@ -95,7 +95,7 @@ class Stage:
 
 
 def correctness(gpu: bool, data: Path, gpt2: str) -> list[Stage]:
-    """Losses, resuming, what a user does first: name, group, limit, strategy, arguments, and what must hold."""
+    """Stages that compare losses, resume runs, and do what a user does first."""
     device, steps, save = ("cuda", 40, 30) if gpu else ("cpu", 8, 6)
     tiny = f"config/train_debug.py --dataset={data} --device={device} --max_iters={steps} --lr_decay_iters={steps}"
     tiny += f" --warmup_iters=5 --eval_interval={save} --eval_iters=2 --log_interval=1{'' if gpu else TINY}"
@@ -136,7 +136,7 @@ def correctness(gpu: bool, data: Path, gpt2: str) -> list[Stage]:
 
 
 def speed(gpu: bool, gpt2: str, peer: str) -> list[Stage]:
-    """Alone on the device, the most important first, because the time may not suffice for all."""
+    """Stages that run alone on the device, the most important first, because time may run out."""
     bench = f"-m tools.benchmark --strategies=single --gpus=1 --speed --steps=25 --write={{out}} {peer}"
     bench += f" {gpt2} --gradient_accumulation_steps=4 --out_dir={{out}}/run"
     eager = f"{gpt2} --benchmark --steps=15 --gradient_accumulation_steps=4 --compile=False"
@@ -155,7 +155,7 @@ def speed(gpu: bool, gpt2: str, peer: str) -> list[Stage]:
 
 
 class Acceptance:
-    """Runs stages in the order of the table for so many minutes. gpu: its name, or "" on CPUs, one stage at a time."""
+    """Runs stages in the order of the table, within `minutes`. gpu: its name; "" on CPUs, one stage at a time."""
 
     def __init__(self, folder: Path, write: Path | None, gpu: str = "", minutes: float = 9.0):
         self.folder, self.write, self.gpu, self.minutes = folder, write, gpu, minutes
@@ -174,7 +174,7 @@ class Acceptance:
             print(text, file=output, flush=True)
 
     def run(self, stages: list[Stage]) -> bool:
-        """Whether none failed. Ctrl-C kills what is running; what is waiting is not run."""
+        """Run all stages; returns whether none failed. Ctrl-C kills what is running and skips the rest."""
         waiting, running = list(stages), list[Stage]()
         while waiting or running:
             try:
@@ -195,19 +195,19 @@ class Acceptance:
         return all(result["status"] in ("ok", "too large") for result in self.results.values())
 
     def start(self, stage: Stage) -> None:
-        """Start its processes, unless there is a reason not to: then it has ended."""
+        """Start the processes of a stage, unless there is a reason not to."""
         result, folder, stage.since = stage.result, self.folder / stage.name, monotonic()
         left, line = 60 * self.minutes + self.since - stage.since, stage.command(folder)
         result["command"] = " ".join(line[1:]).replace(str(self.folder), "OUT")
         if self.stopped or left < stage.limit / 2:
-            result["reason"] = "stopped" if self.stopped else f"too little is left of {self.minutes:g} minutes"
+            result["reason"] = "stopped" if self.stopped else f"too little time left of {self.minutes:g} minutes"
         elif stage.after and self.results[stage.after]["status"] != "ok":
-            result["reason"] = f"it needs {stage.after}, which is not ok"
+            result["reason"] = f"needs {stage.after}, which did not pass"
         elif not self.fits(stage, line[2:]):
             result |= {"status": "too large", "reason": f"needs {result['planned GB']:.0f} GB"}
         else:
             stage.limit = min(stage.limit, left)
-            self.say(f"{stage.name}: started, for {stage.limit:.0f} s at most; {left:.0f} s left for all")
+            self.say(f"{stage.name}: started, limit {stage.limit:.0f} s; {left:.0f} s left in total")
             folder.mkdir()
             if stage.after and stage.strategy:
                 shutil.copytree(self.folder / stage.after, folder, dirs_exist_ok=True)
@@ -223,7 +223,7 @@ class Acceptance:
             result["status"] = "ok"  # until a problem is found
 
     def fits(self, stage: Stage, arguments: list[str]) -> bool:
-        """Whether the GPU has the memory that the planner predicts for a run that is alone on it."""
+        """Whether the GPU has the memory that the planner predicts for a stage that runs alone."""
         if stage.group != "alone" or not stage.strategy or stage.status:
             return True
         device, dtype = ("H100", "bfloat16") if self.gpu else ("cpu", "float32")
@@ -235,7 +235,7 @@ class Acceptance:
         return not self.gpu or planned < torch.cuda.get_device_properties(0).total_memory / 1e9
 
     def finish(self, stage: Stage) -> None:
-        """Judge a stage that has ended, and print its line; of a failed one also the end of its log, which is kept."""
+        """Check a stage that has ended, and print its line; keeps the log of a failed one and prints its end."""
         result, log = stage.result, self.folder / f"{stage.name}.log"
         self.results[stage.name] = result
         text = log.read_text(errors="replace") if stage.processes else ""
@@ -269,11 +269,11 @@ class Acceptance:
         if losses and not losses[-1] < losses[0]:
             yield f"val loss was {losses[0]:.4f} and became {losses[-1]:.4f}"
         if other and not result["loss difference"] <= stage.within:  # also if it is NaN
-            yield f"losses differ from those of {stage.like} by more than {stage.within:g}"
+            yield f"losses differ from {stage.like} by more than {stage.within:g}"
         bounds = {key: (least, np.inf) for key, least in stage.at_least.items()} | {"of plan": OF_PLAN}
         for key, (low, high) in bounds.items() if find_device(self.gpu) in MEASURED else ():
             if result.get(key) is not None and not low <= result[key] <= high:
-                yield f"{key} must be from {low:g} to {high:g}"
+                yield f"{key} is not between {low:g} and {high:g}"
 
     def measure(self, stage: Stage, result: dict[str, Any], other: dict[str, Any]) -> list[float]:
         """Add the numbers of FORMS to a result; returns validation losses. other: the result to compare with."""
@@ -312,7 +312,7 @@ def read_losses(folder: Path) -> tuple[dict[int, dict[str, Any]], list[float]]:
 
 
 def write_data(folder: Path, tokenizer: Tokenizer, tokens: int) -> None:
-    """Ids with something to learn: about every other one follows from the id before it."""
+    """Write token ids with something to learn: about half of them follow from the id before."""
     random, size = np.random.default_rng(0), tokenizer.vocab_size
     with Writer(folder, tokenizer, "tools.accept") as writer:
         for split, count in (("train", tokens), ("val", tokens // 8)):
@@ -332,7 +332,7 @@ def describe_machine(gpu: str) -> dict[str, Any]:
 
 
 def page(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
-    """README.md: what was compared, what ran alone on the device, why a stage is not ok, and the targets."""
+    """README.md: correctness, speed, the reasons of failures, and the targets."""
     lines = [f"# Acceptance on {about['device']}", "", *(f"- {key}: {value}" for key, value in about.items())]
     for title, alone in (("Correctness", False), ("Speed", True)):
         rows = {name: result for name, result in results.items() if (result["group"] == "alone") == alone}
@@ -351,13 +351,13 @@ def page(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
 
 
 def choose(stages: list[Stage], prefixes: list[str]) -> list[Stage]:
-    """Those whose name or group begins with one of the prefixes, and what they need."""
+    """The stages whose name or group has one of the prefixes, and those that they need."""
     chosen = set[str]()
     for prefix in prefixes:
         found = {stage.name for stage in stages if stage.name.startswith(prefix) or stage.group.startswith(prefix)}
         if not found:
             groups = ", ".join(dict.fromkeys(stage.group for stage in stages))
-            raise UserError(f"--only={prefix}: no stage begins so; the groups are {groups}")
+            raise UserError(f"--only={prefix}: no stage or group has this prefix; the groups are {groups}")
         chosen |= found
     for stage in reversed(stages):
         chosen |= {stage.like, stage.after} if stage.name in chosen else set()
@@ -369,8 +369,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, no targets")
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT, whose train.py is timed as well")
     parser.add_argument("--write", type=Path, help="folder for the results; default: results/gpu_NAME, on CPUs none")
-    parser.add_argument("--only", default="", help="stages: beginnings of their names or groups, with commas between")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all; what would not fit is not run")
+    parser.add_argument("--only", default="", help="run only these: comma-separated prefixes of stages or groups")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole run")
     args = parser.parse_args(underscored(sys.argv[1:]))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: no GPU is visible; --device=cpu runs the same stages at tiny size")

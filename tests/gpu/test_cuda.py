@@ -1,11 +1,14 @@
 """Runs on a GPU: the losses of the CPU, half precision, the device that is named, memory, sampling."""
 
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from tests.running import difference, losses, rows, run, train, zero_json
+from tests.running import ROOT, difference, losses, rows, run, train, zero_json
 
 SETTINGS: dict[str, Any] = {"max_iters": 10, "lr_decay_iters": 10, "tf32": False}
 CUDA: dict[str, Any] = {**SETTINGS, "device": "cuda:0"}
@@ -47,3 +50,30 @@ def test_zero2_on_a_named_device(on_cpu, data, tmp_path):
 def test_sampling(on_gpu):
     done = run("sample.py", out_dir=on_gpu, num_samples=2, max_new_tokens=20, device="cuda")
     assert done.returncode == 0 and done.stdout.count("---------------") == 2, done.stderr
+
+
+ALLOCATE = """
+import torch
+from training import distributed
+with distributed.start("cuda", "auto"):
+    torch.zeros(1, device="cuda")
+    print(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+"""
+
+
+def test_memory_segments_are_expandable():
+    """Torch reads the environment at its first allocation, not when it is imported."""
+    line = [sys.executable, "-c", ALLOCATE]
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+def test_compiled_and_eager_learn_alike(data, tmp_path, strategy):
+    zero = strategy.startswith("zero")
+    settings: dict[str, Any] = {"deepspeed_config": zero_json(strategy)} if zero else {"strategy": strategy}
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        train(out, data, env=NOT_FORKED, dtype="bfloat16", **{**CUDA, "compile": compiled}, **settings)
+    assert difference(tmp_path / "False", tmp_path / "True") <= 0.05
