@@ -58,7 +58,6 @@ def test_accumulation_that_the_ranks_cannot_share(tmp_path, data):
 @pytest.mark.parametrize(
     "settings, told",
     [
-        ({"dtype": "float16"}, "dtype = 'float16': not supported on CPUs; use bfloat16 or float32"),
         ({"device": "cuda:7"}, "device = 'cuda:7': 0 GPUs are visible; use fewer ranks, or --device=cpu"),
         ({"device": "tpu"}, "device = 'tpu': unknown; write auto, cpu, cuda, cuda:1 or mps"),
         ({"device": "mps"}, "device = 'mps': not available on this machine; use --device=cpu"),

@@ -76,6 +76,17 @@ def test_this_machine_passes(tmp_path, data):
     assert list(tmp_path.iterdir()) == []  # neither out_dir nor the files that were tried
 
 
+@pytest.mark.parametrize("header", [True, False])
+def test_nvme_offload_on_a_gpu_needs_the_cuda_toolkit(tmp_path, header):
+    (tmp_path / "include").mkdir()
+    if header:
+        (tmp_path / "include" / "cuda.h").touch()
+    environment = {"CUDA_HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    findings = {gpus: list(doctor_host.check_compiler(["async_io"], environment, gpus)) for gpus in (0, 1)}
+    (toolkit,) = [finding for finding in findings[1] if "CUDA" in finding.check]
+    assert toolkit.ok is header and "set CUDA_HOME" in toolkit.fix and len(findings[0]) == len(findings[1]) - 1
+
+
 @pytest.mark.needs("libaio")
 def test_what_one_machine_lacks_is_reported_with_the_fix(tmp_path):
     gone = {"dataset": tmp_path / "gone", "nvme_path": tmp_path / "disk", **NVME}

@@ -45,7 +45,7 @@ def check_software(facts: dict[str, Any]) -> Iterator[Finding]:
     yield Finding("packages", f"missing: {', '.join(missing)}" if missing else "installed", not missing, REQUIREMENTS)
 
 
-def check_compiler(ops: list[str], environment: dict[str, str]) -> Iterator[Finding]:
+def check_compiler(ops: list[str], environment: dict[str, str], gpus: int) -> Iterator[Finding]:
     """What compiles DeepSpeed's C++ ops, looked up as torch does."""
     name = environment.get("CXX", "c++").split()[0]
     compiler = shutil.which(name, path=environment.get("PATH"))
@@ -55,6 +55,10 @@ def check_compiler(ops: list[str], environment: dict[str, str]) -> Iterator[Find
         command = [compiler, "-include", "libaio.h", "-x", "c++", "-fsyntax-only", os.devnull]
         libaio = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
         yield Finding("libaio", "installed" if libaio else "missing", libaio, "apt-get install libaio-dev")
+    if gpus and "async_io" in ops:
+        toolkit = Path(environment.get("CUDA_HOME") or "/usr/local/cuda", "include", "cuda.h")
+        fix = "install the CUDA toolkit that torch was built with, and set CUDA_HOME"
+        yield Finding("CUDA toolkit for NVMe offload", str(toolkit), toolkit.is_file(), fix)
 
 
 def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
@@ -121,7 +125,7 @@ def main() -> None:
             stack.enter_context(tempfile.NamedTemporaryFile(dir=out_dir, prefix=request["marker"]))
         facts = machine.describe()
         gpus = facts["gpus"] if request["device"] in ("auto", "cuda") else 0
-        findings = [*check_software(facts), *check_compiler(request["ops"], request["environment"])]
+        findings = [*check_software(facts), *check_compiler(request["ops"], request["environment"], gpus)]
         findings += [*check_gpus(request, gpus), *check_memory(request, gpus), *check_storage(request, out_dir)]
         facts |= {"findings": [asdict(finding) for finding in findings], "device": "GPU" if facts["gpus"] else "CPU"}
         facts["data"] = data_bytes(Path(request["dataset"])) if request["dataset"] else 0
