@@ -55,6 +55,12 @@ def test_speed():
     assert table(RESULTS, "Speed") == [speed(row) for row in rows("speed_124m")]
 
 
+def test_overhead():
+    found = [row for row in rows("bare_124m") if "bare_step" in row]
+    cells = ("bare_step", "bare_memory", "bare_start")
+    assert table(RESULTS, "Overhead") == [[row["strategy"], *(f"{row[cell]:.3f}" for cell in cells)] for row in found]
+
+
 def test_strategies_in_the_readme():
     """Loss difference in fp32 on 4 ranks; model state and tokens/s of GPT-2 124M on 2; blank if not measured."""
     losses = {row["strategy"]: f"{row['loss_difference']:.1e}" for row in rows("parity")}
