@@ -109,7 +109,7 @@ def test_a_failure_has_its_reason_and_the_others_run(acceptance, scripts):
     summary = (folder / "summary.txt").read_text()
     assert re.search(r"^\[ +\d s\] wrong: FAILED, .* must be above 0\n +a line of the log\n", summary, re.M), summary
     text = accept.page({"device": "x"}, acceptance.results)
-    assert "\n- wrong: FAILED, status 1: n_layer = 0: must be above 0\n- after_it: not run, it needs" in text
+    assert "\n- wrong: FAILED, status 1: n_layer = 0: must be above 0\n- after_it: not run, needs" in text
 
 
 def test_losses_are_compared_step_by_step(acceptance, scripts):
