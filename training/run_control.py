@@ -1,8 +1,7 @@
 """Run control: what the ranks tell each other between steps, hang detection with stack traces, and stragglers.
 
-After every step each rank shares four numbers with the others, in one asynchronous all-reduce between CPUs, and all act
-on the result together, a step later: a request to stop or save reaches all ranks at the same step, and a NaN or inf
-loss is reported with its rank.
+After every step the ranks share four numbers in one asynchronous all-reduce between CPUs, and act on the result a step
+later: a request to stop or save reaches all ranks at the same step, and a NaN or inf loss is reported with its rank.
 """
 
 import faulthandler
@@ -204,6 +203,7 @@ class Watchdog:
         since = self.paths[self.ranks.rank].stat().st_mtime - 2 * REPORT_SECONDS
         written = [rank for rank, path in enumerate(self.paths) if path.exists() and path.stat().st_mtime > since]
         if min(written) != self.ranks.rank:
+            time.sleep(4 * POLL_SECONDS)  # when this rank ends, the collective of the rank that reports fails
             return
         places: dict[str, list[int]] = {}
         for rank in written:
