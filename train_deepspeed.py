@@ -91,8 +91,8 @@ class Trainer:
             config=config,
         )
         self.unwrapped = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0 keeps the optimizer as it is
-        if self.cfg.compile:
-            self.model.compile_parts()
+        if self.cfg.compile:  # the JSON's "compile" block is for DeepSpeed's own compiler
+            self.engine.compile() if "compile" in config else self.model.compile_parts()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """For evaluation: without dropout. A collective under ZeRO-3, like every forward pass."""
