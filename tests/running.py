@@ -28,7 +28,7 @@ TORCH += ["torch.utils.serialization", "matplotlib.figure", "matplotlib.backends
 DEEPSPEED = [*TORCH, "deepspeed", "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.zero.muon.muon_optimizer"]
 DEEPSPEED += ["deepspeed.module_inject.auto_ep_layer", "torch.utils.cpp_extension"]
 IMPORTS = {"train_deepspeed.py": DEEPSPEED, "examples/hf_trainer.py": [*DEEPSPEED, "transformers", "accelerate"]}
-IMPORTS["deepspeed.launcher.runner"] = IMPORTS["tools.accept"] = DEEPSPEED
+IMPORTS.update(dict.fromkeys(["deepspeed.launcher.runner", "tools.accept", "tests.compile_ops"], DEEPSPEED))
 IMPORTS["--compare"] = DEEPSPEED  # of tools.benchmark, without its probe, which counts the tensors of all modules
 SERVERS: dict[int, ForkServer] = {}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before any test changes it

@@ -92,10 +92,14 @@ class Ranks:
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over all ranks, in place. A collective."""
-        if self.world_size > 1:
-            dist.all_reduce(value)
-            value /= self.world_size
+        if work := self.start_mean(value):
+            work.wait()
         return value
+
+    def start_mean(self, value: torch.Tensor) -> dist.Work | None:
+        """The same, but a rank that needs the mean must wait() for it, and others only keep `value`."""
+        value /= self.world_size
+        return dist.all_reduce(value, async_op=True) if self.world_size > 1 else None
 
     def gather(self, numbers: list[float]) -> list[list[float]]:
         """Every rank's numbers, by rank. A collective between CPUs, so it does not wait for the device."""

@@ -85,8 +85,22 @@ class Metrics:
         return self.lap_start - previous
 
     def log_step(self, step: int, step_metrics: dict[str, Any]) -> None:
-        """One row, with the mean speed since the row before, or null during warm-up. A collective."""
-        self.ranks.mean(step_metrics["loss"])
+        """One row, with the mean speed since the row before, or null during warm-up. A collective.
+
+        Only rank 0 waits for the mean loss: the others go on with the next step.
+        """
+        self.logged = step_metrics  # its loss is in use until the other ranks have read it
+        work = self.ranks.start_mean(step_metrics["loss"])
+        if self.ranks.main:
+            if work:
+                work.wait()
+            self.write_step(step, step_metrics)
+        if by_rank := self.stragglers.measure(step):
+            self.write({"kind": "ranks", "step": step, **by_rank})
+            for line in self.stragglers.newly_slow():
+                self.say(f"step {step}: {line}")
+
+    def write_step(self, step: int, step_metrics: dict[str, Any]) -> None:
         self.seconds += self.lap()
         seconds = self.seconds / self.timed_steps if self.timed_steps else None
         row = {
@@ -101,10 +115,6 @@ class Metrics:
         self.seconds, self.timed_steps = 0.0, 0
         self.write(row)
         self.show(row)
-        if by_rank := self.stragglers.measure():
-            self.write({"kind": "ranks", "step": step, **by_rank})
-            for line in self.stragglers.newly_slow():
-                self.say(f"step {step}: {line}")
 
     def show(self, row: dict[str, Any]) -> None:
         text = f"{self.step_label(row['step'])} loss {row['loss']:.4f} lr {row['lr']:.1e}"

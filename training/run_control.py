@@ -246,18 +246,22 @@ class Stragglers:
         self.size, self.repeats, self.ratio = PROBES.get(ranks.device.type, PROBES["cpu"])
         self.reported: set[tuple[int, str]] = set()
         self.history: list[list[list[float]]] = []  # the last measurements: rank -> values in RANK_METRICS' order
-        self.next_time = -math.inf
+        self.next_step = 0
+        self.measured: tuple[int, float] | None = None  # step and time of the last measurement
         self.hosts = ranks.share(socket.gethostname())
 
-    def measure(self) -> dict[str, list[float]]:
-        """A collective. Milliseconds by rank where a measurement is due by rank 0's clock, else {}."""
-        due = self.ranks.world_size > 1 and self.ranks.gather([time.monotonic() > self.next_time])[0][0]
-        if not due:
+    def measure(self, step: int) -> dict[str, list[float]]:
+        """A collective at the steps where a measurement is due; returns milliseconds by rank, or {} if it is not."""
+        if self.ranks.world_size == 1 or step < self.next_step:
             return {}
+        last_step, last_time = self.measured or (step - 1, PROCESS_START)
+        step_seconds = (time.monotonic() - last_time) / (step - last_step)
         seconds = time_matmul(self.ranks.device, self.dtype, self.size, self.repeats)
-        values = self.ranks.gather([1e3 * seconds * self.repeats, self.batches.mean_ms()])
+        pause = seconds * (self.repeats + 1) / PROBE_SHARE / step_seconds  # in steps; one more repeat warms up
+        values = self.ranks.gather([1e3 * seconds * self.repeats, self.batches.mean_ms(), pause])
         self.history = [*self.history, values][-PROBE_HISTORY:]
-        self.next_time = time.monotonic() + seconds * (self.repeats + 1) / PROBE_SHARE  # one more warms up
+        self.next_step = step + math.ceil(values[0][-1])  # rank 0's, so that all ranks measure at the same step
+        self.measured = step, time.monotonic()
         return {name: [rank[number] for rank in values] for number, name in enumerate(RANK_METRICS)}
 
     def newly_slow(self) -> Iterator[str]:
