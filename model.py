@@ -1,15 +1,15 @@
-"""GPT-2 (Radford et al., 2019) with nanoGPT's parameter names: model, loss, generation, initial weights.
+"""GPT-2 (Radford et al., 2019) and the Llama kind, under nanoGPT's parameter names: model, loss, generation, weights.
 
-Imports torch only: the model does not know about ranks, strategies or files.
-
-A new parameter needs a rule in `initial_value`. A new buffer is registered in a method `reset_buffers` of its module,
-called by the constructor and, for a model that was built on the meta device, again by `GPT.materialize`.
+Imports torch only: the model does not know about ranks, strategies or files. A new parameter needs a rule in
+`initial_value`; a new buffer is registered in its module's `reset_buffers`, which the constructor calls, and
+`GPT.materialize` again for a model that was built on the meta device.
 """
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,16 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape and options of the model."""
+    """Shape and options of the model. The defaults are GPT-2's; other families set these:
+
+                GPT-2      Llama 2, 3, Mistral, SmolLM2   Qwen2.5        Qwen3
+    norm        layernorm  rmsnorm                        rmsnorm        rmsnorm, qk_norm
+    mlp         gelu       swiglu                         swiglu         swiglu
+    positions   learned    rope_theta (Llama 3: scaled)   rope_theta     rope_theta
+    biases      bias       none                           qkv_bias       none
+    attention   n_head     n_kv_head (Llama 2 7B: none)   n_kv_head      n_kv_head, head_size
+    lm_head     tied       untied, in small models tied
+    """
 
     block_size: int = 1024  # positions
     vocab_size: int = 50304  # GPT-2's 50,257 rounded up to a multiple of 64, which makes matmuls faster
@@ -31,20 +40,38 @@ class GPTConfig:
     bias: bool = True  # in linear layers and layer norms, as in GPT-2; False is slightly faster
     gelu: str = "none"  # "none": exact; "tanh": the approximation that OpenAI's GPT-2 was trained with
     activation_checkpointing: bool = False  # recompute each block in backward: less memory, a third more FLOPs
+    n_kv_head: int = 0  # heads of keys and values, each for a group of query heads (arXiv:2305.13245); 0: n_head
+    head_size: int = 0  # 0: n_embd / n_head
+    n_hidden: int = 0  # width inside the MLP; 0: 4 n_embd
+    mlp: str = "gelu"  # or swiglu (Shazeer, arXiv:2002.05202), relu2 (So et al., arXiv:2109.08668)
+    norm: str = "layernorm"  # or rmsnorm (Zhang & Sennrich, arXiv:1910.07467)
+    norm_eps: float = 1e-5
+    qk_norm: bool = False  # RMSNorm of queries and keys
+    qkv_bias: bool = False  # biases of queries, keys and values even if the rest has none
+    rope_theta: float = 0.0  # base of rotary position embeddings (Su et al., arXiv:2104.09864); 0: learned positions
+    rope_factor: float = 1.0  # Llama 3's stretching of slow rotations: 8 in Llama 3.1
+    rope_length: int = 8192  # positions before the stretching
+    tied: bool = True  # whether lm_head shares its matrix with the token embedding
 
+    def __post_init__(self) -> None:
+        defaults = {"n_kv_head": self.n_head, "head_size": self.n_embd // max(1, self.n_head)}
+        for name, size in {**defaults, "n_hidden": 4 * self.n_embd}.items():
+            object.__setattr__(self, name, getattr(self, name) or size)  # the dataclass is frozen
+
+    @cache  # noqa: B019 (equal configs share an entry, which is small)
     def parameter_count(self) -> int:
-        """Number of parameters; the tied embedding counts once."""
-        C, biases = self.n_embd, int(self.bias)
-        block = 12 * C * C + 2 * C + biases * (2 + 3 + 1 + 4 + 1) * C
-        return (self.vocab_size + self.block_size) * C + self.n_layer * block + (1 + biases) * C
+        """Number of parameters; a tied embedding counts once."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in GPT(self).parameters())
 
     def flops_per_token(self) -> int:
         """FLOPs of forward and backward: 6 N + 12 L H Q T (PaLM, appendix B, arXiv:2204.02311).
 
-        N excludes the position embeddings, as in nanoGPT. Recomputed activations are not counted.
+        N excludes embeddings that are only looked up, as in nanoGPT. Recomputed activations are not counted.
         """
-        n = self.parameter_count() - self.block_size * self.n_embd
-        return 6 * n + 12 * self.n_layer * self.n_embd * self.block_size
+        looked_up = (0 if self.rope_theta else self.block_size) + (0 if self.tied else self.vocab_size)
+        n = self.parameter_count() - looked_up * self.n_embd
+        return 6 * n + 12 * self.n_layer * self.n_head * self.head_size * self.block_size
 
 
 class Linear(nn.Linear):
@@ -52,6 +79,30 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Leave the parameters uninitialized."""
+
+
+def make_norm(config: GPTConfig) -> nn.LayerNorm | nn.RMSNorm:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+
+
+def rotations(config: GPTConfig) -> Tensor:
+    """Cosines and sines of each position's angles, (2, block_size, head_size), fp32."""
+    # From integers, because within DeepSpeed's zero.Init a floating-point arange is in bf16.
+    frequencies = 1 / config.rope_theta ** (torch.arange(0, config.head_size, 2).float() / config.head_size)
+    if config.rope_factor != 1:  # between 1 and 4 rotations within rope_length partly stretched, as in Llama 3.1
+        share = ((frequencies * config.rope_length / (2 * math.pi) - 1) / 3).clamp(0, 1)
+        frequencies = frequencies * (share + (1 - share) / config.rope_factor)
+    angles = torch.outer(torch.arange(config.block_size).float(), frequencies).repeat(1, 2)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (B, heads, T, head_size), rotation (2, T, head_size) -> the same shape; halves are rotated together."""
+    cos, sin = rotation.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class KVCache:
@@ -76,33 +127,47 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        assert config.n_head > 0 and config.n_embd % config.n_head == 0, "n_embd must be divisible by n_head"
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        heads, kv_heads, size = config.n_head, config.n_kv_head, config.head_size
+        self.c_attn = Linear(config.n_embd, (heads + 2 * kv_heads) * size, bias=config.bias or config.qkv_bias)
+        self.c_proj = Linear(heads * size, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.heads, self.size, self.grouped = (heads, kv_heads, kv_heads), size, kv_heads < heads
+        self.dropout, self.layer = config.dropout, layer
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, rotation: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.size)).transpose(1, 2).split(self.heads, dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         # A single new token attends to the whole cache. Longer inputs start with an empty cache: the plain causal mask.
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+        dropout, causal = self.dropout if self.training else 0.0, x.size(1) > 1
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=self.grouped)
+        return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, (B, T, C) -> (B, T, C)."""
+    """Two linear layers with an activation between them, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout, self.gelu = config.dropout, config.gelu
+        width = (
+            2 * config.n_hidden if config.mlp == "swiglu" else config.n_hidden
+        )  # of gate and value, one above the other
+        self.c_fc = Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.dropout, self.kind, self.gelu = config.dropout, config.mlp, config.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
-        return F.dropout(x, self.dropout, self.training)
+        x = self.c_fc(x)
+        if self.kind == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        else:
+            x = F.relu(x).square() if self.kind == "relu2" else F.gelu(x, approximate=self.gelu)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -110,13 +175,13 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, rotation: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -157,7 +222,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and the final layer norm: everything but the output projection."""
+    """Embeddings, blocks and the final norm: everything but the output projection."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -165,21 +230,32 @@ class Transformer(nn.Module):
         C, vocab_size, block_size = config.n_embd, config.vocab_size, config.block_size
         # With _weight given, nn.Embedding skips its own initialization.
         self.wte = nn.Embedding(vocab_size, C, _weight=torch.empty(vocab_size, C))
-        self.wpe = nn.Embedding(block_size, C, _weight=torch.empty(block_size, C))
+        if config.rope_theta:
+            self.reset_buffers()
+        else:
+            self.wpe = nn.Embedding(block_size, C, _weight=torch.empty(block_size, C))
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(C, bias=config.bias)
+        self.ln_f = make_norm(config)
         self.recompute = partial(checkpoint, use_reentrant=False)  # train_deepspeed.py may replace it by DeepSpeed's
+
+    def reset_buffers(self) -> None:
+        self.rotations: Tensor
+        self.register_buffer("rotations", rotations(self.config), persistent=False)
 
     def forward(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T) int64 -> (B, T, C)"""
         start = cache.length if cache is not None else 0
         T = tokens.size(1)
         assert start + T <= self.config.block_size, f"{start + T} tokens > block_size {self.config.block_size}"
-        x = self.wte(tokens) + self.wpe(torch.arange(start, start + T, device=tokens.device))
+        x, rotation = self.wte(tokens), None
+        if self.config.rope_theta:
+            rotation = self.rotations[:, start : start + T]
+        else:
+            x = x + self.wpe(torch.arange(start, start + T, device=tokens.device))
         x = F.dropout(x, self.config.dropout, self.training)
         checkpointing = self.config.activation_checkpointing and self.training
         for block in self.h:
-            x = self.recompute(block, x) if checkpointing else block(x, cache)
+            x = self.recompute(block, x, rotation) if checkpointing else block(x, rotation, cache)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -198,7 +274,8 @@ class GPT(nn.Module):
 
     def tie_weights(self) -> None:
         """Share one matrix between token embedding and output projection (Press & Wolf, 2017, arXiv:1608.05859)."""
-        self.lm_head.weight = self.transformer.wte.weight
+        if self.config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def compile_parts(self) -> None:
         """Compile each block and the loss by itself, so that a block's gradients are reduced while backward goes on."""
@@ -229,45 +306,18 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        vocab_size: int | None = None,
-    ) -> Tensor:
-        """Append max_new_tokens sampled tokens to tokens (B, T): (B, T + max_new_tokens), int64.
+    def generate(self, tokens: Tensor, max_new_tokens: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        """Append tokens to tokens (B, T): (B, T + max_new_tokens), int64. choose: logits (B, V) -> the next ids (B, 1).
 
-        temperature: below 1 sharper, above 1 more random, 0 greedy. vocab_size: ids from here on, the padding of the
-        vocabulary, are never sampled. The KV cache makes a token cost one position until block_size is full; after
-        that the window slides, all positions change with every token, and each token costs a full forward.
-        cuDNN's attention is left out, because it plans anew for every length of the keys.
+        The KV cache makes a token cost one position until block_size is full; after that the window slides, and each
+        token costs a full forward. cuDNN's attention is left out, because it plans anew for every length of the keys.
         """
-        block_size = self.config.block_size
-        cache = KVCache(self.config)
+        block_size, cache = self.config.block_size, KVCache(self.config)
         for _ in range(max_new_tokens):
             fits = tokens.size(1) <= block_size
             logits = self(tokens[:, cache.length :], cache=cache) if fits else self(tokens[:, -block_size:])
-            next_token = sample(logits[:, :vocab_size].float(), temperature, top_k, top_p)
-            tokens = torch.cat((tokens, next_token), dim=1)
+            tokens = torch.cat((tokens, choose(logits)), dim=1)
         return tokens
-
-
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """Sample one token per row: (B, V) fp32 -> (B, 1) int64. top_p: nucleus sampling (Holtzman et al., 1904.09751)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probabilities = F.softmax(logits, dim=-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # keeps the token that crosses top_p
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-    return torch.multinomial(probabilities, 1)
 
 
 def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) -> Tensor:
@@ -277,12 +327,12 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     Raises ValueError for a parameter without a rule below.
     """
     module, kind = ["", *name.split(".")][-2:]
-    residual = 0.02 / math.sqrt(2 * config.n_layer)  # Radford et al., 2019, section 2.3
-    stds = {"wte": 0.02, "wpe": 0.02, "c_attn": 0.02, "c_fc": 0.02, "c_proj": residual}
+    stds = dict.fromkeys(("wte", "wpe", "lm_head", "c_attn", "c_fc"), 0.02)
+    stds["c_proj"] = 0.02 / math.sqrt(2 * config.n_layer)  # Radford et al., 2019, section 2.3
     if kind == "weight" and module in stds:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         return torch.normal(0.0, stds[module], shape, generator=generator)
-    norms = ("ln_1", "ln_2", "ln_f")
+    norms = ("ln_1", "ln_2", "ln_f", "q_norm", "k_norm")
     if kind == "weight" and module in norms:
         return torch.ones(shape)
     if kind == "bias" and (module in stds or module in norms):

@@ -4,6 +4,7 @@ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
 """
 
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from data.tokenizer import Tokenizer, tokenizer_from
 from model import GPT, GPTConfig
@@ -84,6 +87,26 @@ def read_prompt(start: str, tokenizer: Tokenizer) -> np.ndarray:
     return ids
 
 
+def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float, vocab_size: int) -> Tensor:
+    """Sample one token per row: (B, V) -> (B, 1) int64.
+
+    vocab_size: ids from here on, the padding of the vocabulary, are never sampled. top_p: nucleus sampling (Holtzman et
+    al., arXiv:1904.09751).
+    """
+    logits = logits[:, :vocab_size].float()
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probabilities = F.softmax(logits, dim=-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # keeps the token that crosses top_p
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+    return torch.multinomial(probabilities, 1)
+
+
 def main() -> None:
     cfg = parse(SampleConfig, sys.argv[1:], __doc__ or "")
     device = distributed.pick_device(cfg.device, 0, 1)
@@ -94,9 +117,12 @@ def main() -> None:
         model.compile()
     torch.manual_seed(cfg.seed)
     tokens = torch.tensor(ids, dtype=torch.long, device=device).repeat(cfg.num_samples, 1)
-    sampling = cfg.temperature, cfg.top_k or None, cfg.top_p, tokenizer.vocab_size
+
+    def choose(logits: Tensor) -> Tensor:
+        return choose_token(logits, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.vocab_size)
+
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        samples = model.generate(tokens, cfg.max_new_tokens, *sampling)
+        samples = model.generate(tokens, cfg.max_new_tokens, choose)
     for sample in samples.tolist():
         print(tokenizer.decode(sample), "---------------", sep="\n")
 

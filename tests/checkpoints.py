@@ -19,6 +19,11 @@ BYTES = {"name": "byte"}
 STEPS = 3
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """For GPT.generate: the most likely token."""
+    return logits.argmax(-1, keepdim=True)
+
+
 @torch.no_grad()
 def initialized(model: GPT, seed: int) -> GPT:
     """The model, with its initial weights."""

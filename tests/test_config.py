@@ -127,6 +127,7 @@ def test_help_whose_reader_has_gone_ends_without_a_traceback(script):
 ABOVE_0 = "eval_interval eval_iters log_interval keep_checkpoints gradient_accumulation_steps batch_size block_size"
 ABOVE_0 += " n_layer n_head n_embd learning_rate max_iters steps"
 FROM_0 = "weight_decay grad_clip warmup_iters lr_decay_iters min_lr seed max_minutes hang_minutes"
+FROM_0 += " n_hidden n_kv_head head_size rope_theta"
 RANGES = {
     **dict.fromkeys(ABOVE_0.split(), ("0", "must be above 0")),
     **dict.fromkeys(FROM_0.split(), ("-1", "must not be negative")),
@@ -152,6 +153,9 @@ def test_every_number_has_a_range_whose_lowest_value_is_good():
     [
         ("--dtype=fp16", "must be one of auto, float32, bfloat16, float16"),
         ("--backend=mpi", "must be one of auto, nccl, gloo"),
+        ("--norm=rms_norm", "must be one of layernorm, rmsnorm; did you mean rmsnorm?"),
+        ("--mlp=swigelu", "must be one of gelu, swiglu, relu2; did you mean swiglu?"),
+        ("--n_kv_head=5", "must divide n_head = 12: 0, or one of [1, 2, 3, 4, 6, 12]"),
         ("--beta1=-0.1", "must be at least 0 and below 1"),
         ("--learning_rate=nan", "must be a finite number"),
         ("--learning_rate=inf", "must be a finite number"),

@@ -81,7 +81,7 @@ def test_our_models_are_theirs_in_one_file_or_several(tmp_path, monkeypatch, bia
 def test_padding_is_never_generated(tmp_path):
     model, _ = run_folder(tmp_path / "run")
     with torch.no_grad():
-        model.transformer.wte.weight[300] = model.transformer.ln_f.bias * 100  # the likeliest of all
+        model.transformer.wte.weight[300] = model.get_parameter("transformer.ln_f.bias") * 100  # the likeliest of all
     convert(str(tmp_path / "run"), tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert config["suppress_tokens"] == list(range(257, 320)) and config["eos_token_id"] == 256

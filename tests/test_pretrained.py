@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPT, GPTConfig
+from tests.checkpoints import greedy
 from tests.running import TINY, difference, losses, message, run, train, zero_json
 from training import checkpoint, pretrained
 from training.config import TrainConfig, parse
@@ -45,7 +46,7 @@ def test_logits_and_text_are_those_of_transformers(gpt2):
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits[:, -1], rtol=1e-5, atol=1e-5)
         expected = theirs.generate(tokens, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert torch.equal(ours.generate(tokens, 20, temperature=0), expected)
+    assert torch.equal(ours.generate(tokens, 20, greedy), expected)
 
 
 def test_an_older_file_with_masks_works_too(gpt2, tmp_path):

@@ -43,8 +43,14 @@ POSITIVE = (
 )
 TIME_LIMITS = ("max_minutes", "hang_minutes")
 MOST = 2**31 - 1  # of every whole number: torch and DeepSpeed keep many in 32 bits
-NOT_NEGATIVE = ("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed", *TIME_LIMITS)
-CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo")}
+NOT_NEGATIVE = (
+    *("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed", *TIME_LIMITS),
+    *("n_hidden", "n_kv_head", "head_size", "rope_theta"),
+)
+CHOICES = {
+    **{"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo")},
+    **{"norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2")},
+}
 
 
 def key(default: Any, meaning: str, section: str = "") -> Any:
@@ -101,6 +107,15 @@ class TrainConfig(Settings):
     n_embd: int = key(768, "embedding width")
     dropout: float = key(0.0, "0 for pre-training, 0.1 or more for fine-tuning")
     bias: bool = key(False, "biases in linear layers and layer norms, as in GPT-2")
+    norm: str = key("layernorm", "layernorm, rmsnorm")
+    mlp: str = key("gelu", "gelu, swiglu, relu2 (ReLU squared)")
+    n_hidden: int = key(0, "width inside the MLP; 0: 4 n_embd")
+    n_kv_head: int = key(0, "heads of keys and values, each shared by several query heads; 0: n_head")
+    head_size: int = key(0, "width of an attention head; 0: n_embd / n_head")
+    qk_norm: bool = key(False, "RMSNorm of queries and keys")
+    qkv_bias: bool = key(False, "biases of queries, keys and values, if bias is False")
+    rope_theta: float = key(0.0, "base of rotary position embeddings, such as 10000; 0: learned position embeddings")
+    tied: bool = key(True, "one matrix for the token embedding and the output projection")
     activation_checkpointing: bool = key(False, "recompute each block in backward: less memory, a third more compute")
 
     learning_rate: float = key(6e-4, "peak learning rate", "Optimizer (AdamW)")
@@ -150,18 +165,27 @@ class TrainConfig(Settings):
             yield "out_dir", "must not be empty; name a folder"
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                yield name, f"must be one of {', '.join(choices)}"
+                yield name, f"must be one of {', '.join(choices)}{did_you_mean(getattr(self, name), choices)}"
         if self.benchmark and self.steps < 5:
             yield "steps", "must be 5 or more with --benchmark, because the first three are not timed"
         if self.benchmark and (self.init_from == "resume" or self.resume):
             yield "benchmark", "cannot resume a run; remove --init_from=resume and --resume"
-        if self.n_head > 0 and self.n_embd > 0 and self.n_embd % self.n_head:
-            near = self.n_head * round(self.n_embd / self.n_head) or self.n_head
-            yield "n_embd", f"must be divisible by n_head = {self.n_head}; set {near}"
+        if self.n_head > 0 and self.n_embd > 0:
+            yield from self.head_problems()
         ranks, micro_steps = world_size(), self.gradient_accumulation_steps
         if micro_steps > 0 and micro_steps % ranks:
             multiples = " or ".join(str(n * ranks) for n in (micro_steps // ranks, micro_steps // ranks + 1) if n)
             yield "gradient_accumulation_steps", f"must be divisible by the number of ranks, {ranks}; set {multiples}"
+
+    def head_problems(self) -> Iterator[Problem]:
+        if self.n_embd % self.n_head and not self.head_size:
+            near = self.n_head * round(self.n_embd / self.n_head) or self.n_head
+            yield "n_embd", f"must be divisible by n_head = {self.n_head}; set {near}"
+        elif self.rope_theta and (self.head_size or self.n_embd // self.n_head) % 2:
+            yield "rope_theta", "needs an even head_size, because pairs of its elements are rotated; set --head_size"
+        if self.n_kv_head > 0 and self.n_head % self.n_kv_head:
+            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            yield "n_kv_head", f"must divide n_head = {self.n_head}: 0, or one of {divisors}"
 
 
 @dataclass(frozen=True)

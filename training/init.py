@@ -1,6 +1,6 @@
 """Initial state of a run: random weights, pretrained weights, or a checkpoint."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,11 @@ def from_checkpoint(cfg: TrainConfig, folder: Path, metadata: dict[str, Any], da
         )
     model = GPTConfig(**metadata["model"])
     # a run that started from pretrained weights has their shape, whatever the settings say
-    keys = "n_layer n_head n_embd block_size bias" if metadata["init_from"] == "scratch" else "block_size"
-    if different := [k for k in keys.split() if getattr(cfg, k) != getattr(model, k)]:
-        fixes = [f"--{k}={getattr(model, k)} (not {getattr(cfg, k)})" for k in different]
+    wanted, keys = cfg.model_config(dataset.vocab_size), ["block_size"]
+    if metadata["init_from"] == "scratch":
+        keys = [k for k in asdict(model).keys() & vars(cfg).keys() if k not in ("dropout", "activation_checkpointing")]
+    if different := [k for k in sorted(keys) if getattr(wanted, k) != getattr(model, k)]:
+        fixes = [f"--{k}={getattr(model, k)} (not {getattr(wanted, k)})" for k in different]
         raise CheckpointError(f"{folder} is of another model; resume it with {', '.join(fixes)}")
     return InitState(
         model=replace(model, dropout=cfg.dropout, activation_checkpointing=cfg.activation_checkpointing),
