@@ -84,10 +84,17 @@ class Trainer:
 
     def wrap(self, config: Json) -> None:
         """Give the model to DeepSpeed, which partitions and runs it."""
+        optimizer = None
+        if self.cfg.optimizer == "muon" and self.strategy != "zero0":
+            from training.muon import make_for_zero
+
+            optimizer = make_for_zero(self.model, self.cfg)
+        elif "optimizer" not in config:
+            optimizer = make_optimizer(self.model, self.cfg)
         self.engine, self.optimizer, _, self.scheduler = self.deepspeed.initialize(
             model=self.model,
-            model_parameters=parameter_groups(self.model, self.cfg.weight_decay),
-            optimizer=None if "optimizer" in config else make_optimizer(self.model, self.cfg),
+            model_parameters=parameter_groups(self.model, self.cfg),
+            optimizer=optimizer,
             config=config,
         )
         self.unwrapped = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0 keeps the optimizer as it is
@@ -120,7 +127,7 @@ class Trainer:
                         grad_norm /= scaler.scale(torch.ones_like(grad_norm))
                 self.engine.step()  # clips and updates in the last micro-step only
             mean_loss += loss.detach() / micro_steps
-        if not self.unwrapped:
+        if not self.unwrapped and self.cfg.optimizer != "muon":  # with Muon, its norm is that of the update
             grad_norm = torch.as_tensor(self.engine.get_global_grad_norm())
         return {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
 

@@ -97,7 +97,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 from training import distributed, optim
 {LION}
-optim.make_optimizer = lambda model, cfg: Lion(optim.parameter_groups(model, cfg.weight_decay), cfg.learning_rate)
+optim.make_optimizer = lambda model, cfg: Lion(optim.parameter_groups(model, cfg), cfg.learning_rate)
 distributed.run(importlib.import_module(sys.argv.pop(1).removesuffix(".py")).main)
 """
 

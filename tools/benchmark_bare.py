@@ -57,7 +57,7 @@ def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, dtyp
         autocast = torch.autocast(ranks.device.type, dtype)
     if name == "ddp":
         model = DDP(model, gradient_as_bucket_view=True)
-    groups = parameter_groups(model, cfg.weight_decay)
+    groups = parameter_groups(model, cfg)
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
     def step() -> Tensor:
@@ -85,7 +85,7 @@ def deepspeed_loop(cfg: Any, ranks: Ranks, shape: GPTConfig, batch: Batch) -> St
         model = GPT(shape)
     with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):  # no effect below ZeRO-3
         fill(model, cfg.seed)
-    groups = parameter_groups(model, cfg.weight_decay)
+    groups = parameter_groups(model, cfg)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     if cfg.compile:
         engine.compile()

@@ -118,7 +118,7 @@ def write_run(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -
     # Copied, because torch.save writes all of the mapped file that a tensor is a part of.
     weights = {name: saved.whole(name).clone() for name in saved.shapes}
     step = {} if saved.step is None else {"step": torch.tensor(saved.step)}
-    states = {name: step | {kind: saved.whole(name, kind).clone() for kind in saved.kinds} for name in weights}
+    states = {n: step | {kind: saved.whole(n, kind).clone() for kind in saved.kinds_of(n)} for n in weights}
     metadata = {**metadata, "strategy": "single", "world_size": 1, "dtype": "float32"}
     with Saver(Checkpoints(str(target))).writing(metadata, best=False) as files:
         files.write("model.pt", weights)

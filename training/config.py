@@ -39,7 +39,7 @@ KEYS_OF_THE_OTHER_SCRIPT = {
 OF_ONE_START = ("out_dir", "init_from", "resume", "eval_only", "max_minutes", "benchmark", "steps")
 POSITIVE = (
     *("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "gradient_accumulation_steps"),
-    *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "max_iters", "steps"),
+    *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "muon_lr", "max_iters", "steps"),
 )
 TIME_LIMITS = ("max_minutes", "hang_minutes")
 MOST = 2**31 - 1  # of every whole number: torch and DeepSpeed keep many in 32 bits
@@ -49,7 +49,7 @@ NOT_NEGATIVE = (
 )
 CHOICES = {
     **{"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo")},
-    **{"norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2")},
+    **{"norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2"), "optimizer": ("adamw", "muon")},
 }
 
 
@@ -118,7 +118,9 @@ class TrainConfig(Settings):
     tied: bool = key(True, "one matrix for the token embedding and the output projection")
     activation_checkpointing: bool = key(False, "recompute each block in backward: less memory, a third more compute")
 
-    learning_rate: float = key(6e-4, "peak learning rate", "Optimizer (AdamW)")
+    optimizer: str = key("adamw", "adamw; muon (for the matrices inside the blocks, AdamW for the rest)", "Optimizer")
+    learning_rate: float = key(6e-4, "peak learning rate of AdamW")
+    muon_lr: float = key(0.02, "peak learning rate of Muon, which decays as learning_rate does")
     max_iters: int = key(600000, "steps of the whole run")
     weight_decay: float = key(1e-1, "weight decay of matrices; biases and layer norms have none")
     beta1: float = key(0.9, "decay rate of the first moment")

@@ -120,6 +120,8 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     for block in nvme_blocks(config):
         block["nvme_path"] = cfg.nvme_path or block.get("nvme_path")
     adapt(config, ranks.device)
+    if cfg.optimizer == "muon":
+        config.setdefault("zero_optimization", {})["reduce_scatter"] = False  # each rank needs whole matrices
     problems += check(config, cfg, model, ranks)
     if problems:
         raise ConfigError(list_problems(problems, f"in {cfg.deepspeed_config}"))
@@ -249,12 +251,25 @@ def check_blocks(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
         yield 'optimizer.params.fused: is a setting of torch\'s AdamW; write "torch_adam": true, or remove it'
     if "scheduler" in config and scheduler not in SCHEDULERS:
         yield f"scheduler.type = {scheduler!r}: must be one of {', '.join(SCHEDULERS)}; or remove it to use ours"
+    if cfg.optimizer == "muon" and partitioned:
+        yield from check_muon(config, cfg)
     block = config.get("activation_checkpointing", {})
     if block and not cfg.activation_checkpointing:
         yield "activation_checkpointing: contradicts activation_checkpointing = False in the settings; remove the block"
     offloaded = block.get("cpu_checkpointing") and on_cpu
     if (block.get("contiguous_memory_optimization") or offloaded) and not block.get("partition_activations"):
         yield "activation_checkpointing: what is switched on needs partition_activations = true"
+
+
+def check_muon(config: Json, cfg: TrainConfig) -> Iterator[str]:
+    if cfg.grad_clip:
+        yield f"grad_clip = {cfg.grad_clip}: with optimizer = muon, DeepSpeed would clip the update; set --grad_clip=0"
+    if describe_json(config)[1:] != ("gpu", "gpu"):
+        yield "zero_optimization: with optimizer = muon, nothing can be offloaded; use --optimizer=adamw"
+    if dotted(config, "fp16.enabled"):
+        yield "fp16.enabled = true: Muon's momentum would depend on the loss scale; use --dtype=bfloat16"
+    if "scheduler" in config:
+        yield "scheduler: would give Muon the learning rate of AdamW; remove it to use ours"
 
 
 def check_offload(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:

@@ -15,7 +15,17 @@ from torch.serialization import safe_globals
 
 from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Ranks
-from training.model_state import TIED, WEIGHT, SavedState, find_step, fresh_state, from_whole, optimizer_kinds, reading
+from training.model_state import (
+    MOMENTUM_BUFFER,
+    TIED,
+    WEIGHT,
+    SavedState,
+    find_step,
+    fresh_state,
+    from_whole,
+    optimizer_kinds,
+    reading,
+)
 
 # Part of a parameter in a rank's flat partition: (name, first element in the parameter, in the partition, elements)
 Slice = tuple[str, int, int, int]
@@ -66,10 +76,15 @@ def add_stages_1_and_2(saved: SavedState, ranks: list[dict[str, Any]]) -> None:
             flat = {WEIGHT: state_of_rank["single_partition_of_fp32_groups"][number].detach()}
             state = states.get(number, {})
             flat |= {kind: state[kind] for kind in optimizer_kinds(state)}
+            momentum, offset = flat.pop(MOMENTUM_BUFFER, None), 0
             for name, place in places.items():
                 for kind, tensor in flat.items():
                     piece = tensor[place.start : place.start + place.numel]
                     saved.pieces.setdefault((name, kind), []).append(piece)
+                if momentum is not None:  # has all of each matrix that the partition has a part of
+                    end = offset + saved.shapes[name].numel()
+                    saved.pieces.setdefault((name, MOMENTUM_BUFFER), [momentum[offset:end]])
+                    offset = end
 
 
 def add_stage_3(saved: SavedState, ranks: list[dict[str, Any]], model: dict[str, Any], metadata: dict) -> None:
@@ -138,7 +153,11 @@ def fill_stages_1_and_2(model: Any, optimizer: Any, saved: SavedState) -> None:
             slices.setdefault(mapping.param_group_index, []).append((name, full.start, here.start, full.numel))
     for number, group in enumerate(inner.param_groups):
         (flat,) = group["params"]
-        fill_flat(saved, inner, flat, slices.get(number, []))
+        here = sorted(slices.get(number, []), key=lambda part: part[2])
+        fill_flat(saved, inner, flat, here)
+        if MOMENTUM_BUFFER in inner.state[flat]:  # of whole matrices, in DeepSpeed's stages 1 and 2
+            whole = [saved.whole(name, MOMENTUM_BUFFER).flatten() for name, *_ in here]
+            inner.state[flat][MOMENTUM_BUFFER] = torch.cat(whole).to(flat.device)
     optimizer.update_lp_params()
 
 
@@ -167,8 +186,9 @@ def fill_stage_3(model: Any, optimizer: Any, saved: SavedState) -> None:
 @torch.no_grad()
 def fill_flat(saved: SavedState, optimizer: Any, flat: Tensor, slices: list[Slice]) -> None:
     """Fill a flat fp32 partition and its optimizer state, of whichever kinds the checkpoint has."""
-    state = optimizer.state[flat] = fresh_state(optimizer, flat, saved.kinds, saved.step)
+    kinds = saved.kinds_of(slices[0][0]) if slices else ()
+    state = optimizer.state[flat] = fresh_state(optimizer, flat, kinds, saved.step)
     for name, start, offset, numel in slices:
-        for kind in (WEIGHT, *saved.kinds):
+        for kind in (WEIGHT, *kinds):
             target = flat if kind == WEIGHT else state[kind]
             target[offset : offset + numel].copy_(saved.part(name, kind, start, numel))

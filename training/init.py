@@ -55,6 +55,9 @@ def from_checkpoint(cfg: TrainConfig, folder: Path, metadata: dict[str, Any], da
             f"{folder} was trained with tokenizer {saved['name']!r} ({ids} ids), which is not that of "
             f"dataset = {cfg.dataset!r} ({current['name']!r}, {dataset.vocab_size} ids); use the run's own data set"
         )
+    if (optimizer := metadata.get("optimizer", cfg.optimizer)) != cfg.optimizer:
+        rule = f"holds the state of {optimizer}, but optimizer = {cfg.optimizer!r}"
+        raise CheckpointError(f"{folder} {rule}; resume with --optimizer={optimizer}")
     model = GPTConfig(**metadata["model"])
     # a run that started from pretrained weights has their shape, whatever the settings say
     wanted, keys = cfg.model_config(dataset.vocab_size), ["block_size"]

@@ -53,7 +53,7 @@ def train(
                 evaluated, improved, best = True, losses["val_loss"] < best, min(best, losses["val_loss"])
         save = improved or control.stop or control.save or (evaluated and cfg.always_save_checkpoint)
         if save and step > saved_step and not (cfg.eval_only or cfg.benchmark):
-            progress = {"step": step, "best_val_loss": best, "evaluated": evaluated}
+            progress = {"step": step, "best_val_loss": best, "evaluated": evaluated, "optimizer": cfg.optimizer}
             metadata = progress | describe_run(ranks, batches, trainer, init)
             with metrics.saving(step), control.saving(), saver.writing(metadata, improved) as writer:
                 trainer.save(writer)

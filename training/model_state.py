@@ -22,6 +22,7 @@ from training.errors import CheckpointError, UserError, count
 from training.fsdp import WEIGHT, local_part
 
 TIED = "lm_head.weight"  # the same parameter as the embedding
+MOMENTUM_BUFFER = "momentum_buffer"  # Muon's state of a parameter
 
 
 @dataclass
@@ -38,6 +39,10 @@ class SavedState:
     def kinds(self) -> tuple[str, ...]:
         """Kinds of optimizer state, such as exp_avg and exp_avg_sq; () where there are weights only."""
         return tuple(dict.fromkeys(kind for _, kind in self.pieces if kind != WEIGHT))
+
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """Those of one parameter: Muon has one kind for some parameters, and AdamW two for the others."""
+        return tuple(kind for kind in self.kinds if (name, kind) in self.pieces)
 
     def part(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements start ... start + numel of the flat parameter or optimizer state: fp32, on the CPU."""
@@ -61,8 +66,9 @@ class SavedState:
         for name, parameter in parameters.items():
             tensors = {WEIGHT: parameter}
             if optimizer:
-                state = optimizer.state[parameter] = fresh_state(optimizer, parameter, self.kinds, self.step)
-                tensors |= {kind: state[kind] for kind in self.kinds}
+                kinds = self.kinds_of(name)
+                state = optimizer.state[parameter] = fresh_state(optimizer, parameter, kinds, self.step)
+                tensors |= {kind: state[kind] for kind in kinds}
             for kind, tensor in tensors.items():
                 target, start = local_part(tensor)
                 target.copy_(self.part(name, kind, start, target.numel()).view_as(target))
@@ -71,8 +77,10 @@ class SavedState:
 def fresh_state(optimizer: Optimizer, parameter: Tensor, kinds: tuple[str, ...], step: float | None) -> dict[str, Any]:
     """The optimizer's state of a parameter after `step` updates, zero until it is filled."""
     state: dict[str, Any] = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in kinds}
-    if step is not None:  # torch's optimizers keep a tensor (fused: on the parameter's device), DeepSpeed's an int
-        fused, is_torch = optimizer.param_groups[0].get("fused"), type(optimizer).__module__.startswith("torch.")
+    if step is not None and MOMENTUM_BUFFER not in kinds:
+        # torch's optimizers keep a tensor (fused: on the parameter's device), DeepSpeed's an int
+        inner, fused = getattr(optimizer, "aux_optimizer", optimizer), optimizer.param_groups[0].get("fused")
+        is_torch = isinstance(inner, torch.optim.AdamW) or type(inner).__module__.startswith("torch.")
         state["step"] = torch.tensor(step, device=parameter.device if fused else "cpu") if is_torch else int(step)
     return state
 
@@ -143,7 +151,7 @@ def from_shards(folder: Path, metadata: dict[str, Any]) -> SavedState:
     pieces = {
         (name, kind): [shard[kind][name].detach().flatten() for shard in shards]
         for kind in first.keys() - {"shapes", "step", "scaler"}
-        for name in shapes
+        for name in first[kind]
     }
     return SavedState(folder, shapes, pieces, first["step"], first["scaler"])
 

@@ -1,4 +1,4 @@
-"""The optimizer, AdamW (Loshchilov & Hutter, arXiv:1711.05101), and the learning rate schedule."""
+"""The optimizer, AdamW (Loshchilov & Hutter, arXiv:1711.05101) or Muon, and the learning rate schedule."""
 
 import math
 from typing import Any
@@ -11,17 +11,28 @@ from training.config import TrainConfig
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
     """fused: one kernel for all parameters, on CPUs too (torch's default there is a Python loop over parameters)."""
-    groups = parameter_groups(model, cfg.weight_decay)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    make: type[torch.optim.AdamW] = torch.optim.AdamW
+    if cfg.optimizer == "muon":
+        from training.muon import Muon as make
+    return make(parameter_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings have weight decay; biases and layer norms do not. Tied parameters are listed once."""
-    matrices, vectors = list[nn.Parameter](), list[nn.Parameter]()
-    for parameter in model.parameters():
+def parameter_groups(model: nn.Module, cfg: TrainConfig) -> list[dict]:
+    """Matrices and embeddings have weight decay; biases and norms do not. Tied parameters are listed once.
+
+    With Muon, the matrices inside the blocks are a group of their own, which has "momentum".
+    """
+    hidden, matrices, vectors = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+    for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: ZeRO-3's full shape, the local one is (0,)
-        (matrices if len(shape) >= 2 else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        use_muon = cfg.optimizer == "muon" and ".h." in name
+        (vectors if len(shape) < 2 else hidden if use_muon else matrices).append(parameter)
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if hidden:
+        scale = cfg.muon_lr / cfg.learning_rate
+        muon = {"weight_decay": cfg.weight_decay, "momentum": 0.95, "lr": cfg.muon_lr, "lr_scale": scale}
+        groups.append({"params": hidden, **muon})
+    return groups
 
 
 def states_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -44,5 +55,5 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, cfg: TrainConfig, step: int) -> float:
     lr = learning_rate(cfg, step)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
