@@ -86,9 +86,9 @@ class Trainer:
         """Give the model to DeepSpeed, which partitions and runs it."""
         optimizer = None
         if self.cfg.optimizer == "muon" and self.strategy != "zero0":
-            from training.muon import make_for_zero
+            from training.deepspeed_muon import make_muon
 
-            optimizer = make_for_zero(self.model, self.cfg)
+            optimizer = make_muon(self.model, self.cfg)
         elif "optimizer" not in config:
             optimizer = make_optimizer(self.model, self.cfg)
         self.engine, self.optimizer, _, self.scheduler = self.deepspeed.initialize(

@@ -24,7 +24,12 @@ LINES_PER_FILE, LINES_PER_FUNCTION = 400, 40
 IMPORTED = {"train.py": (22, 3000), "train_deepspeed.py": (27, 3600)}
 ALL_LINES = 9050  # of Python, shell and JSON outside tests, results and docs: 8,500, tools.accept and the bare loop
 README_LINES = 220
-BUILDERS = ("train_deepspeed.py", "hf_trainer.py", "benchmark_bare.py")  # others start no engine and wrap no model
+BUILDERS = (
+    "train_deepspeed.py",
+    "hf_trainer.py",
+    "benchmark_bare.py",
+    "deepspeed_muon.py",
+)  # others start no engine and wrap no model
 BASE = {"config", "distributed", "errors"}  # of training/: they import none of the rest of it
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from training.config import TrainConfig
 from training.model_state import MOMENTUM_BUFFER
-from training.optim import parameter_groups
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -90,22 +88,3 @@ def orthogonalize_shards(matrices: list[DTensor]) -> None:
         dist.all_to_all_single(back, mine.view(-1), sizes, parts, group)
         for part, update in zip(local, back.split(sizes), strict=False):
             part.copy_(update.view_as(part))
-
-
-def make_for_zero(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """DeepSpeed's Muon, whose ZeRO stages put whole matrices together, with the arithmetic and the groups of ours.
-
-    DeepSpeed's own iterations are in half precision and compiled; its split by name gives wte and wpe to Muon.
-    """
-    from deepspeed.runtime.zero.muon import original_muon
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-    original_muon.muon_update = muon_update
-    adamw = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "eps": 1e-8}
-    groups = []
-    for group in parameter_groups(model, cfg):
-        use_muon = "momentum" in group
-        for parameter in group["params"]:
-            parameter.use_muon = use_muon
-        groups.append({**({} if use_muon else adamw), **group, "use_muon": use_muon})
-    return MuonWithAuxAdam(groups, torch.optim.AdamW, {**adamw, "fused": True})
