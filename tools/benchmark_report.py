@@ -1,12 +1,9 @@
-"""Results of a benchmark: comparable numbers of each strategy, in the terminal, and on pages with figures."""
+"""Results of a benchmark: comparable numbers of each strategy, in the terminal, and on a page with figures."""
 
 import json
-from collections.abc import Iterable
 from contextlib import suppress
-from html import escape
 from pathlib import Path
 from statistics import mean, median, quantiles
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -54,25 +51,6 @@ OVERHEAD = ("step time / bare", "peak memory / bare", "start / bare")
 TITLES = ("strategy", "tokens/s", "steps/s, ratio", "peak memory, MB", "loss difference", "verdict")
 BARE = ("strategy", "step, ms", "start to first step, s", *OVERHEAD, "verdict")
 COMPARED = ("strategy", "ranks", "loss difference", "gradient norm difference", "verdict")
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Strategies side by side</title>
-<style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-img { width: 38rem; max-width: 100% }
-div { overflow-x: auto }
-th, td { padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap }
-:is(th, td):nth-child(-n + 2) { text-align: left }
-</style>
-<h1>Strategies side by side</h1>
-$images
-<div tabindex="0"><table>$table</table></div>
-$notes
-<h2>How it was measured</h2>
-<ul>$facts</ul>
-""")
 
 
 def make_rows(cases: list[Case], dtype: str) -> list[Row]:
@@ -238,37 +216,22 @@ def draw(rows: list[Row]) -> dict[str, Any]:
     return drawn
 
 
-def write_pages(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write benchmark.md and benchmark.html, which have all numbers, and the figures that they show."""
+def write_page(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write benchmark.md, which has all numbers, and the figures that it shows."""
     rows = results["rows"]
     drawn = draw(rows)
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=160)
     facts = {**results["environment"], **{key: results[key] for key in ("dtype", "steps", "rounds")}}
     facts["settings"] = " ".join(results["arguments"])
-    table, notes = make_table(rows, COLUMNS), failures(rows)
-    content = list(drawn), table, notes, [f"{key}: {value}" for key, value in facts.items()]
-    (folder / "benchmark.md").write_text(markdown(*content), encoding="utf-8")
-    (folder / "benchmark.html").write_text(html(*content), encoding="utf-8")
-    return [folder / name for name in ("benchmark.md", "benchmark.html", *drawn)]
-
-
-def markdown(images: list[str], table: list[tuple[str, ...]], notes: list[str], facts: list[str]) -> str:
-    text = "# Strategies side by side\n\n" + "".join(f"![{name}]({name})\n" for name in images) + "\n"
-    numbers = len(table[0]) - 2
-    for cells in (table[0], ("---", "---", *["---:"] * numbers), *table[1:]):
-        text += f"| {' | '.join(cells)} |\n"
-    text += "".join(f"\n{note}\n" for note in notes)
-    return text + "\n## How it was measured\n\n" + "".join(f"- {fact}\n" for fact in facts)
-
-
-def html(images: list[str], table: list[tuple[str, ...]], notes: list[str], facts: list[str]) -> str:
-    def tags(tag: str, texts: Iterable[str]) -> str:
-        return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
-
-    lines = [f"<tr>{tags('td' if number else 'th', cells)}</tr>\n" for number, cells in enumerate(table)]
-    shown = "\n".join(f'<img src="{name}" alt="{name}">' for name in images)
-    return PAGE.substitute(images=shown, table="".join(lines), notes=tags("p", notes), facts=tags("li", facts))
+    titles, *cells = make_table(rows, COLUMNS)
+    rules = ["---", "---", *["---:"] * (len(titles) - 2)]
+    lines = ["# Strategies side by side", "", *(f"![{name}]({name})" for name in drawn), ""]
+    lines += [f"| {' | '.join(line)} |" for line in (titles, rules, *cells)]
+    lines += [f"\n{failure}" for failure in failures(rows)]
+    lines += ["", "## How it was measured", "", *(f"- {key}: {value}" for key, value in facts.items())]
+    (folder / "benchmark.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [folder / name for name in ("benchmark.md", *drawn)]
 
 
 def read(path: Path) -> dict[str, Any]:

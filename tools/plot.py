@@ -4,7 +4,7 @@
     python -m tools.plot results/speed/benchmark.json
 
 The loss curves of several runs go into one figure, loss_RUN_RUN.png in the current folder; those of one run into its
-loss.png. The figures and pages of a benchmark, benchmark.md and benchmark.html, are written beside its file.
+loss.png. The figures of a benchmark and its page, benchmark.md, are written beside its file.
 """
 
 from pathlib import Path
@@ -64,7 +64,7 @@ def main() -> None:
     if path.suffix == ".json":
         if args.output or len(args.run) > 1:
             raise UserError(f"{path}: a benchmark is plotted by itself and without --output")
-        print(*benchmark_report.write_pages(benchmark_report.read(path), path.parent), sep="\n")
+        print(*benchmark_report.write_page(benchmark_report.read(path), path.parent), sep="\n")
     elif output.suffix != ".png":
         raise UserError(f"--output={output}: must end in .png")
     else:
