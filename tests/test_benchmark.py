@@ -72,7 +72,7 @@ def test_figures_and_the_page(measured, tmp_path):
     (tmp_path / "benchmark.json").write_text((folder / "benchmark.json").read_text())
     done = run("-m", "tools.plot", str(tmp_path / "benchmark.json"))
     assert done.returncode == 0, done.stderr
-    names = ["throughput.png", "losses.png", "memory.png", "step.png"]
+    names = ["throughput.png", "memory.png", "step.png"]
     assert done.stdout.split() == [str(tmp_path / name) for name in ("benchmark.md", *names)]
     text = (folder / "benchmark.md").read_text()
     assert text == (tmp_path / "benchmark.md").read_text() and re.findall(r"!\[.+\]\((.+)\)", text) == names

@@ -54,9 +54,7 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--speed", action="store_true", help="leave out the probe")
     parser.add_argument("--bare", action="store_true", help="time a loop with nothing around it beside each strategy")
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT, whose train.py is timed as well")
-    parser.add_argument(
-        "--write", type=Path, help="folder for benchmark.json, benchmark.md with all columns, and figures"
-    )
+    parser.add_argument("--write", type=Path, help="folder for benchmark.json, benchmark.md and its figures")
     args, arguments = parser.parse_known_args(underscored(sys.argv[1:]))
     if args.compare:
         names = [word.partition("=")[0] for word in COMPARE]

@@ -1,17 +1,16 @@
 """A training loop with nothing around it, which tools.benchmark --bare times beside this code's.
 
-    python -m launch.ranks 2 -m tools.benchmark_bare zero2 config/train_debug.py --steps=30 --out_dir=OUT
+    python -m launch.ranks 2 -m tools.benchmark_bare zero2 config/train_debug.py --steps=30
 
-The same model, settings and DeepSpeed JSON, with nanoGPT's way of reading batches; no checks, logs or checkpoints.
+The same model, settings, optimizer and DeepSpeed JSON, with nanoGPT's way of reading batches, and a line for each step
+as nanoGPT prints it; no checks, other logs or checkpoints.
 """
 
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,8 @@ from model import GPT, GPTConfig, initial_value
 from training.config import ROOT, PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig, describe_json, read, resolve
 from training.devices import peak_memory_bytes
-from training.distributed import Ranks, pick_device, pick_dtype
-from training.metrics import WARM_UP_STEPS
-from training.optim import parameter_groups
+from training.distributed import Ranks, local_rank, pick_device, pick_dtype, rank, world_size
+from training.optim import make_optimizer, parameter_groups
 
 Batch = Callable[[], tuple[Tensor, Tensor]]
 Step = Callable[[], Tensor]
@@ -57,8 +55,7 @@ def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, dtyp
         autocast = torch.autocast(ranks.device.type, dtype)
     if name == "ddp":
         model = DDP(model, gradient_as_bucket_view=True)
-    groups = parameter_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    optimizer = make_optimizer(model, cfg)
 
     def step() -> Tensor:
         for micro_step in range(micro_steps):
@@ -100,38 +97,19 @@ def deepspeed_loop(cfg: Any, ranks: Ranks, shape: GPTConfig, batch: Batch) -> St
     return step
 
 
-def time_steps(step: Step, cfg: TrainConfig, ranks: Ranks) -> None:
-    """Take cfg.steps steps; rank 0 writes rows like those of metrics.jsonl."""
-    tokens_per_step, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, list[str]()
-    for number in range(cfg.steps):
-        since = time.perf_counter()
-        loss = step().item()  # waits for the device
-        seconds = time.perf_counter() - since
-        row = {"kind": "train", "step": number, "loss": loss, "grad_norm": None, "mfu": None, "step_ms": None}
-        if number >= WARM_UP_STEPS:
-            row |= {"step_ms": 1e3 * seconds, "tokens_per_second": tokens_per_step / seconds}
-        rows.append(json.dumps(row | {"peak_memory_bytes": peak_memory_bytes(ranks.device)}))
-        if ranks.main:
-            print(f"step {number}: loss {loss:.4f}, {1e3 * seconds:.1f} ms", flush=True)
-    if ranks.main:
-        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-        Path(cfg.out_dir, "metrics.jsonl").write_text("\n".join(rows) + "\n")
-
-
 def main() -> None:
     name, *arguments = sys.argv[1:]
     zero = name.startswith("zero")
     cfg = parse(DeepSpeedTrainConfig if zero else PlainTrainConfig, arguments, "")
-    rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    device = pick_device(cfg.device, local_rank, world_size)
-    ranks, dtype = Ranks(rank, local_rank, world_size, device), pick_dtype(cfg.dtype, device)
+    device = pick_device(cfg.device, local_rank(), world_size())
+    ranks, dtype = Ranks(rank(), local_rank(), world_size(), device), pick_dtype(cfg.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
     os.environ["DS_ACCELERATOR"] = device.type
     if name != "single":
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dataset, random = open_dataset(ROOT / "data" / cfg.dataset), np.random.default_rng(rank)
+    dataset, random = open_dataset(ROOT / "data" / cfg.dataset), np.random.default_rng(ranks.rank)
     shape = cfg.model_config(dataset.vocab_size)
 
     def batch() -> tuple[Tensor, Tensor]:
@@ -142,7 +120,12 @@ def main() -> None:
         return tokens[:, :-1], tokens[:, 1:]
 
     step = deepspeed_loop(cfg, ranks, shape, batch) if zero else plain_loop(name, cfg, ranks, shape, dtype, batch)
-    time_steps(step, cfg, ranks)
+    for number in range(cfg.steps):
+        since = time.perf_counter()
+        loss = step().item()  # waits for the device
+        ms, peak = 1e3 * (time.perf_counter() - since), peak_memory_bytes(device)
+        if ranks.main:
+            print(f"iter {number}: loss {loss:.4f}, time {ms:.2f}ms, peak {peak} bytes", flush=True)
     if name != "single":
         dist.barrier()
     os._exit(0)  # gloo's threads sometimes keep a process from ending

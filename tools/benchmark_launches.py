@@ -25,9 +25,12 @@ from training.errors import UserError
 from training.figures import read_rows
 from training.metrics import WARM_UP_STEPS
 from training.run_folder import OUT_OF_MEMORY
+from training.speed import summarize
 from training.strategies import find_strategy
 
-PEER_LINE = re.compile(r"iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms")
+# A step as nanoGPT and the bare loop print it, the latter with its peak memory; and the first step, as our scripts do.
+PRINTED_STEP = re.compile(r"iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms(?:, peak (\d+) bytes)?")
+FIRST_STEP = re.compile(r"iter 0: loss|step +0/")
 PEER_KEYS = """gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate
     weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr compile"""  # the same in both
 
@@ -42,8 +45,9 @@ class Case:
     script: list[str]  # with its arguments
     peer_folder: Path | None = None  # where nanoGPT is started
     bare: bool = False  # the strategy in a loop with nothing around it
-    runs: list[list[dict[str, Any]]] = field(default_factory=list)  # each round's training rows of metrics.jsonl
-    starts: list[float] = field(default_factory=list)  # seconds from each launch to the end of the first step
+    rounds: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # each launch's rows of metrics.jsonl, with their summary
     notes: list[dict[str, Any]] = field(default_factory=list)  # the probe's, by rank
     checkpoint: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -114,17 +118,16 @@ def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, 
 
 
 def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
-    line = [*case.launcher, *case.script]
-    if case.peer_folder:
-        output, start_s = run_process(line, "iter 0: loss", case.peer_folder)
-        rows = parse_peer_rows(output, cfg)
+    """Add a round: its training rows, their summary, and the seconds from the launch to the end of the first step."""
+    options = [] if case.peer_folder else ["--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"]
+    output, start_s = run_process([*case.launcher, *case.script, *options], case.peer_folder)
+    if case.peer_folder or case.bare:
+        rows = parse_rows(output, cfg)
     else:
-        _, start_s = run_process([*line, "--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"], "step ")
         rows = [row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
-        case.environment = {} if case.bare else json.loads((folder / "environment.json").read_text())
-        case.environment.pop("command", None)  # it names a temporary folder; benchmark.json has the arguments
-    case.runs.append(rows)
-    case.starts.append(start_s)
+        case.environment = json.loads((folder / "environment.json").read_text())
+        del case.environment["command"]  # it names a temporary folder; benchmark.json has the arguments
+    case.rounds.append({**summarize(rows), "start_s": start_s, "rows": rows})
 
 
 def probe(case: Case, cfg: TrainConfig, folder: Path) -> None:
@@ -136,26 +139,27 @@ def probe(case: Case, cfg: TrainConfig, folder: Path) -> None:
     shutil.rmtree(folder)  # make room for the next one
 
 
-def parse_peer_rows(output: list[str], cfg: TrainConfig) -> list[dict[str, Any]]:
-    """nanoGPT's output as rows of metrics.jsonl. As in our runs, the warm-up steps have no time."""
-    tokens, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, []
-    for match in filter(None, map(PEER_LINE.match, output)):
-        step, ms = int(match[1]), float(match[3])
-        speed = {"step_ms": ms, "tokens_per_second": 1e3 * tokens / ms} if step >= WARM_UP_STEPS else {"step_ms": None}
-        rows.append({"step": step, "loss": float(match[2]), "mfu": None, "peak_memory_bytes": 0, **speed})
+def parse_rows(output: list[str], cfg: TrainConfig) -> list[dict[str, Any]]:
+    """Printed steps as rows of metrics.jsonl. As in our runs, the warm-up steps have no time."""
+    tokens, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, list[dict[str, Any]]()
+    for match in filter(None, map(PRINTED_STEP.match, output)):
+        row: dict[str, Any] = {"step": int(match[1]), "loss": float(match[2]), "step_ms": None, "mfu": None}
+        if row["step"] >= WARM_UP_STEPS:
+            row |= {"step_ms": float(match[3]), "tokens_per_second": 1e3 * tokens / float(match[3])}
+        rows.append({**row, "peak_memory_bytes": int(match[4] or 0)})
     if len(rows) < cfg.steps:
-        raise SubprocessError("failed", f"{len(rows)} of {cfg.steps} steps in its output, which is not nanoGPT's")
+        raise SubprocessError("failed", f"{len(rows)} of {cfg.steps} steps in its output")
     return rows
 
 
-def run_process(line: list[str], first_step: str = "", cwd: Path | None = None) -> tuple[list[str], float]:
-    """Output lines, and seconds until one starts with first_step. Raises SubprocessError(status, error) of a Case."""
+def run_process(line: list[str], cwd: Path | None = None) -> tuple[list[str], float]:
+    """Output lines, and seconds until the first step's. Raises SubprocessError(status, error) of a Case."""
     output, since, seconds = [], perf_counter(), 0.0
     process = Popen(line, cwd=cwd, stdout=PIPE, stderr=STDOUT, text=True)
     try:
         for text in process.stdout or ():
             output.append(text.rstrip())
-            if not seconds and text.startswith(first_step):
+            if FIRST_STEP.match(text):
                 seconds = perf_counter() - since
         process.wait()
     finally:  # after Ctrl-C, the launcher ends its ranks

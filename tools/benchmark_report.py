@@ -13,7 +13,6 @@ from tools.benchmark_probe import PARTS
 from tools.terminal import align
 from training import figures
 from training.errors import UserError
-from training.speed import summarize
 
 Row = dict[str, Any]
 FORMAT = 2
@@ -55,17 +54,18 @@ COMPARED = ("strategy", "ranks", "loss difference", "gradient norm difference", 
 
 def make_rows(cases: list[Case], dtype: str) -> list[Row]:
     """A row for each case, compared with the first strategy that worked. dtype: of the matmuls."""
-    base = next((case for case in cases if case.runs and not case.peer_folder), None)
-    bare = {case.name: case for case in cases if case.bare and case.runs}
+    base = next((case for case in cases if case.rounds and not case.peer_folder), None)
+    bare_loops = {case.name: case for case in cases if case.bare and case.rounds}
     rows = []
     for case in cases:
         row: Row = {"strategy": case.name, "ranks": case.ranks, "status": case.status, "error": case.error}
         row["verdict"] = "not compared" if case.status == "ok" else case.status
-        if case.runs and base:
+        if case.rounds and base:
             row |= speed(case, base)
             row |= {} if case.peer_folder or case.bare else parity(case, base, dtype)
-        if case.runs and f"bare {case.name}" in bare:
-            row |= overhead(case, bare[f"bare {case.name}"])
+        if case.rounds and (bare := bare_loops.get(f"bare {case.name}")):
+            names = {"bare_step": "step_ms", "bare_memory": "peak_memory_bytes", "bare_start": "start_s"}
+            row |= {key: ratio(case, bare, name) for key, name in names.items()}
         if case.notes:
             row |= probed(case.notes)
             row["ceiling_share"] = row["tokens_per_second"] * row["flops_per_token"] / row["ceiling_flops"]
@@ -84,35 +84,29 @@ def probed(notes: list[Row]) -> Row:
 
 
 def speed(case: Case, base: Case) -> Row:
-    """Statistics of the timed steps. The ratio is taken round by round, because other load on the machine varies."""
-    runs, base_runs = ([summarize(run) for run in one.runs] for one in (case, base))
-    rates = [row["tokens_per_second"] for run in case.runs for row in run if row["step_ms"]]
+    rates = [row["tokens_per_second"] for one in case.rounds for row in one["rows"] if row["step_ms"]]
     low, middle, high = quantiles(rates, n=4, method="inclusive")
     return {
-        "step_ms": median(run["step_ms"] for run in runs),
+        "step_ms": median(one["step_ms"] for one in case.rounds),
         "steps_timed": len(rates),
         "tokens_per_second": middle,
         "tokens_per_second_quartiles": [low, high],
-        "mfu": runs[0]["mfu"] and median(run["mfu"] for run in runs),
-        "steps_per_second_ratio": median(b["step_ms"] / a["step_ms"] for a, b in zip(runs, base_runs, strict=False)),
-        "start_s": median(case.starts),
-        "losses": [[row["step"], row["loss"]] for row in case.runs[0]],
+        "mfu": case.rounds[0]["mfu"] and median(one["mfu"] for one in case.rounds),
+        "steps_per_second_ratio": ratio(base, case, "step_ms"),
+        "start_s": median(one["start_s"] for one in case.rounds),
+        "losses": [[row["step"], row["loss"]] for row in case.rounds[0]["rows"]],
     }
 
 
-def overhead(case: Case, bare: Case) -> Row:
-    """Step time, peak memory and start of a strategy over those of the bare loop, round by round."""
-    pairs = [(summarize(own), summarize(other)) for own, other in zip(case.runs, bare.runs, strict=False)]
-    ratios = {
-        name: median(own[name] / other[name] for own, other in pairs) for name in ("step_ms", "peak_memory_bytes")
-    }
-    start = median(own / other for own, other in zip(case.starts, bare.starts, strict=False))
-    return {"bare_step": ratios["step_ms"], "bare_memory": ratios["peak_memory_bytes"], "bare_start": start}
+def ratio(case: Case, other: Case, name: str) -> float:
+    """A number of a case over that of another, round by round, because other load on the machine varies."""
+    return median(own[name] / theirs[name] for own, theirs in zip(case.rounds, other.rounds, strict=False))
 
 
 def parity(case: Case, base: Case, dtype: str) -> Row:
     """Largest differences from the baseline, NaN if one is NaN, and the first step at which one is too large."""
-    pairs, tolerance, fp32 = list(zip(base.runs[0], case.runs[0], strict=True)), TOLERANCES[dtype], dtype == "float32"
+    pairs = list(zip(base.rounds[0]["rows"], case.rounds[0]["rows"], strict=True))
+    tolerance, fp32 = TOLERANCES[dtype], dtype == "float32"
     losses = [abs(theirs["loss"] - own["loss"]) for theirs, own in pairs]
     norms = [abs((theirs["grad_norm"] or 0) - (own["grad_norm"] or 0)) for theirs, own in pairs]  # None: no clipping
     row = {"loss_difference": float(np.max(losses)), "grad_norm_difference": float(np.max(norms))}
@@ -168,16 +162,10 @@ def text_table(rows: list[Row], titles: tuple[str, ...]) -> str:
     return "\n\n".join([table, *failures(rows)])
 
 
-def new_figure(rows: list[Row], caption: str) -> Any:
-    """All figures of a page have the same size."""
-    figure = figures.new_figure(4.8, max(2.4, 1 + 0.3 * len(rows)))
-    figure.suptitle(caption, x=0.01, ha="left", fontsize=11)
-    return figure
-
-
 def bars(rows: list[Row], caption: str, parts: list[dict[str, float]]) -> Any:
     """A horizontal bar for each row, stacked from its parts, the first row on top; a failed row shows its status."""
-    figure = new_figure(rows, caption)
+    figure = figures.new_figure(4.8, max(2.4, 1 + 0.3 * len(rows)))
+    figure.suptitle(caption, x=0.01, ha="left", fontsize=11)
     axes, ends = figure.add_subplot(), np.zeros(len(rows))
     names = dict.fromkeys(name for one in parts for name, size in one.items() if size)
     for name, color in zip(names, figures.COLORS, strict=False):
@@ -196,24 +184,14 @@ def bars(rows: list[Row], caption: str, parts: list[dict[str, float]]) -> Any:
 
 def draw(rows: list[Row]) -> dict[str, Any]:
     """File name -> figure of everything that was measured."""
-    rates = [{"tokens/s": row.get("tokens_per_second", 0)} for row in rows]
+    rates = [{"tokens/s": row["tokens_per_second"]} if "tokens_per_second" in row else {} for row in rows]
     memory = [{kind: size / 1e6 for kind, size in row.get("memory", {}).items()} for row in rows]
-    drawn = {}
-    if compared := [row for row in rows if "loss_difference" in row]:
-        drawn["throughput.png"] = bars(rows, "tokens per second, median of the timed steps", rates)
-        drawn["losses.png"] = new_figure(rows, "loss at each step, nats per token")
-        axes = drawn["losses.png"].add_subplot(xlabel="step")
-        for number, row in enumerate(compared):  # on top of each other where strategies agree
-            steps, losses = zip(*row["losses"], strict=True)
-            axes.plot(steps, losses, **figures.line_style(number), linewidth=1.2, label=row["strategy"])
-        axes.locator_params("x", integer=True)
-        figures.label_ends(axes)
-        figures.style_axes(axes)
-    if any(memory):
-        drawn["memory.png"] = bars(rows, "peak memory of the fullest rank, MB", memory)
-        steps_ms = [row.get("breakdown_ms", {}) for row in rows]
-        drawn["step.png"] = bars(rows, "a profiled step, mean over ranks, ms", steps_ms)
-    return drawn
+    charts = {
+        "throughput.png": ("tokens per second, median of the timed steps", rates),
+        "memory.png": ("peak memory of the fullest rank, MB", memory),
+        "step.png": ("a profiled step, mean over ranks, ms", [row.get("breakdown_ms", {}) for row in rows]),
+    }
+    return {name: bars(rows, caption, parts) for name, (caption, parts) in charts.items() if any(parts)}
 
 
 def write_page(results: dict[str, Any], folder: Path) -> list[Path]:
