@@ -128,10 +128,10 @@ def machine(cases: list[Case], dtype: str) -> Row:
     """
     most = max(len(case.notes) for case in cases)
     notes = [note for case in cases if len(case.notes) == most for note in case.notes]
-    if most == 0:
-        return {}
-    result: Row = {"process_bytes": max(note["process_bytes"] for note in notes)}
-    result["matmul_flops"] = {dtype: median(note["matmul_flops"] for note in notes)}
+    result: Row = {}
+    if notes:
+        result["process_bytes"] = max(note["process_bytes"] for note in notes)
+        result["matmul_flops"] = {dtype: median(note["matmul_flops"] for note in notes)}
     if most > 1:
         result["link_bytes_per_second"] = median(note["link_bytes_per_second"] for note in notes)
     return result
