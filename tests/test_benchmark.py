@@ -85,7 +85,7 @@ def test_figures_and_the_page(measured, tmp_path):
 
 def test_a_terminal_has_six_columns(measured):
     head, ddp, *_ = re.findall(r"^(?:strategy|ddp|zero).*$", measured[0].stdout, re.M)
-    titles = ["strategy", "tokens/s", "steps/s, ratio", "peak memory, MB", "loss difference", "verdict"]
+    titles = ["strategy", "tokens/s", "steps/s, ratio", "process peak, MB", "loss difference", "verdict"]
     assert re.split("  +", head) == titles and re.fullmatch(r"ddp +[\d,]+ +1.00 +[\d,]+ +0.0e\+00 +baseline", ddp)
 
 

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -44,18 +43,16 @@ def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, dtyp
     if cfg.compile:
         model.compile()
     micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
-    autocast: Any = nullcontext()
     if name == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in (*model.transformer.h, model):
             fully_shard(block, mp_policy=policy, reshard_after_forward=block is not model)
-    elif dtype != torch.float32:
-        autocast = torch.autocast(ranks.device.type, dtype)
     if name == "ddp":
         model = DDP(model, gradient_as_bucket_view=True)
     optimizer = make_optimizer(model, cfg)
+    autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32 and name != "fsdp")
 
     def step() -> Tensor:
         for micro_step in range(micro_steps):

@@ -36,19 +36,17 @@ COLUMNS = {  # title -> cell of a row whose bytes are in MB
     "MFU": "{mfu:.1%}",
     "share of matmul ceiling": "{ceiling_share:.1%}",
     **{f"{part}, ms": f"{{breakdown_ms[{part}]:,.1f}}" for part in PARTS},
-    "peak GPU memory, MB": "{peak_device_bytes:,.0f}",
-    "peak process memory, MB": "{peak_host_bytes:,.0f}",
+    "GPU peak, MB": "{peak_device_bytes:,.0f}",
+    "process peak, MB": "{peak_host_bytes:,.0f}",
     "model state per rank, MB": "{model_state_bytes:,.1f}",
     "by formula, MB": "{expected_bytes:,.1f}",
     "start to first step, s": "{start_s:.1f}",
     "checkpoint, s": "{checkpoint_s:.2f}",
     "checkpoint, MB": "{checkpoint_bytes:,.1f}",
 }
-# In a terminal, and there with --bare and --compare. peak_bytes: of GPU memory, or on a CPU of the process
-TERMINAL = {**COLUMNS, "peak memory, MB": "{peak_bytes:,.0f}"}
-OVERHEAD = ("step time / bare", "peak memory / bare", "start / bare")
-TITLES = ("strategy", "tokens/s", "steps/s, ratio", "peak memory, MB", "loss difference", "verdict")
-BARE = ("strategy", "step, ms", "start to first step, s", *OVERHEAD, "verdict")
+# In a terminal, and there with --bare and --compare
+TITLES = ("strategy", "tokens/s", "steps/s, ratio", "GPU peak, MB", "process peak, MB", "loss difference", "verdict")
+BARE = ("strategy", "step, ms", "step time / bare", "peak memory / bare", "start / bare", "verdict")
 COMPARED = ("strategy", "ranks", "loss difference", "gradient norm difference", "verdict")
 
 
@@ -139,8 +137,7 @@ def machine(cases: list[Case], dtype: str) -> Row:
 
 def make_table(rows: list[Row], forms: dict[str, str]) -> list[tuple[str, ...]]:
     """The titles, and the cells of each row, without the columns that no row has."""
-    peaks = [{"peak_bytes": row.get("peak_device_bytes") or row.get("peak_host_bytes")} | row for row in rows]
-    scaled = [{k: v / 1e6 if v and k.endswith("_bytes") else v for k, v in row.items()} for row in peaks]
+    scaled = [{k: v / 1e6 if v and k.endswith("_bytes") else v for k, v in row.items()} for row in rows]
     columns = [[title, *(cell(form, row) for row in scaled)] for title, form in forms.items()]
     return list(zip(*(column for column in columns if any(column[1:])), strict=True))
 
@@ -158,7 +155,7 @@ def failures(rows: list[Row]) -> list[str]:
 
 def text_table(rows: list[Row], titles: tuple[str, ...]) -> str:
     """For a terminal, with a line for each failure."""
-    table = align(make_table(rows, {title: TERMINAL[title] for title in titles}), ("strategy", "verdict"))
+    table = align(make_table(rows, {title: COLUMNS[title] for title in titles}), ("strategy", "verdict"))
     return "\n\n".join([table, *failures(rows)])
 
 
