@@ -95,7 +95,7 @@ def main() -> None:
     print("\n" + report.text_table(rows, titles))
     if args.write:
         environment = next((case.environment for case in cases if case.environment), {})
-        results = {"format": report.FORMAT, "arguments": arguments, "environment": environment}
+        results = {"format": 2, "arguments": arguments, "environment": environment}
         results |= {"dtype": dtype, "steps": args.steps, "rounds": args.rounds}
         results |= {"machine": report.machine(cases, dtype), "rows": rows}
         args.write.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """Results of a benchmark: comparable numbers of each strategy, in the terminal, and on a page with figures."""
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
@@ -12,10 +10,8 @@ from tools.benchmark_launches import Case
 from tools.benchmark_probe import PARTS
 from tools.terminal import align
 from training import figures
-from training.errors import UserError
 
 Row = dict[str, Any]
-FORMAT = 2
 # The largest difference of loss that counts as the same training. In half precision ZeRO rounds weights, norms and the
 # residual stream, which DDP's autocast does not: up to 0.056 in the first steps of GPT-2 124M (results/speed_124m).
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.1}
@@ -207,13 +203,3 @@ def write_page(results: dict[str, Any], folder: Path) -> list[Path]:
     lines += ["", "## How it was measured", "", *(f"- {key}: {value}" for key, value in facts.items())]
     (folder / "benchmark.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [folder / name for name in ("benchmark.md", *drawn)]
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Raises UserError if the file is missing, or is not a benchmark.json of this format."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        results = json.loads(path.read_text())
-        if results["format"] == FORMAT:
-            return results
-    fix = "write one with python -m tools.benchmark --write=FOLDER ..."
-    raise UserError(f"{path}: is not a benchmark.json of format {FORMAT}; {fix}")
