@@ -6,7 +6,6 @@ The same model, settings, optimizer and DeepSpeed JSON, with nanoGPT's way of re
 as nanoGPT prints it; no checks, other logs or checkpoints.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -23,7 +21,7 @@ from model import GPT, GPTConfig, initial_value
 from training.config import ROOT, PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig, describe_json, read, resolve
 from training.devices import peak_memory_bytes
-from training.distributed import Ranks, local_rank, pick_device, pick_dtype, rank, world_size
+from training.distributed import Ranks, pick_dtype, run, start
 from training.optim import make_optimizer, parameter_groups
 
 Batch = Callable[[], tuple[Tensor, Tensor]]
@@ -36,8 +34,9 @@ def fill(model: GPT, seed: int) -> None:
         parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
 
 
-def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, dtype: torch.dtype, batch: Batch) -> Step:
+def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, batch: Batch) -> Step:
     """Build and wrap the model; returns the function that takes a step and returns the loss of its last micro-step."""
+    dtype = pick_dtype(cfg.dtype, ranks.device)
     model: Any = GPT(shape).to(ranks.device)
     fill(model, cfg.seed)
     if cfg.compile:
@@ -98,35 +97,26 @@ def main() -> None:
     name, *arguments = sys.argv[1:]
     zero = name.startswith("zero")
     cfg = parse(DeepSpeedTrainConfig if zero else PlainTrainConfig, arguments, "")
-    device = pick_device(cfg.device, local_rank(), world_size())
-    ranks, dtype = Ranks(rank(), local_rank(), world_size(), device), pick_dtype(cfg.dtype, device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-    os.environ["DS_ACCELERATOR"] = device.type
-    if name != "single":
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dataset, random = open_dataset(ROOT / "data" / cfg.dataset), np.random.default_rng(ranks.rank)
+    dataset = open_dataset(ROOT / "data" / cfg.dataset)
     shape = cfg.model_config(dataset.vocab_size)
 
     def batch() -> tuple[Tensor, Tensor]:
         ids = np.memmap(dataset.path("train"), dataset.dtype, "r")  # anew: all pages ever read would count as memory
         starts = random.integers(len(ids) - cfg.block_size, size=cfg.batch_size)
         rows = np.stack([ids[start : start + cfg.block_size + 1] for start in starts]).astype(np.int64)
-        tokens = torch.from_numpy(rows).to(device)
+        tokens = torch.from_numpy(rows).to(ranks.device)
         return tokens[:, :-1], tokens[:, 1:]
 
-    step = deepspeed_loop(cfg, ranks, shape, batch) if zero else plain_loop(name, cfg, ranks, shape, dtype, batch)
-    for number in range(cfg.steps):
-        since = time.perf_counter()
-        loss = step().item()  # waits for the device
-        ms, peak = 1e3 * (time.perf_counter() - since), peak_memory_bytes(device)
-        if ranks.main:
-            print(f"iter {number}: loss {loss:.4f}, time {ms:.2f}ms, peak {peak} bytes", flush=True)
-    if name != "single":
-        dist.barrier()
-    os._exit(0)  # gloo's threads sometimes keep a process from ending
+    with start(cfg.device, cfg.backend, process_group=name != "single", tf32=cfg.tf32) as ranks:
+        random = np.random.default_rng(ranks.rank)
+        step = deepspeed_loop(cfg, ranks, shape, batch) if zero else plain_loop(name, cfg, ranks, shape, batch)
+        for number in range(cfg.steps):
+            since = time.perf_counter()
+            loss = step().item()  # waits for the device
+            ms, peak = 1e3 * (time.perf_counter() - since), peak_memory_bytes(ranks.device)
+            if ranks.main:
+                print(f"iter {number}: loss {loss:.4f}, time {ms:.2f}ms, peak {peak} bytes", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,7 @@
 """Launches of a benchmark: every strategy in turn, round by round, then each once more with the probe inside.
 
-The peer is nanoGPT's train.py, with the same shape, batch, accumulation, dtype and steps. It reads data/<dataset>/ and
-configurator.py from the folder it is started in: a temporary folder with links to both, so nothing is written to the
-checkout. Its weights and batches differ from ours, so losses are not compared.
+The peer is nanoGPT's train.py, with the same shape, batch, accumulation, dtype and steps. It runs in its checkout and
+writes nothing there. Its weights and batches differ from ours, so losses are not compared.
 """
 
 import json
@@ -43,7 +42,7 @@ class Case:
     ranks: int
     launcher: list[str]  # what starts a script on the ranks
     script: list[str]  # with its arguments
-    peer_folder: Path | None = None  # where nanoGPT is started
+    peer_folder: Path | None = None  # the checkout of nanoGPT, where it is started
     bare: bool = False  # the strategy in a loop with nothing around it
     rounds: list[dict[str, Any]] = field(
         default_factory=list
@@ -71,27 +70,27 @@ def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[st
 
 
 def peer_case(checkout: Path, cfg: TrainConfig, ranks: int, folder: Path) -> Case:
-    """Create the folder that nanoGPT is started in. Its DDP needs GPUs; without them it runs in one process."""
-    dataset, data = open_dataset(ROOT / "data" / cfg.dataset), folder / "data" / "same"
+    """Create the data folder that nanoGPT reads. Its DDP needs GPUs; without them it runs in one process."""
+    dataset = open_dataset(ROOT / "data" / cfg.dataset)
     if not (checkout / "configurator.py").is_file():
         raise UserError(f"--peer={checkout}: is not a checkout of nanoGPT: it has no configurator.py")
     if dataset.dtype.itemsize != 2:
         raise UserError(f"--peer: nanoGPT reads 16-bit token ids; {dataset.path('train')} has {dataset.dtype}")
-    data.mkdir(parents=True)
+    folder.mkdir()
     for split in ("train", "val"):
-        (data / f"{split}.bin").symlink_to(dataset.path(split).resolve())
-    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": cfg.model_config(dataset.vocab_size).vocab_size}))
-    (folder / "configurator.py").symlink_to((checkout / "configurator.py").resolve())
+        (folder / f"{split}.bin").symlink_to(dataset.path(split).resolve())
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": cfg.model_config(dataset.vocab_size).vocab_size}))
     on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    settings = {key: getattr(cfg, key) for key in PEER_KEYS.split()} | {"dataset": "same"}
+    settings = {key: getattr(cfg, key) for key in PEER_KEYS.split()}
+    settings |= {"dataset": folder, "out_dir": folder}
     settings |= {"max_iters": cfg.steps - 1, "log_interval": 1, "eval_interval": 10**9, "eval_iters": 1}
     settings |= {"device": "cuda" if on_gpu else "cpu"}
     settings |= {"dtype": cfg.dtype} if cfg.dtype != "auto" else {}  # on GPUs its default is ours
     ranks = ranks if on_gpu else 1
     launcher = ["env", "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-u"]  # no caches in the checkout
     launcher += [str(ROOT / "launch" / "ranks.py"), str(ranks)] if ranks > 1 else []
-    script = [str(checkout.resolve() / "train.py"), *(f"--{key}={value}" for key, value in settings.items())]
-    return Case("nanogpt", ranks, launcher, script, folder)
+    script = ["train.py", *(f"--{key}={value}" for key, value in settings.items())]
+    return Case("nanogpt", ranks, launcher, script, checkout)
 
 
 def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, folder: Path) -> None:

@@ -160,7 +160,7 @@ def classify(event: dict[str, Any], main_thread: Any, on_gpu: bool) -> str:
     name, category = event["name"], event.get("cat")
     if category == "gpu_memcpy" and ("HtoD" in name or "DtoH" in name):
         return "offload"
-    if category in ("kernel", "gpu_memcpy", "gpu_memset"):
+    if on_gpu and category in ("kernel", "gpu_memcpy", "gpu_memset"):
         return "communication" if "nccl" in name.lower() else "computation"
     if not on_gpu and name.startswith(("gloo:", "c10d::")):
         return "communication"

@@ -156,22 +156,19 @@ def text_table(rows: list[Row], titles: tuple[str, ...]) -> str:
 
 
 def bars(rows: list[Row], caption: str, parts: list[dict[str, float]]) -> Any:
-    """A horizontal bar for each row, stacked from its parts, the first row on top; a failed row shows its status."""
-    figure = figures.new_figure(4.8, max(2.4, 1 + 0.3 * len(rows)))
-    figure.suptitle(caption, x=0.01, ha="left", fontsize=11)
+    """A horizontal bar for each row, stacked from its parts, the first row on top."""
+    figure = figures.new_figure(6, max(2.4, 1.2 + 0.3 * len(rows)))
     axes, ends = figure.add_subplot(), np.zeros(len(rows))
     names = dict.fromkeys(name for one in parts for name, size in one.items() if size)
     for name, color in zip(names, figures.COLORS, strict=False):
         sizes = np.array([one.get(name, 0) for one in parts])
         axes.barh([row["strategy"] for row in rows], sizes, 0.62, ends, color=color, label=name.replace("_", " "))
-        ends = ends + sizes
-    texts = [f"{end:,.0f}" if end else row["status"] for row, end in zip(rows, ends, strict=True)]
-    axes.bar_label(axes.containers[-1], texts, padding=5)
-    axes.set(xlim=(0, 1.15 * max(ends)), ylim=(len(rows) - 0.5, -0.5))  # room for the numbers
-    axes.xaxis.set_visible(False)
-    axes.set_frame_on(False)
-    if len(names) > 1:
-        figure.legend(loc="outside lower left", ncols=3, frameon=False, handlelength=1)
+        ends += sizes
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title(caption, loc="left", fontsize=11)
+    figures.style_axes(axes)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, handlelength=1)
     return figure
 
 
