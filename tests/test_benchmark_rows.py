@@ -106,6 +106,15 @@ def test_the_baseline_is_the_first_strategy_that_works():
     assert lines[1].split() == ["ddp", "2", "failed"] and lines[-1] == "ddp: failed: no disk"
 
 
+def test_a_bare_loop_is_no_baseline():
+    """Its batches are others."""
+    broken, bare = Case("ddp", 2, [], [], status="failed", error="no disk"), case("bare ddp", 0.5, slower=2)
+    bare.ours = False
+    rows = benchmark_report.make_rows([broken, bare, case("zero2")], "float32")
+    assert [row["verdict"] for row in rows] == ["failed", "not compared", "baseline"]
+    assert rows[1]["steps_per_second_ratio"] == 0.5
+
+
 def note(model_state: int, peak: int, **rates: float) -> dict:
     """What the probe of a GPU rank measured."""
     peaks = {"peak_device_bytes": peak, "peak_host_bytes": 7000, "process_bytes": 5000}

@@ -43,10 +43,8 @@ class Case:
     launcher: list[str]  # what starts a script on the ranks
     script: list[str]  # with its arguments
     peer_folder: Path | None = None  # the checkout of nanoGPT, where it is started
-    bare: bool = False  # the strategy in a loop with nothing around it
-    rounds: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # each launch's rows of metrics.jsonl, with their summary
+    ours: bool = True  # not the peer, nor a loop with nothing around it
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.jsonl with their summary, by launch
     notes: list[dict[str, Any]] = field(default_factory=list)  # the probe's, by rank
     checkpoint: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +64,7 @@ def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[st
     launcher = ["-m", "launch.ranks", "1"] if ranks == 1 else launcher
     script = ["-m", "tools.benchmark_bare", name] if bare else [strategy.script]
     case_name = f"bare {name}" if bare else name
-    return Case(case_name, ranks, [sys.executable, *launcher], [*script, *arguments, *own], bare=bare)
+    return Case(case_name, ranks, [sys.executable, *launcher], [*script, *arguments, *own], ours=not bare)
 
 
 def peer_case(checkout: Path, cfg: TrainConfig, ranks: int, folder: Path) -> Case:
@@ -90,14 +88,13 @@ def peer_case(checkout: Path, cfg: TrainConfig, ranks: int, folder: Path) -> Cas
     launcher = ["env", "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-u"]  # no caches in the checkout
     launcher += [str(ROOT / "launch" / "ranks.py"), str(ranks)] if ranks > 1 else []
     script = ["train.py", *(f"--{key}={value}" for key, value in settings.items())]
-    return Case("nanogpt", ranks, launcher, script, checkout)
+    return Case("nanogpt", ranks, launcher, script, checkout, ours=False)
 
 
 def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, folder: Path) -> None:
     """Run all launches. A case that fails is skipped from then on; Ctrl-C ends the launches and keeps the results."""
     turns = [(f"round {number} of {rounds}", time_run, case) for number in range(1, rounds + 1) for case in cases]
-    ours = [case for case in cases if not case.peer_folder and not case.bare]
-    turns += [("memory and parts of a step", probe, case) for case in ours if with_probe]
+    turns += [("memory and parts of a step", probe, case) for case in cases if case.ours and with_probe]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for number, (title, launch, case) in enumerate(turns, 1):
         if case.error:
@@ -118,12 +115,12 @@ def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
     """Add a round: its training rows, their summary, and the seconds from the launch to the end of the first step."""
     options = [] if case.peer_folder else ["--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"]
     output, start_s = run_process([*case.launcher, *case.script, *options], case.peer_folder)
-    if case.peer_folder or case.bare:
-        rows = parse_rows(output, cfg)
-    else:
+    if case.ours:
         rows = [row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
         case.environment = json.loads((folder / "environment.json").read_text())
         del case.environment["command"]  # it names a temporary folder; benchmark.json has the arguments
+    else:
+        rows = parse_rows(output, cfg)
     case.rounds.append({**summarize(rows), "start_s": start_s, "rows": rows})
 
 

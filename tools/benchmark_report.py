@@ -48,15 +48,15 @@ COMPARED = ("strategy", "ranks", "loss difference", "gradient norm difference", 
 
 def make_rows(cases: list[Case], dtype: str) -> list[Row]:
     """A row for each case, compared with the first strategy that worked. dtype: of the matmuls."""
-    base = next((case for case in cases if case.rounds and not case.peer_folder), None)
-    bare_loops = {case.name: case for case in cases if case.bare and case.rounds}
+    base = next((case for case in cases if case.rounds and case.ours), None)
+    bare_loops = {case.name: case for case in cases if case.rounds and not case.ours}
     rows = []
     for case in cases:
         row: Row = {"strategy": case.name, "ranks": case.ranks, "status": case.status, "error": case.error}
         row["verdict"] = "not compared" if case.status == "ok" else case.status
         if case.rounds and base:
             row |= speed(case, base)
-            row |= {} if case.peer_folder or case.bare else parity(case, base, dtype)
+            row |= parity(case, base, dtype) if case.ours else {}
         if case.rounds and (bare := bare_loops.get(f"bare {case.name}")):
             names = {"bare_step": "step_ms", "bare_memory": "peak_memory_bytes", "bare_start": "start_s"}
             row |= {key: ratio(case, bare, name) for key, name in names.items()}
@@ -117,8 +117,7 @@ def parity(case: Case, base: Case, dtype: str) -> Row:
 def machine(cases: list[Case], dtype: str) -> Row:
     """What tools.plan --measured reads, from the cases with most ranks; {} without probes.
 
-    process_bytes: resident bytes of a rank before its model is built, the largest; matmul_flops: dtype -> FLOP/s of a
-    rank while all ranks compute; link_bytes_per_second: bus bandwidth of an all-reduce between several ranks.
+    process_bytes: of a rank before its model is built; matmul_flops: dtype -> FLOP/s of a rank while all ranks compute.
     """
     most = max(len(case.notes) for case in cases)
     notes = [note for case in cases if len(case.notes) == most for note in case.notes]
