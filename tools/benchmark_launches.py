@@ -27,9 +27,9 @@ from training.run_folder import OUT_OF_MEMORY
 from training.speed import summarize
 from training.strategies import find_strategy
 
-# A step as nanoGPT and the bare loop print it, the latter with its peak memory; and the first step, as our scripts do.
+# A step as nanoGPT and the bare loop print it, the latter with its peak memory; and as all scripts begin to.
 PRINTED_STEP = re.compile(r"iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms(?:, peak (\d+) bytes)?")
-FIRST_STEP = re.compile(r"iter 0: loss|step +0/")
+ANY_STEP = re.compile(r"iter \d+: loss|step +\d+/")
 PEER_KEYS = """gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate
     weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr compile"""  # the same in both
 
@@ -153,7 +153,7 @@ def run_process(line: list[str], cwd: Path | None = None) -> tuple[list[str], fl
     try:
         for text in process.stdout or ():
             output.append(text.rstrip())
-            if FIRST_STEP.match(text):
+            if not seconds and ANY_STEP.match(text):
                 seconds = perf_counter() - since
         process.wait()
     finally:  # after Ctrl-C, the launcher ends its ranks
