@@ -6,6 +6,7 @@ import pytest
 
 from tools import benchmark_launches, benchmark_probe, benchmark_report
 from tools.benchmark_launches import Case, strategy_case
+from training.speed import summarize
 
 STEPS: list[dict[str, Any]] = [
     {"step": n, "loss": 5 - n / 10, "grad_norm": 1.0, "mfu": None, "peak_memory_bytes": 9} for n in range(6)
@@ -60,7 +61,7 @@ def test_the_parts_of_a_step(trace, expected):
 def case(name: str, shift: float = 0, slower: float = 1) -> Case:
     """A case whose run is like RUN, with other losses and slower steps."""
     run = [{**row, "loss": row["loss"] + shift, "step_ms": row["step_ms"] and row["step_ms"] * slower} for row in RUN]
-    return Case(name, 2, [], [], runs=[run], starts=[1.5])
+    return Case(name, 2, [], [], rounds=[{**summarize(run), "start_s": 1.5, "rows": run}])
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ NORMS = [("float32", 1.0002, "DIFFERS"), ("float32", 1.00005, "same"), ("bfloat1
 @pytest.mark.parametrize("dtype, scale, verdict", NORMS)
 def test_a_gradient_norm_that_is_too_far(dtype, scale, verdict):
     other = case("zero2")
-    other.runs[0][4]["grad_norm"] *= scale
+    other.rounds[0]["rows"][4]["grad_norm"] *= scale
     row = benchmark_report.make_rows([case("ddp"), other], dtype)[1]
     assert row["verdict"] == verdict
     if verdict == "DIFFERS":
@@ -103,6 +104,15 @@ def test_the_baseline_is_the_first_strategy_that_works():
     assert [row["verdict"] for row in rows] == ["failed", "baseline", "same"]
     lines = benchmark_report.text_table(rows, benchmark_report.COMPARED).splitlines()
     assert lines[1].split() == ["ddp", "2", "failed"] and lines[-1] == "ddp: failed: no disk"
+
+
+def test_a_bare_loop_is_no_baseline():
+    """Its batches are others."""
+    broken, bare = Case("ddp", 2, [], [], status="failed", error="no disk"), case("bare ddp", 0.5, slower=2)
+    bare.ours = False
+    rows = benchmark_report.make_rows([broken, bare, case("zero2")], "float32")
+    assert [row["verdict"] for row in rows] == ["failed", "not compared", "baseline"]
+    assert rows[1]["steps_per_second_ratio"] == 0.5
 
 
 def note(model_state: int, peak: int, **rates: float) -> dict:

@@ -128,7 +128,6 @@ def test_a_run_goes_on_before_a_flipped_bit_and_replaces_it(tmp_path, data, refe
     settings = {**TINY, "dataset": data, "out_dir": tmp_path, "eval_interval": 5, "resume": "auto"}
     done = run("train.py", **settings)
     assert done.returncode == 0 and f"warning: {checkpoints}/step_000015 is damaged: model.pt does not" in done.stderr
-    assert f"warning: {metrics}: left out 5 damaged lines, the first is line 5" in done.stderr
     assert losses(tmp_path) == losses(reference(eval_interval=5)), "steps 10 to 29 were trained again"
     names = {path.name for path in checkpoints.iterdir()}
     assert names >= {"mine", "step_000020.bak", "step_000025", "step_000030"} and "step_000015" not in names

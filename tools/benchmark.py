@@ -54,7 +54,7 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--speed", action="store_true", help="leave out the probe")
     parser.add_argument("--bare", action="store_true", help="time a loop with nothing around it beside each strategy")
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT, whose train.py is timed as well")
-    parser.add_argument("--write", type=Path, help="folder for benchmark.json, pages with all columns, and figures")
+    parser.add_argument("--write", type=Path, help="folder for benchmark.json, benchmark.md and its figures")
     args, arguments = parser.parse_known_args(underscored(sys.argv[1:]))
     if args.compare:
         names = [word.partition("=")[0] for word in COMPARE]
@@ -95,13 +95,13 @@ def main() -> None:
     print("\n" + report.text_table(rows, titles))
     if args.write:
         environment = next((case.environment for case in cases if case.environment), {})
-        results = {"format": report.FORMAT, "arguments": arguments, "environment": environment}
+        results = {"format": 2, "arguments": arguments, "environment": environment}
         results |= {"dtype": dtype, "steps": args.steps, "rounds": args.rounds}
         results |= {"machine": report.machine(cases, dtype), "rows": rows}
         args.write.mkdir(parents=True, exist_ok=True)
         write_text(args.write / "benchmark.json", json.dumps(results, indent=1) + "\n")
-        pages = report.write_pages(results, args.write)
-        print("\nwritten:", args.write / "benchmark.json", *pages, sep="\n  ")
+        written = report.write_page(results, args.write)
+        print("\nwritten:", args.write / "benchmark.json", *written, sep="\n  ")
     sys.exit(any(row["error"] for row in rows))
 
 

@@ -1,22 +1,18 @@
 """A training loop with nothing around it, which tools.benchmark --bare times beside this code's.
 
-    python -m launch.ranks 2 -m tools.benchmark_bare zero2 config/train_debug.py --steps=30 --out_dir=OUT
+    python -m launch.ranks 2 -m tools.benchmark_bare zero2 config/train_debug.py --steps=30
 
-The same model, settings and DeepSpeed JSON, with nanoGPT's way of reading batches; no checks, logs or checkpoints.
+The same model, settings, optimizer and DeepSpeed JSON, with nanoGPT's way of reading batches, and a line for each step
+as nanoGPT prints it; no checks, other logs or checkpoints.
 """
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -25,9 +21,8 @@ from model import GPT, GPTConfig, initial_value
 from training.config import ROOT, PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig, describe_json, read, resolve
 from training.devices import peak_memory_bytes
-from training.distributed import Ranks, pick_device, pick_dtype
-from training.metrics import WARM_UP_STEPS
-from training.optim import parameter_groups
+from training.distributed import Ranks, pick_dtype, run, start
+from training.optim import make_optimizer, parameter_groups
 
 Batch = Callable[[], tuple[Tensor, Tensor]]
 Step = Callable[[], Tensor]
@@ -39,26 +34,24 @@ def fill(model: GPT, seed: int) -> None:
         parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
 
 
-def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, dtype: torch.dtype, batch: Batch) -> Step:
+def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, batch: Batch) -> Step:
     """Build and wrap the model; returns the function that takes a step and returns the loss of its last micro-step."""
+    dtype = pick_dtype(cfg.dtype, ranks.device)
     model: Any = GPT(shape).to(ranks.device)
     fill(model, cfg.seed)
     if cfg.compile:
         model.compile()
     micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
-    autocast: Any = nullcontext()
     if name == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in (*model.transformer.h, model):
             fully_shard(block, mp_policy=policy, reshard_after_forward=block is not model)
-    elif dtype != torch.float32:
-        autocast = torch.autocast(ranks.device.type, dtype)
     if name == "ddp":
         model = DDP(model, gradient_as_bucket_view=True)
-    groups = parameter_groups(model, cfg)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    optimizer = make_optimizer(model, cfg)
+    autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32 and name != "fsdp")
 
     def step() -> Tensor:
         for micro_step in range(micro_steps):
@@ -100,53 +93,30 @@ def deepspeed_loop(cfg: Any, ranks: Ranks, shape: GPTConfig, batch: Batch) -> St
     return step
 
 
-def time_steps(step: Step, cfg: TrainConfig, ranks: Ranks) -> None:
-    """Take cfg.steps steps; rank 0 writes rows like those of metrics.jsonl."""
-    tokens_per_step, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, list[str]()
-    for number in range(cfg.steps):
-        since = time.perf_counter()
-        loss = step().item()  # waits for the device
-        seconds = time.perf_counter() - since
-        row = {"kind": "train", "step": number, "loss": loss, "grad_norm": None, "mfu": None, "step_ms": None}
-        if number >= WARM_UP_STEPS:
-            row |= {"step_ms": 1e3 * seconds, "tokens_per_second": tokens_per_step / seconds}
-        rows.append(json.dumps(row | {"peak_memory_bytes": peak_memory_bytes(ranks.device)}))
-        if ranks.main:
-            print(f"step {number}: loss {loss:.4f}, {1e3 * seconds:.1f} ms", flush=True)
-    if ranks.main:
-        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-        Path(cfg.out_dir, "metrics.jsonl").write_text("\n".join(rows) + "\n")
-
-
 def main() -> None:
     name, *arguments = sys.argv[1:]
     zero = name.startswith("zero")
     cfg = parse(DeepSpeedTrainConfig if zero else PlainTrainConfig, arguments, "")
-    rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    device = pick_device(cfg.device, local_rank, world_size)
-    ranks, dtype = Ranks(rank, local_rank, world_size, device), pick_dtype(cfg.dtype, device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-    os.environ["DS_ACCELERATOR"] = device.type
-    if name != "single":
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dataset, random = open_dataset(ROOT / "data" / cfg.dataset), np.random.default_rng(rank)
+    dataset = open_dataset(ROOT / "data" / cfg.dataset)
     shape = cfg.model_config(dataset.vocab_size)
 
     def batch() -> tuple[Tensor, Tensor]:
         ids = np.memmap(dataset.path("train"), dataset.dtype, "r")  # anew: all pages ever read would count as memory
         starts = random.integers(len(ids) - cfg.block_size, size=cfg.batch_size)
         rows = np.stack([ids[start : start + cfg.block_size + 1] for start in starts]).astype(np.int64)
-        tokens = torch.from_numpy(rows).to(device)
+        tokens = torch.from_numpy(rows).to(ranks.device)
         return tokens[:, :-1], tokens[:, 1:]
 
-    step = deepspeed_loop(cfg, ranks, shape, batch) if zero else plain_loop(name, cfg, ranks, shape, dtype, batch)
-    time_steps(step, cfg, ranks)
-    if name != "single":
-        dist.barrier()
-    os._exit(0)  # gloo's threads sometimes keep a process from ending
+    with start(cfg.device, cfg.backend, process_group=name != "single", tf32=cfg.tf32) as ranks:
+        random = np.random.default_rng(ranks.rank)
+        step = deepspeed_loop(cfg, ranks, shape, batch) if zero else plain_loop(name, cfg, ranks, shape, batch)
+        for number in range(cfg.steps):
+            since = time.perf_counter()
+            loss = step().item()  # waits for the device
+            ms, peak = 1e3 * (time.perf_counter() - since), peak_memory_bytes(ranks.device)
+            if ranks.main:
+                print(f"iter {number}: loss {loss:.4f}, time {ms:.2f}ms, peak {peak} bytes", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,7 @@
 """Launches of a benchmark: every strategy in turn, round by round, then each once more with the probe inside.
 
-The peer is nanoGPT's train.py, with the same shape, batch, accumulation, dtype and steps. It reads data/<dataset>/ and
-configurator.py from the folder it is started in: a temporary folder with links to both, so nothing is written to the
-checkout. Its weights and batches differ from ours, so losses are not compared.
+The peer is nanoGPT's train.py, with the same shape, batch, accumulation, dtype and steps. It runs in its checkout and
+writes nothing there. Its weights and batches differ from ours, so losses are not compared.
 """
 
 import json
@@ -25,9 +24,12 @@ from training.errors import UserError
 from training.figures import read_rows
 from training.metrics import WARM_UP_STEPS
 from training.run_folder import OUT_OF_MEMORY
+from training.speed import summarize
 from training.strategies import find_strategy
 
-PEER_LINE = re.compile(r"iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms")
+# A step as nanoGPT and the bare loop print it, the latter with its peak memory; and as all scripts begin to.
+PRINTED_STEP = re.compile(r"iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms(?:, peak (\d+) bytes)?")
+ANY_STEP = re.compile(r"iter \d+: loss|step +\d+/")
 PEER_KEYS = """gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate
     weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr compile"""  # the same in both
 
@@ -40,10 +42,9 @@ class Case:
     ranks: int
     launcher: list[str]  # what starts a script on the ranks
     script: list[str]  # with its arguments
-    peer_folder: Path | None = None  # where nanoGPT is started
-    bare: bool = False  # the strategy in a loop with nothing around it
-    runs: list[list[dict[str, Any]]] = field(default_factory=list)  # each round's training rows of metrics.jsonl
-    starts: list[float] = field(default_factory=list)  # seconds from each launch to the end of the first step
+    peer_folder: Path | None = None  # the checkout of nanoGPT, where it is started
+    ours: bool = True  # not the peer, nor a loop with nothing around it
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.jsonl with their summary, by launch
     notes: list[dict[str, Any]] = field(default_factory=list)  # the probe's, by rank
     checkpoint: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -63,40 +64,37 @@ def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[st
     launcher = ["-m", "launch.ranks", "1"] if ranks == 1 else launcher
     script = ["-m", "tools.benchmark_bare", name] if bare else [strategy.script]
     case_name = f"bare {name}" if bare else name
-    return Case(case_name, ranks, [sys.executable, *launcher], [*script, *arguments, *own], bare=bare)
+    return Case(case_name, ranks, [sys.executable, *launcher], [*script, *arguments, *own], ours=not bare)
 
 
 def peer_case(checkout: Path, cfg: TrainConfig, ranks: int, folder: Path) -> Case:
-    """Create the folder that nanoGPT is started in. Its DDP needs GPUs; without them it runs in one process."""
-    dataset, data = open_dataset(ROOT / "data" / cfg.dataset), folder / "data" / "same"
+    """Create the data folder that nanoGPT reads. Its DDP needs GPUs; without them it runs in one process."""
+    dataset = open_dataset(ROOT / "data" / cfg.dataset)
     if not (checkout / "configurator.py").is_file():
         raise UserError(f"--peer={checkout}: is not a checkout of nanoGPT: it has no configurator.py")
     if dataset.dtype.itemsize != 2:
         raise UserError(f"--peer: nanoGPT reads 16-bit token ids; {dataset.path('train')} has {dataset.dtype}")
-    data.mkdir(parents=True)
+    folder.mkdir()
     for split in ("train", "val"):
-        (data / f"{split}.bin").symlink_to(dataset.path(split).resolve())
-    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": cfg.model_config(dataset.vocab_size).vocab_size}))
-    (folder / "configurator.py").symlink_to((checkout / "configurator.py").resolve())
+        (folder / f"{split}.bin").symlink_to(dataset.path(split).resolve())
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": cfg.model_config(dataset.vocab_size).vocab_size}))
     on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    settings = {key: getattr(cfg, key) for key in PEER_KEYS.split()} | {"dataset": "same"}
+    settings = {key: getattr(cfg, key) for key in PEER_KEYS.split()}
+    settings |= {"dataset": folder, "out_dir": folder}
     settings |= {"max_iters": cfg.steps - 1, "log_interval": 1, "eval_interval": 10**9, "eval_iters": 1}
     settings |= {"device": "cuda" if on_gpu else "cpu"}
     settings |= {"dtype": cfg.dtype} if cfg.dtype != "auto" else {}  # on GPUs its default is ours
     ranks = ranks if on_gpu else 1
     launcher = ["env", "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-u"]  # no caches in the checkout
     launcher += [str(ROOT / "launch" / "ranks.py"), str(ranks)] if ranks > 1 else []
-    script = [str(checkout.resolve() / "train.py"), *(f"--{key}={value}" for key, value in settings.items())]
-    return Case("nanogpt", ranks, launcher, script, folder)
+    script = ["train.py", *(f"--{key}={value}" for key, value in settings.items())]
+    return Case("nanogpt", ranks, launcher, script, checkout, ours=False)
 
 
 def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, folder: Path) -> None:
     """Run all launches. A case that fails is skipped from then on; Ctrl-C ends the launches and keeps the results."""
     turns = [(f"round {number} of {rounds}", time_run, case) for number in range(1, rounds + 1) for case in cases]
-    if with_probe:
-        turns += [
-            ("memory and parts of a step", probe, case) for case in cases if not case.peer_folder and not case.bare
-        ]
+    turns += [("memory and parts of a step", probe, case) for case in cases if case.ours and with_probe]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for number, (title, launch, case) in enumerate(turns, 1):
         if case.error:
@@ -114,17 +112,16 @@ def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, 
 
 
 def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
-    line = [*case.launcher, *case.script]
-    if case.peer_folder:
-        output, start_s = run_process(line, "iter 0: loss", case.peer_folder)
-        rows = parse_peer_rows(output, cfg)
-    else:
-        _, start_s = run_process([*line, "--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"], "step ")
+    """Add a round: its training rows, their summary, and the seconds from the launch to the end of the first step."""
+    options = [] if case.peer_folder else ["--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"]
+    output, start_s = run_process([*case.launcher, *case.script, *options], case.peer_folder)
+    if case.ours:
         rows = [row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
-        case.environment = {} if case.bare else json.loads((folder / "environment.json").read_text())
-        case.environment.pop("command", None)  # it names a temporary folder; benchmark.json has the arguments
-    case.runs.append(rows)
-    case.starts.append(start_s)
+        case.environment = json.loads((folder / "environment.json").read_text())
+        del case.environment["command"]  # it names a temporary folder; benchmark.json has the arguments
+    else:
+        rows = parse_rows(output, cfg)
+    case.rounds.append({**summarize(rows), "start_s": start_s, "rows": rows})
 
 
 def probe(case: Case, cfg: TrainConfig, folder: Path) -> None:
@@ -136,26 +133,27 @@ def probe(case: Case, cfg: TrainConfig, folder: Path) -> None:
     shutil.rmtree(folder)  # make room for the next one
 
 
-def parse_peer_rows(output: list[str], cfg: TrainConfig) -> list[dict[str, Any]]:
-    """nanoGPT's output as rows of metrics.jsonl. As in our runs, the warm-up steps have no time."""
-    tokens, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, []
-    for match in filter(None, map(PEER_LINE.match, output)):
-        step, ms = int(match[1]), float(match[3])
-        speed = {"step_ms": ms, "tokens_per_second": 1e3 * tokens / ms} if step >= WARM_UP_STEPS else {"step_ms": None}
-        rows.append({"step": step, "loss": float(match[2]), "mfu": None, "peak_memory_bytes": 0, **speed})
+def parse_rows(output: list[str], cfg: TrainConfig) -> list[dict[str, Any]]:
+    """Printed steps as rows of metrics.jsonl. As in our runs, the warm-up steps have no time."""
+    tokens, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, list[dict[str, Any]]()
+    for match in filter(None, map(PRINTED_STEP.match, output)):
+        row: dict[str, Any] = {"step": int(match[1]), "loss": float(match[2]), "step_ms": None, "mfu": None}
+        if row["step"] >= WARM_UP_STEPS:
+            row |= {"step_ms": float(match[3]), "tokens_per_second": 1e3 * tokens / float(match[3])}
+        rows.append({**row, "peak_memory_bytes": int(match[4] or 0)})
     if len(rows) < cfg.steps:
-        raise SubprocessError("failed", f"{len(rows)} of {cfg.steps} steps in its output, which is not nanoGPT's")
+        raise SubprocessError("failed", f"{len(rows)} of {cfg.steps} steps in its output")
     return rows
 
 
-def run_process(line: list[str], first_step: str = "", cwd: Path | None = None) -> tuple[list[str], float]:
-    """Output lines, and seconds until one starts with first_step. Raises SubprocessError(status, error) of a Case."""
+def run_process(line: list[str], cwd: Path | None = None) -> tuple[list[str], float]:
+    """Output lines, and seconds until the first step's. Raises SubprocessError(status, error) of a Case."""
     output, since, seconds = [], perf_counter(), 0.0
     process = Popen(line, cwd=cwd, stdout=PIPE, stderr=STDOUT, text=True)
     try:
         for text in process.stdout or ():
             output.append(text.rstrip())
-            if not seconds and text.startswith(first_step):
+            if not seconds and ANY_STEP.match(text):
                 seconds = perf_counter() - since
         process.wait()
     finally:  # after Ctrl-C, the launcher ends its ranks

@@ -9,7 +9,7 @@ import gc
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import profile, record_function
+from torch.utils._pytree import tree_leaves
 
 from model import GPT
 from tools import all_reduce
@@ -32,6 +33,8 @@ BUFFERS = {  # class of DeepSpeed -> its buffers, for reducing gradients (twice 
     **{"IPGBucket": "buffer", "IPGBucketZ3": "buffer"},
     **{"SwapBufferManager": "all_buffers", "AsyncPartitionedParameterSwapper": "buffers"},
 }
+# torch's states, and DeepSpeed's fp32 copy of the parameters
+OPTIMIZER_STATES = ("state", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 
 
 class Probe:
@@ -77,10 +80,8 @@ class Probe:
             self.note["link_bytes_per_second"] = all_reduce.measure(ranks)["bytes_per_second"]
         memory = {**self.census[self.device.type], "interpreter": 0 if self.on_gpu else self.note["process_bytes"]}
         peak = self.note["peak_device_bytes" if self.on_gpu else "peak_host_bytes"]
-        engine, size = getattr(trainer, "engine", None), config.parameter_count()
-        fp32_accumulation = engine is not None and engine._config.grad_accum_dtype == "fp32"
-        shards = partition_ranks(trainer.cfg, ranks)
-        expected = model_state_bytes(trainer.strategy, shards, size, dtype, fp32_accumulation)
+        shards, size = partition_ranks(trainer.cfg, ranks), config.parameter_count()
+        expected = model_state_bytes(trainer.strategy, shards, size, dtype)
         trace = Path(trainer.cfg.out_dir) / f"trace_{ranks.rank}.json"
         self.profiler.export_chrome_trace(str(trace))
         self.note |= {
@@ -107,30 +108,27 @@ def count_tensors(trainer: Any, device: str) -> dict[str, int]:
     To be called after a backward pass and before the update, from the second step on: then the optimizer has its
     states, and no activation is left.
     """
-    model, optimizer = trainer.model, trainer.optimizer  # torch's optimizer, or DeepSpeed's wrapper around it
     gc.collect()
     objects = gc.get_objects()
     living = [item for item in objects if issubclass(type(item), Tensor) and item.device.type == device]
     # a gradient has no Python object until somebody asks for it
     living += [tensor.grad for tensor in living if tensor.is_leaf and tensor.grad is not None]
-    held = [getattr(item, BUFFERS[type(item).__name__]) for item in objects if type(item).__name__ in BUFFERS]
-    buffers = [tensor for one in held for tensor in (one if isinstance(one, list) else [one])]
-    parameters = list(model.parameters())
-    parameters += [getattr(parameter, "ds_tensor", None) for parameter in parameters]  # ZeRO-3's partitions
-    states: list[Any] = []
-    for one in (optimizer, getattr(optimizer, "optimizer", None)):
-        states += [value for state in getattr(one, "state", {}).values() for value in state.values()]
-        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # DeepSpeed's fp32 copy
-            states += getattr(one, name, ())
+    parameters = list(trainer.model.parameters())
+    optimizers = trainer.optimizer, getattr(trainer.optimizer, "optimizer", None)  # DeepSpeed's wrapper and torch's
+    kinds = {
+        "buffers": [getattr(item, BUFFERS[type(item).__name__]) for item in objects if type(item).__name__ in BUFFERS],
+        "parameters": [parameters, [getattr(one, "ds_tensor", None) for one in parameters]],  # ZeRO-3's partitions
+        "optimizer_states": [getattr(one, name, None) for one in optimizers for name in OPTIMIZER_STATES],
+    }
     rest, sizes = storages(living, device), {}
-    for kind, tensors in {"buffers": buffers, "parameters": parameters, "optimizer_states": states}.items():
+    for kind, tensors in kinds.items():
         sizes[kind] = sum(rest.pop(address, 0) for address in storages(tensors, device))
     return {**sizes, "gradients": sum(rest.values())}
 
 
-def storages(items: Iterable[Any], device: str) -> dict[int, int]:
-    """Address -> bytes. A shared storage counts once, a DTensor by its local shard; what is not a tensor is skipped."""
-    tensors = (getattr(item, "_local_tensor", item) for item in items if isinstance(item, Tensor))
+def storages(tree: Any, device: str) -> dict[int, int]:
+    """Address -> bytes of all tensors in nested lists and dicts; of a DTensor, the local shard."""
+    tensors = (getattr(item, "_local_tensor", item) for item in tree_leaves(tree) if isinstance(item, Tensor))
     held = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == device)
     return {storage.data_ptr(): storage.nbytes() for storage in held if storage.nbytes()}
 
@@ -162,7 +160,7 @@ def classify(event: dict[str, Any], main_thread: Any, on_gpu: bool) -> str:
     name, category = event["name"], event.get("cat")
     if category == "gpu_memcpy" and ("HtoD" in name or "DtoH" in name):
         return "offload"
-    if category in ("kernel", "gpu_memcpy", "gpu_memset"):
+    if on_gpu and category in ("kernel", "gpu_memcpy", "gpu_memset"):
         return "communication" if "nccl" in name.lower() else "computation"
     if not on_gpu and name.startswith(("gloo:", "c10d::")):
         return "communication"

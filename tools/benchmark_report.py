@@ -1,12 +1,7 @@
-"""Results of a benchmark: comparable numbers of each strategy, in the terminal, and on pages with figures."""
+"""Results of a benchmark: comparable numbers of each strategy, in the terminal, and on a page with figures."""
 
-import json
-from collections.abc import Iterable
-from contextlib import suppress
-from html import escape
 from pathlib import Path
 from statistics import mean, median, quantiles
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -15,11 +10,8 @@ from tools.benchmark_launches import Case
 from tools.benchmark_probe import PARTS
 from tools.terminal import align
 from training import figures
-from training.errors import UserError
-from training.speed import summarize
 
 Row = dict[str, Any]
-FORMAT = 2
 # The largest difference of loss that counts as the same training. In half precision ZeRO rounds weights, norms and the
 # residual stream, which DDP's autocast does not: up to 0.056 in the first steps of GPT-2 124M (results/speed_124m).
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.1}
@@ -40,54 +32,34 @@ COLUMNS = {  # title -> cell of a row whose bytes are in MB
     "MFU": "{mfu:.1%}",
     "share of matmul ceiling": "{ceiling_share:.1%}",
     **{f"{part}, ms": f"{{breakdown_ms[{part}]:,.1f}}" for part in PARTS},
-    "peak GPU memory, MB": "{peak_device_bytes:,.0f}",
-    "peak process memory, MB": "{peak_host_bytes:,.0f}",
+    "GPU peak, MB": "{peak_device_bytes:,.0f}",
+    "process peak, MB": "{peak_host_bytes:,.0f}",
     "model state per rank, MB": "{model_state_bytes:,.1f}",
     "by formula, MB": "{expected_bytes:,.1f}",
     "start to first step, s": "{start_s:.1f}",
     "checkpoint, s": "{checkpoint_s:.2f}",
     "checkpoint, MB": "{checkpoint_bytes:,.1f}",
 }
-# In a terminal, and there with --bare and --compare. peak_bytes: of GPU memory, or on a CPU of the process
-TERMINAL = {**COLUMNS, "peak memory, MB": "{peak_bytes:,.0f}"}
-OVERHEAD = ("step time / bare", "peak memory / bare", "start / bare")
-TITLES = ("strategy", "tokens/s", "steps/s, ratio", "peak memory, MB", "loss difference", "verdict")
-BARE = ("strategy", "step, ms", "start to first step, s", *OVERHEAD, "verdict")
+# In a terminal, and there with --bare and --compare
+TITLES = ("strategy", "tokens/s", "steps/s, ratio", "GPU peak, MB", "process peak, MB", "loss difference", "verdict")
+BARE = ("strategy", "step, ms", "step time / bare", "peak memory / bare", "start / bare", "verdict")
 COMPARED = ("strategy", "ranks", "loss difference", "gradient norm difference", "verdict")
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Strategies side by side</title>
-<style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-img { width: 38rem; max-width: 100% }
-div { overflow-x: auto }
-th, td { padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap }
-:is(th, td):nth-child(-n + 2) { text-align: left }
-</style>
-<h1>Strategies side by side</h1>
-$images
-<div tabindex="0"><table>$table</table></div>
-$notes
-<h2>How it was measured</h2>
-<ul>$facts</ul>
-""")
 
 
 def make_rows(cases: list[Case], dtype: str) -> list[Row]:
     """A row for each case, compared with the first strategy that worked. dtype: of the matmuls."""
-    base = next((case for case in cases if case.runs and not case.peer_folder), None)
-    bare = {case.name: case for case in cases if case.bare and case.runs}
+    base = next((case for case in cases if case.rounds and case.ours), None)
+    bare_loops = {case.name: case for case in cases if case.rounds and not case.ours}
     rows = []
     for case in cases:
         row: Row = {"strategy": case.name, "ranks": case.ranks, "status": case.status, "error": case.error}
         row["verdict"] = "not compared" if case.status == "ok" else case.status
-        if case.runs and base:
+        if case.rounds and base:
             row |= speed(case, base)
-            row |= {} if case.peer_folder or case.bare else parity(case, base, dtype)
-        if case.runs and f"bare {case.name}" in bare:
-            row |= overhead(case, bare[f"bare {case.name}"])
+            row |= parity(case, base, dtype) if case.ours else {}
+        if case.rounds and (bare := bare_loops.get(f"bare {case.name}")):
+            names = {"bare_step": "step_ms", "bare_memory": "peak_memory_bytes", "bare_start": "start_s"}
+            row |= {key: ratio(case, bare, name) for key, name in names.items()}
         if case.notes:
             row |= probed(case.notes)
             row["ceiling_share"] = row["tokens_per_second"] * row["flops_per_token"] / row["ceiling_flops"]
@@ -106,35 +78,29 @@ def probed(notes: list[Row]) -> Row:
 
 
 def speed(case: Case, base: Case) -> Row:
-    """Statistics of the timed steps. The ratio is taken round by round, because other load on the machine varies."""
-    runs, base_runs = ([summarize(run) for run in one.runs] for one in (case, base))
-    rates = [row["tokens_per_second"] for run in case.runs for row in run if row["step_ms"]]
+    rates = [row["tokens_per_second"] for one in case.rounds for row in one["rows"] if row["step_ms"]]
     low, middle, high = quantiles(rates, n=4, method="inclusive")
     return {
-        "step_ms": median(run["step_ms"] for run in runs),
+        "step_ms": median(one["step_ms"] for one in case.rounds),
         "steps_timed": len(rates),
         "tokens_per_second": middle,
         "tokens_per_second_quartiles": [low, high],
-        "mfu": runs[0]["mfu"] and median(run["mfu"] for run in runs),
-        "steps_per_second_ratio": median(b["step_ms"] / a["step_ms"] for a, b in zip(runs, base_runs, strict=False)),
-        "start_s": median(case.starts),
-        "losses": [[row["step"], row["loss"]] for row in case.runs[0]],
+        "mfu": case.rounds[0]["mfu"] and median(one["mfu"] for one in case.rounds),
+        "steps_per_second_ratio": ratio(base, case, "step_ms"),
+        "start_s": median(one["start_s"] for one in case.rounds),
+        "losses": [[row["step"], row["loss"]] for row in case.rounds[0]["rows"]],
     }
 
 
-def overhead(case: Case, bare: Case) -> Row:
-    """Step time, peak memory and start of a strategy over those of the bare loop, round by round."""
-    pairs = [(summarize(own), summarize(other)) for own, other in zip(case.runs, bare.runs, strict=False)]
-    ratios = {
-        name: median(own[name] / other[name] for own, other in pairs) for name in ("step_ms", "peak_memory_bytes")
-    }
-    start = median(own / other for own, other in zip(case.starts, bare.starts, strict=False))
-    return {"bare_step": ratios["step_ms"], "bare_memory": ratios["peak_memory_bytes"], "bare_start": start}
+def ratio(case: Case, other: Case, name: str) -> float:
+    """A number of a case over that of another, round by round, because other load on the machine varies."""
+    return median(own[name] / theirs[name] for own, theirs in zip(case.rounds, other.rounds, strict=False))
 
 
 def parity(case: Case, base: Case, dtype: str) -> Row:
     """Largest differences from the baseline, NaN if one is NaN, and the first step at which one is too large."""
-    pairs, tolerance, fp32 = list(zip(base.runs[0], case.runs[0], strict=True)), TOLERANCES[dtype], dtype == "float32"
+    pairs = list(zip(base.rounds[0]["rows"], case.rounds[0]["rows"], strict=True))
+    tolerance, fp32 = TOLERANCES[dtype], dtype == "float32"
     losses = [abs(theirs["loss"] - own["loss"]) for theirs, own in pairs]
     norms = [abs((theirs["grad_norm"] or 0) - (own["grad_norm"] or 0)) for theirs, own in pairs]  # None: no clipping
     row = {"loss_difference": float(np.max(losses)), "grad_norm_difference": float(np.max(norms))}
@@ -151,15 +117,14 @@ def parity(case: Case, base: Case, dtype: str) -> Row:
 def machine(cases: list[Case], dtype: str) -> Row:
     """What tools.plan --measured reads, from the cases with most ranks; {} without probes.
 
-    process_bytes: resident bytes of a rank before its model is built, the largest; matmul_flops: dtype -> FLOP/s of a
-    rank while all ranks compute; link_bytes_per_second: bus bandwidth of an all-reduce between several ranks.
+    process_bytes: of a rank before its model is built; matmul_flops: dtype -> FLOP/s of a rank while all ranks compute.
     """
     most = max(len(case.notes) for case in cases)
     notes = [note for case in cases if len(case.notes) == most for note in case.notes]
-    if most == 0:
-        return {}
-    result: Row = {"process_bytes": max(note["process_bytes"] for note in notes)}
-    result["matmul_flops"] = {dtype: median(note["matmul_flops"] for note in notes)}
+    result: Row = {}
+    if notes:
+        result["process_bytes"] = max(note["process_bytes"] for note in notes)
+        result["matmul_flops"] = {dtype: median(note["matmul_flops"] for note in notes)}
     if most > 1:
         result["link_bytes_per_second"] = median(note["link_bytes_per_second"] for note in notes)
     return result
@@ -167,8 +132,7 @@ def machine(cases: list[Case], dtype: str) -> Row:
 
 def make_table(rows: list[Row], forms: dict[str, str]) -> list[tuple[str, ...]]:
     """The titles, and the cells of each row, without the columns that no row has."""
-    peaks = [{"peak_bytes": row.get("peak_device_bytes") or row.get("peak_host_bytes")} | row for row in rows]
-    scaled = [{k: v / 1e6 if v and k.endswith("_bytes") else v for k, v in row.items()} for row in peaks]
+    scaled = [{k: v / 1e6 if v and k.endswith("_bytes") else v for k, v in row.items()} for row in rows]
     columns = [[title, *(cell(form, row) for row in scaled)] for title, form in forms.items()]
     return list(zip(*(column for column in columns if any(column[1:])), strict=True))
 
@@ -186,96 +150,52 @@ def failures(rows: list[Row]) -> list[str]:
 
 def text_table(rows: list[Row], titles: tuple[str, ...]) -> str:
     """For a terminal, with a line for each failure."""
-    table = align(make_table(rows, {title: TERMINAL[title] for title in titles}), ("strategy", "verdict"))
+    table = align(make_table(rows, {title: COLUMNS[title] for title in titles}), ("strategy", "verdict"))
     return "\n\n".join([table, *failures(rows)])
 
 
-def new_figure(rows: list[Row], caption: str) -> Any:
-    """All figures of a page have the same size."""
-    figure = figures.new_figure(4.8, max(2.4, 1 + 0.3 * len(rows)))
-    figure.suptitle(caption, x=0.01, ha="left", fontsize=11)
-    return figure
-
-
 def bars(rows: list[Row], caption: str, parts: list[dict[str, float]]) -> Any:
-    """A horizontal bar for each row, stacked from its parts, the first row on top; a failed row shows its status."""
-    figure = new_figure(rows, caption)
+    """A horizontal bar for each row, stacked from its parts, the first row on top."""
+    figure = figures.new_figure(6, max(2.4, 1.2 + 0.3 * len(rows)))
     axes, ends = figure.add_subplot(), np.zeros(len(rows))
     names = dict.fromkeys(name for one in parts for name, size in one.items() if size)
     for name, color in zip(names, figures.COLORS, strict=False):
         sizes = np.array([one.get(name, 0) for one in parts])
         axes.barh([row["strategy"] for row in rows], sizes, 0.62, ends, color=color, label=name.replace("_", " "))
-        ends = ends + sizes
-    texts = [f"{end:,.0f}" if end else row["status"] for row, end in zip(rows, ends, strict=True)]
-    axes.bar_label(axes.containers[-1], texts, padding=5)
-    axes.set(xlim=(0, 1.15 * max(ends)), ylim=(len(rows) - 0.5, -0.5))  # room for the numbers
-    axes.xaxis.set_visible(False)
-    axes.set_frame_on(False)
-    if len(names) > 1:
-        figure.legend(loc="outside lower left", ncols=3, frameon=False, handlelength=1)
+        ends += sizes
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title(caption, loc="left", fontsize=11)
+    figures.style_axes(axes)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, handlelength=1)
     return figure
 
 
 def draw(rows: list[Row]) -> dict[str, Any]:
     """File name -> figure of everything that was measured."""
-    rates = [{"tokens/s": row.get("tokens_per_second", 0)} for row in rows]
+    rates = [{"tokens/s": row["tokens_per_second"]} if "tokens_per_second" in row else {} for row in rows]
     memory = [{kind: size / 1e6 for kind, size in row.get("memory", {}).items()} for row in rows]
-    drawn = {}
-    if compared := [row for row in rows if "loss_difference" in row]:
-        drawn["throughput.png"] = bars(rows, "tokens per second, median of the timed steps", rates)
-        drawn["losses.png"] = new_figure(rows, "loss at each step, nats per token")
-        axes = drawn["losses.png"].add_subplot(xlabel="step")
-        for number, row in enumerate(compared):  # on top of each other where strategies agree
-            steps, losses = zip(*row["losses"], strict=True)
-            axes.plot(steps, losses, **figures.line_style(number), linewidth=1.2, label=row["strategy"])
-        axes.locator_params("x", integer=True)
-        figures.label_ends(axes)
-        figures.style_axes(axes)
-    if any(memory):
-        drawn["memory.png"] = bars(rows, "peak memory of the fullest rank, MB", memory)
-        steps_ms = [row.get("breakdown_ms", {}) for row in rows]
-        drawn["step.png"] = bars(rows, "a profiled step, mean over ranks, ms", steps_ms)
-    return drawn
+    charts = {
+        "throughput.png": ("tokens per second, median of the timed steps", rates),
+        "memory.png": ("peak memory of the fullest rank, MB", memory),
+        "step.png": ("a profiled step, mean over ranks, ms", [row.get("breakdown_ms", {}) for row in rows]),
+    }
+    return {name: bars(rows, caption, parts) for name, (caption, parts) in charts.items() if any(parts)}
 
 
-def write_pages(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write benchmark.md and benchmark.html, which have all numbers, and the figures that they show."""
+def write_page(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write benchmark.md, which has all numbers, and the figures that it shows."""
     rows = results["rows"]
     drawn = draw(rows)
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=160)
     facts = {**results["environment"], **{key: results[key] for key in ("dtype", "steps", "rounds")}}
     facts["settings"] = " ".join(results["arguments"])
-    table, notes = make_table(rows, COLUMNS), failures(rows)
-    content = list(drawn), table, notes, [f"{key}: {value}" for key, value in facts.items()]
-    (folder / "benchmark.md").write_text(markdown(*content), encoding="utf-8")
-    (folder / "benchmark.html").write_text(html(*content), encoding="utf-8")
-    return [folder / name for name in ("benchmark.md", "benchmark.html", *drawn)]
-
-
-def markdown(images: list[str], table: list[tuple[str, ...]], notes: list[str], facts: list[str]) -> str:
-    text = "# Strategies side by side\n\n" + "".join(f"![{name}]({name})\n" for name in images) + "\n"
-    numbers = len(table[0]) - 2
-    for cells in (table[0], ("---", "---", *["---:"] * numbers), *table[1:]):
-        text += f"| {' | '.join(cells)} |\n"
-    text += "".join(f"\n{note}\n" for note in notes)
-    return text + "\n## How it was measured\n\n" + "".join(f"- {fact}\n" for fact in facts)
-
-
-def html(images: list[str], table: list[tuple[str, ...]], notes: list[str], facts: list[str]) -> str:
-    def tags(tag: str, texts: Iterable[str]) -> str:
-        return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
-
-    lines = [f"<tr>{tags('td' if number else 'th', cells)}</tr>\n" for number, cells in enumerate(table)]
-    shown = "\n".join(f'<img src="{name}" alt="{name}">' for name in images)
-    return PAGE.substitute(images=shown, table="".join(lines), notes=tags("p", notes), facts=tags("li", facts))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Raises UserError if the file is missing, or is not a benchmark.json of this format."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        results = json.loads(path.read_text())
-        if results["format"] == FORMAT:
-            return results
-    fix = "write one with python -m tools.benchmark --write=FOLDER ..."
-    raise UserError(f"{path}: is not a benchmark.json of format {FORMAT}; {fix}")
+    titles, *cells = make_table(rows, COLUMNS)
+    rules = ["---", "---", *["---:"] * (len(titles) - 2)]
+    lines = ["# Strategies side by side", "", *(f"![{name}]({name})" for name in drawn), ""]
+    lines += [f"| {' | '.join(line)} |" for line in (titles, rules, *cells)]
+    lines += [f"\n{failure}" for failure in failures(rows)]
+    lines += ["", "## How it was measured", "", *(f"- {key}: {value}" for key, value in facts.items())]
+    (folder / "benchmark.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [folder / name for name in ("benchmark.md", *drawn)]

@@ -1,12 +1,12 @@
-"""loss.png, drawn from metrics.jsonl, and the style of all figures."""
+"""The loss curves of runs, drawn from metrics.jsonl, and the style of all figures."""
 
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from training.errors import UserError, count
+from training.errors import UserError
 
 # Okabe and Ito's colors for the color-blind, without yellow, too light for text: https://jfly.uni-koeln.de/color/
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#222222")
@@ -27,24 +27,17 @@ def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl with their rows, one at a time, as files are large; warns of damaged ones."""
-    damaged = []
+    """The lines of metrics.jsonl with their rows, one at a time, as files are large; damaged lines are left out."""
     with path.open(errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):  # it is being written, or a killed run left half of it
-                continue
+        for line in file:
             try:
                 row = json.loads(line)
-                is_row = type(row["step"]) is int and type(row[LOSSES.get(row["kind"], "step")]) in (int, float)
+                step, number = row["step"], row[LOSSES.get(row["kind"], "step")]
             except (ValueError, LookupError, TypeError, RecursionError):
-                is_row = False
-            if is_row:
+                continue
+            # a line without an end is being written, or a killed run left half of it
+            if line.endswith("\n") and type(step) is int and type(number) in (int, float):
                 yield line, row
-            else:
-                damaged.append(number)
-    if damaged:
-        lines = count(len(damaged), "damaged line")
-        print(f"warning: {path}: left out {lines}, the first is line {damaged[0]}", file=sys.stderr, flush=True)
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -53,11 +46,11 @@ def line_style(number: int) -> dict[str, Any]:
     return {"color": COLORS[color], "linestyle": DASHES[(color + cycle) % len(DASHES)]}
 
 
-def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A matplotlib Figure; width and height in inches."""
     from matplotlib.figure import Figure  # half a second
 
-    return Figure(figsize=(width, height), dpi=120, layout=layout)
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def style_axes(axes: Any) -> None:
@@ -66,42 +59,38 @@ def style_axes(axes: Any) -> None:
 
 
 def label_ends(axes: Any) -> None:
-    """Write the label of each line at its end, in its color; labels that would overlap are moved apart."""
-    axes.get_ylim()  # computes the limits, on which transData depends
-    line_height = 0.18 * axes.figure.dpi / axes.bbox.height  # of text: 0.18 inches, as a fraction of the axes
-    height, labeled = -1.0, [line for line in axes.lines if not line.get_label().startswith("_")]
-    for line in sorted(labeled, key=lambda line: line.get_ydata()[-1]):
-        end, color = line.get_xydata()[-1], line.get_color()
-        height = max(height + line_height, (axes.transData - axes.transAxes).transform(end)[1])
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)}
-        axes.annotate(line.get_label(), end, (1.05, height), "data", "axes fraction", arrow, color=color, va="center")
+    """Name the lines to the right of the axes, in their colors and in the order of their last values."""
+    lines = sorted(axes.get_legend_handles_labels()[0], key=lambda line: -line.get_ydata()[-1])
+    axes.legend(handles=lines, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, labelcolor="linecolor")
 
 
-def draw_run(axes: Any, rows: list[dict[str, Any]], number: int = 0, name: str = "", step_size: float = 1) -> None:
-    """Training loss as a thin line, validation loss with markers. name: of one of several runs."""
-    style = line_style(number)
-    train = [(row["step"] * step_size, row["loss"]) for row in rows if row["kind"] == "train"]
-    evals = [(row["step"] * step_size, row["val_loss"]) for row in rows if row["kind"] == "eval"]
-    if train:
-        label = None if name and evals else name or "training batches"
-        axes.plot(*zip(*train, strict=True), **style, alpha=0.6, linewidth=1, label=label)
-    if evals:
-        label = f"{name or 'validation'}, best {min(loss for _, loss in evals):.3f}"
-        axes.plot(*zip(*evals, strict=True), **style, marker="o", markersize=4, linewidth=2, label=label)
+def draw_loss(folder: Path, path: Path, others: Sequence[Path] = (), x: str = "steps") -> None:
+    """Write a PNG with the losses of a run, and of others to compare with, over steps, tokens or seconds."""
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot(xlabel=x, ylabel="loss (nats per token)")
+    axes.set_title("validation loss with markers, loss of training batches thin", loc="left")
+    for number, run in enumerate([folder, *others]):
+        rows, config = read_run(run)
+        size, style = step_size(rows, config, x), line_style(number)
+        train = [(row["step"] * size, row["loss"]) for row in rows if row["kind"] == "train"]
+        evals = [(row["step"] * size, row["val_loss"]) for row in rows if row["kind"] == "eval"]
+        label = run.resolve().name.encode(errors="replace").decode().replace("$", r"\$")  # a $ is no formula
+        if train:
+            axes.plot(*zip(*train, strict=True), **style, alpha=0.6, linewidth=1, label=None if evals else label)
+        if evals:
+            label += f", best {min(loss for _, loss in evals):.3f}"
+            axes.plot(*zip(*evals, strict=True), **style, marker="o", markersize=4, linewidth=2, label=label)
     axes.locator_params("x", integer=True)
-    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     style_axes(axes)
-
-
-def draw_loss(folder: Path, path: Path) -> None:
-    """Write the PNG of one run."""
-    rows, config = read_run(folder)
-    figure = new_figure(8, 5, layout="none")  # fixed margins: to compute them takes as long as everything else
-    figure.subplots_adjust(left=0.08, right=0.75, bottom=0.1, top=0.93)
-    axes = figure.add_subplot(xlabel="step")
-    draw_run(axes, rows)
     label_ends(axes)
-    name = folder.name.encode(errors="replace").decode()
-    about = f"{name}: {config.get('n_layer')} layers x {config.get('n_embd')} on {config.get('dataset')}"
-    axes.set_title(about, loc="left", parse_math=False)  # a $ is no formula
     figure.savefig(path)
+
+
+def step_size(rows: list[dict[str, Any]], config: dict[str, Any], x: str) -> float:
+    """A step's length on the x axis; in seconds, that of the median step."""
+    if x == "tokens":
+        return config["gradient_accumulation_steps"] * config["batch_size"] * config["block_size"]
+    if x == "seconds":
+        return median([row["step_ms"] for row in rows if row.get("step_ms")] or [0]) / 1e3
+    return 1
