@@ -10,8 +10,8 @@ run needs. Exit status: 0 all checks passed, 1 some failed, 2 wrong option.
 
 import json
 import os
-import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
@@ -20,7 +20,7 @@ import torch
 from launch import hosts, machine
 from launch.hosts import Host
 from model import GPTConfig
-from tools.doctor_host import Finding, Request
+from tools.doctor_host import Finding, Request, existing
 from tools.plan import GPT2_VOCABULARY, MODELS, RecipeConfig
 from tools.plan_formulas import by_device
 from tools.terminal import make_parser, underscored
@@ -28,17 +28,19 @@ from training import deepspeed_config, distributed
 from training.config import ROOT, parse
 from training.deepspeed_config import describe_json, nvme_blocks
 from training.deepspeed_engine import needed
+from training.distributed import LARGER_SHARED_MEMORY, NCCL_SHARED_MEMORY
 from training.errors import UserError, count
+from training.run_folder import TESTED_TORCH
 from training.strategies import model_state_bytes
 
-ANSWER = {"findings": list, "data": int, "device": str, "markers": list, **hosts.ANSWER}
+ANSWER = {"findings": list, "data": int, "device": str, **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
 SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
 LINK_FIX = "check cable, switch and firewall, or name another network in GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME)"
 
 
-def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict[str, Request]:
-    """What a run needs of each host. known: whether settings were given; else no parameters."""
+def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool, marker: str = "") -> dict[str, Request]:
+    """What a run needs of each host. known: whether settings were given. marker: a file here, in out_dir."""
     config = deepspeed_config.read(cfg.deepspeed_config)
     stage, optimizer, weights = describe_json(config)
     strategy = f"zero{stage}"
@@ -58,8 +60,9 @@ def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict
         "out_dir": cfg.out_dir,
         "kept_bytes": (cfg.keep_checkpoints + 2) * CHECKPOINT_BYTES * parameters,  # the best and the one written, too
         "dataset": str(ROOT / "data" / cfg.dataset) if known else "",
-        "hosts": len(all_hosts),
-        "marker": f".doctor-{secrets.token_hex(4)}-",  # of the files by which the hosts see that they share out_dir
+        "marker": marker,  # a file in out_dir, which all hosts see if they share it
+        "torch": TESTED_TORCH,
+        **{"nccl_shm_bytes": NCCL_SHARED_MEMORY, "shm_fix": LARGER_SHARED_MEMORY},
     }
     return {host.name: {**request, "slots": host.slots} for host in all_hosts}
 
@@ -78,10 +81,6 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
         for what in (*machine.SAME, "data", "device"):
             problem, _, fix = hosts.difference(what, facts[what], answers[one][what], one).partition("; ")
             yield Finding(f"{what} of all hosts", problem or "same", not problem, fix, name)
-        seen = set(answers[one]["markers"])  # empty where it cannot write
-        shared = not seen or bool(seen & set(facts["markers"]))
-        value, fix = "yes" if shared else f"not the one of {one}", "put --out_dir on a disk that all hosts share"
-        yield Finding("out_dir, shared", value, shared, fix, name)
 
 
 def check_links(
@@ -157,8 +156,9 @@ def main() -> None:
     if not args.json:
         ranks = count(sum(len(host.slots) for host in all_hosts), "rank")
         print(f"{ranks}:", *(settings or ["without a recipe, only the machine is checked"]), flush=True)
-    requests = make_requests(cfg, all_hosts, bool(settings))
-    answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], requests, ANSWER)
+    with tempfile.NamedTemporaryFile(dir=existing(cfg.out_dir) if ssh else None, prefix=".doctor-") as marker:
+        requests = make_requests(cfg, all_hosts, bool(settings), marker.name if ssh else "")
+        answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], requests, ANSWER)
     findings = list(compare(answers))
     if reachable := [host for host in all_hosts if not isinstance(answers[host.name], str)]:
         command = ["-m", "tools.all_reduce", f"--device={cfg.device}", f"--backend={cfg.backend}"]
