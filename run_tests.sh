@@ -13,13 +13,6 @@ unset PYTHONDONTWRITEBYTECODE                # hundreds of launches would each c
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # most tests run 2 ranks of a tiny model: more threads only get in the way
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-types=$(mktemp)
-# Beside the tests, some of which wait: types, and DeepSpeed's C++ ops before the tests that need them.
-(($#)) || "$python" -m tests.compile_ops >/dev/null 2>&1 &
-"$python" -m mypy . >"$types" 2>&1 &
-trap 'kill $(jobs -p) 2>/dev/null || true; rm -f "$types"' EXIT
-status=0
-"$python" -m pytest "$@" || status=$?
-wait $! || status=1
-cat "$types"
-exit "$status"
+"$python" -m mypy .
+(($#)) || "$python" -m tests.compile_ops >/dev/null 2>&1 & # DeepSpeed's C++ ops, before the tests that need them
+exec "$python" -m pytest "$@"

@@ -49,7 +49,7 @@ def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool, marker:
         optimizer = weights = "cpu" if cfg.cpu_offload else "gpu"
     model = GPTConfig(*MODELS[cfg.init_from]) if cfg.init_from in MODELS else cfg.model_config(GPT2_VOCABULARY)
     parameters = model.parameter_count() if known else 0
-    ranks = sum(len(host.slots) for host in all_hosts)
+    ranks = sum(host.slots for host in all_hosts)
     state = model_state_bytes(strategy, cfg.shard_ranks or ranks, parameters, torch.float32)  # bf16 takes less
     request = {
         "device": cfg.device,  # auto, cpu, cuda
@@ -79,19 +79,20 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
         if len(answers) == 1:
             return
         for what in (*machine.SAME, "data", "device"):
-            problem, _, fix = hosts.difference(what, facts[what], answers[one][what], one).partition("; ")
-            yield Finding(f"{what} of all hosts", problem or "same", not problem, fix, name)
+            value, same = facts[what], facts[what] == answers[one][what]
+            text = "same" if same else f"{value}, but {answers[one][what]} on {one}"
+            yield Finding(f"{what} of all hosts", text, same, "install the same on every host", name)
 
 
 def check_links(
     reachable: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]
 ) -> Iterator[Finding]:
     """One rank per host: neighbors in two rounds, then all hosts together. On a single host, all its ranks."""
-    each = [replace(host, slots=host.slots[:1]) for host in reachable]
+    each = [replace(host, slots=1) for host in reachable]
     rounds = [[each[i : i + 2] for i in range(first, len(each) - 1, 2)] for first in (0, 1)]
     if len(each) > 2:
         rounds.append([each])
-    elif len(each) == 1 and len(reachable[0].slots) > 1:
+    elif len(each) == 1 and reachable[0].slots > 1:
         rounds = [[reachable]]
     results = [pair for groups in rounds for pair in all_reduce(groups, answers, ssh, address, command)]
     fastest = max((gbit for _, gbit in results if not isinstance(gbit, str)), default=0.0)
@@ -112,7 +113,7 @@ def all_reduce(
     for group in groups:
         known = address if group[0].name == next(iter(answers)) else ""  # given for the first host of all
         try:
-            plans |= hosts.make_plans(group, answers, ssh, known, command)
+            plans |= hosts.make_plans(group, answers, known, command)
             members += group
         except UserError as error:  # the name is that of the loopback interface
             yield group, str(error)
@@ -150,11 +151,11 @@ def main() -> None:
         raise UserError(f"--ranks={args.ranks}: must be 1 or more, or 0 for the default")
     cfg = parse(RecipeConfig, settings, "")
     gpus = machine.count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if cfg.device in ("auto", "cuda") else 0
-    all_hosts, ssh = [Host("localhost", tuple(range(args.ranks or gpus or 2)))], ""
+    all_hosts, ssh = [Host("localhost", args.ranks or gpus or 2)], ""
     if args.hostfile:
-        all_hosts, ssh = hosts.read_hostfile(args.hostfile, args.include), args.ssh
+        all_hosts, ssh = hosts.read_hostfile(args.hostfile), args.ssh
     if not args.json:
-        ranks = count(sum(len(host.slots) for host in all_hosts), "rank")
+        ranks = count(sum(host.slots for host in all_hosts), "rank")
         print(f"{ranks}:", *(settings or ["without a recipe, only the machine is checked"]), flush=True)
     with tempfile.NamedTemporaryFile(dir=existing(cfg.out_dir) if ssh else None, prefix=".doctor-") as marker:
         requests = make_requests(cfg, all_hosts, bool(settings), marker.name if ssh else "")

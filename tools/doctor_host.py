@@ -63,7 +63,7 @@ def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
     rows = [line.split(", ") for line in machine.output_of("nvidia-smi", *query).splitlines()]
     done = subprocess.run([sys.executable, "-c", COUNT_GPUS], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     usable = ((done.stdout or done.stderr).strip().splitlines() or [f"status {done.returncode}"])[-1]
-    ok = usable.isdecimal() and int(usable) > max(request["slots"])
+    ok = usable.isdecimal() and int(usable) >= request["slots"]
     fix = "install a driver and a torch of one CUDA version (https://pytorch.org), or write fewer slots"
     yield Finding("GPUs", f"{gpus} x {rows[0][0]}, driver {rows[0][2]}; usable by torch: {usable}", ok, fix)
     free = min((int(row[1]) * 2**20 for row in rows if row[1].isdecimal()), default=0)
@@ -71,7 +71,7 @@ def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
 
 
 def check_memory(request: Request, gpus: int) -> Iterator[Finding]:
-    ranks = len(request["slots"])
+    ranks = request["slots"]
     if sys.platform == "linux":
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -89,7 +89,7 @@ def check_storage(request: Request) -> Iterator[Finding]:
         shared, fix = Path(request["marker"]).exists(), "put --out_dir on a disk that all hosts share"
         yield Finding("out_dir, shared", "yes" if shared else f"{request['marker']} is missing here", shared, fix)
     if request["nvme_path"]:
-        path, needed = Path(request["nvme_path"]), len(request["slots"]) * request["state_bytes"]["nvme"]
+        path, needed = Path(request["nvme_path"]), request["slots"] * request["state_bytes"]["nvme"]
         yield check_disk("NVMe, space", path, needed, "set --nvme_path to a folder with space on a local NVMe disk")
     if request["dataset"]:
         folder = Path(request["dataset"])
