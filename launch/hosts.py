@@ -53,7 +53,7 @@ Answers = dict[str, Any]  # by host: the dict of its JSON, or a str that says wh
 @dataclass(frozen=True)
 class Host:
     name: str
-    slots: int  # ranks, one for each GPU
+    slots: range  # one rank each, on the GPU of that number
 
 
 def main() -> int:
@@ -109,7 +109,7 @@ def read_hostfile(path: str) -> list[Host]:
         if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII) or match[1] in [host.name for host in hosts]:
             rule = "must be NAME slots=RANKS, RANKS 1 to 99999; NAME, each once: HOST, USER@HOST, address, in ASCII"
             raise UserError(f"{path}:{number}: {line!r}: {rule}")
-        hosts.append(Host(match[1], int(match[2])))
+        hosts.append(Host(match[1], range(int(match[2]))))
     if not hosts:
         raise UserError(f"{path}: is empty; write one line per host: NAME slots=RANKS")
     return hosts
@@ -187,8 +187,8 @@ def check(hosts: list[Host], answers: Answers) -> None:
     problems = [f"{name}: {answer}" for name, answer in answers.items() if isinstance(answer, str)]
     for host in hosts if not problems else []:
         gpus = answers[host.name]["gpus"]
-        if gpus and host.slots > gpus:
-            problems.append(f"{host.name}: slots={host.slots}, but it has {gpus} GPUs")
+        if gpus and len(host.slots) > gpus:
+            problems.append(f"{host.name}: slots={len(host.slots)}, but it has {gpus} GPUs")
     if problems:
         raise UserError(list_problems(problems, "with the hosts"))
 
@@ -210,12 +210,12 @@ def make_plans(hosts: list[Host], answers: Answers, address: str, command: list[
     """By host: environment (the same everywhere), variables, and the command that starts one rank per slot."""
     environment, plans, first_rank = forwarded_environment(os.environ), {}, 0
     master, port = master_address(hosts, answers, address), answers[hosts[0].name]["port"]
-    shared: Plan = {"MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": sum(host.slots for host in hosts)}
+    shared: Plan = {"MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": sum(len(host.slots) for host in hosts)}
     for host in hosts:
         variables = {**shared, "FIRST_RANK": first_rank}
-        arguments = [str(host.slots), *command]
+        arguments = [str(len(host.slots)), *command]
         plans[host.name] = {"environment": environment, "variables": variables, "command": arguments}
-        first_rank += host.slots
+        first_rank += len(host.slots)
     return plans
 
 

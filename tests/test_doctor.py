@@ -119,7 +119,7 @@ def test_a_recipe_of_fsdp(tmp_path, data):
 
 def test_model_state_by_strategy():
     """Bytes of a rank: FSDP's fp32 parameters, gradients, moments; ZeRO-2's, with a copy of the parameters in fp32."""
-    hosts = [Slots("one", 2), Slots("two", 2)]
+    hosts = [Slots("one", range(2)), Slots("two", range(2))]
     for settings, shards in (({"strategy": "fsdp"}, 4), ({"strategy": "fsdp", "shard_ranks": 2}, 2)):
         cfg = RecipeConfig(**settings)
         size = doctor_tool.make_requests(cfg, hosts, True)["two"]["state_bytes"]
@@ -164,7 +164,7 @@ def test_planted_faults_are_all_reported(trio, tmp_path, data):
 
 def test_ranks_that_hang_are_killed(tmp_path, monkeypatch):
     (tmp_path / "hang.py").write_text(f"import time\nopen({str(tmp_path / 'begun')!r}, 'w')\ntime.sleep(1000)\n")
-    begun, here = time.monotonic(), Slots("localhost", 2)
+    begun, here = time.monotonic(), Slots("localhost", range(2))
     answers = {here.name: {"gpus": 0, "port": 0}}
     monkeypatch.setattr(launch_hosts, "ANSWER_SECONDS", 2.0)
     (finding,) = doctor_tool.check_links([here], answers, "", "", [f"{tmp_path}/hang.py"])

@@ -273,7 +273,7 @@ def weights_files(folder: Path) -> Target:
 def answers(folder: Path) -> Target:
     """What two hosts print, one of them what is expected."""
     expected = {**describe(), "address": "10.0.0.1"}
-    pair = [hosts.Host("first", 1), hosts.Host("second", 2)]
+    pair = [hosts.Host("first", range(1)), hosts.Host("second", range(2))]
     program = 'cat "$1"; cat "$1" >&2; exit $2'
 
     def read(value: tuple[Case, int, int]) -> None:

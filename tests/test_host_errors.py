@@ -59,7 +59,7 @@ def test_names_that_a_host_can_have(tmp_path):
     (tmp_path / "hostfile").write_text(
         "\ufeff" + "".join(f"{name} slots=10 # comment \xe4\n" for name in NAMES), "utf-8"
     )
-    assert hosts.read_hostfile(f"{tmp_path}/hostfile") == [Host(name, 10) for name in NAMES]
+    assert hosts.read_hostfile(f"{tmp_path}/hostfile") == [Host(name, range(10)) for name in NAMES]
 
 
 def test_invalid_options_are_one_message(tmp_path):
@@ -75,7 +75,7 @@ def test_invalid_options_are_one_message(tmp_path):
 )
 def test_an_invalid_ssh_command(ssh, text):
     with pytest.raises(UserError, match=f"^--ssh={ssh}: {text}"):
-        hosts.ask([Host("host1", 1)], ssh, ["-m", "launch.machine"])
+        hosts.ask([Host("host1", range(1))], ssh, ["-m", "launch.machine"])
 
 
 def test_what_a_host_prints_besides_its_answer(tmp_path):
@@ -162,7 +162,7 @@ def test_data_that_one_host_lacks(made, tmp_path):
 
 
 def test_hosts_with_too_few_gpus_are_listed():
-    two = [Host("one", 8), Host("two", 8)]
+    two = [Host("one", range(8)), Host("two", range(8))]
     hosts.check(two, {"one": {"gpus": 8}, "two": {"gpus": 0}})
     with pytest.raises(UserError) as error:
         hosts.check(two, {"one": {"gpus": 8}, "two": {"gpus": 4}})
@@ -170,10 +170,10 @@ def test_hosts_with_too_few_gpus_are_listed():
 
 
 def test_address_of_the_first_host():
-    assert hosts.master_address([Host("localhost", 1)], {}) == "127.0.0.1"
+    assert hosts.master_address([Host("localhost", range(1))], {}) == "127.0.0.1"
     with pytest.raises(UserError, match="each host would reach itself"):
-        hosts.master_address([Host("localhost", 1), Host("two", 1)], {})
+        hosts.master_address([Host("localhost", range(1)), Host("two", range(1))], {})
     for name in ("nobody.invalid", "a" * 70):
         with pytest.raises(UserError, match=f"{name} has no known address; set --master_addr"):
-            hosts.master_address([Host(name, 1)], {name: {"address": ""}})
+            hosts.master_address([Host(name, range(1))], {name: {"address": ""}})
     assert socket.gethostbyname("localhost") == "127.0.0.1"

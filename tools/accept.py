@@ -32,7 +32,7 @@ import torch
 from data.dataset import open_dataset
 from data.prepare import Writer
 from data.tokenizer import Tokenizer, tokenizer_from
-from launch.machine import free_port, output_of
+from launch.machine import free_port
 from tools.benchmark_launches import explain
 from tools.plan import RecipeConfig
 from tools.plan_formulas import Candidate, Machines
@@ -306,14 +306,6 @@ def write_data(folder: Path, tokenizer: Tokenizer, tokens: int) -> None:
             writer.write(split, np.where(random.random(count) < 0.5, new, (31 * np.roll(new, 1) + 7) % size), end=False)
 
 
-def describe_machine(gpu: str) -> dict[str, Any]:
-    about = environment(replace(distributed.SINGLE_PROCESS, device=torch.device("cuda" if gpu else "cpu")))
-    if gpu:
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
-        about |= {"driver": driver, "CUDA": torch.version.cuda, "NCCL": torch.cuda.nccl.version()}
-    return about
-
-
 def page(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
     """README.md: the machine, and a row for each stage."""
     columns = [key for key in FORMS if any(key in shown(result) for result in results.values())]
@@ -355,7 +347,7 @@ def main() -> None:
     if write:
         write.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    about = describe_machine(gpu)
+    about = environment(replace(distributed.SINGLE_PROCESS, device=torch.device(args.device)))
     with tempfile.TemporaryDirectory(prefix="accept-") as folder:
         acceptance, data = Acceptance(Path(folder), write, gpu, args.minutes), Path(folder, "data")
         write_data(data, tokenizer_from({"name": "gpt2" if gpu else "byte"}), 8_000_000 if gpu else 50_000)

@@ -49,7 +49,7 @@ def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool, marker:
         optimizer = weights = "cpu" if cfg.cpu_offload else "gpu"
     model = GPTConfig(*MODELS[cfg.init_from]) if cfg.init_from in MODELS else cfg.model_config(GPT2_VOCABULARY)
     parameters = model.parameter_count() if known else 0
-    ranks = sum(host.slots for host in all_hosts)
+    ranks = sum(len(host.slots) for host in all_hosts)
     state = model_state_bytes(strategy, cfg.shard_ranks or ranks, parameters, torch.float32)  # bf16 takes less
     request = {
         "device": cfg.device,  # auto, cpu, cuda
@@ -64,7 +64,7 @@ def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool, marker:
         "torch": TESTED_TORCH,
         **{"nccl_shm_bytes": NCCL_SHARED_MEMORY, "shm_fix": LARGER_SHARED_MEMORY},
     }
-    return {host.name: {**request, "slots": host.slots} for host in all_hosts}
+    return {host.name: {**request, "slots": len(host.slots)} for host in all_hosts}
 
 
 def compare(answers: hosts.Answers) -> Iterator[Finding]:
@@ -87,14 +87,14 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
 def check_links(
     reachable: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]
 ) -> Iterator[Finding]:
-    """One rank per host: neighbors in two rounds, then all hosts together. On a single host, all its ranks."""
-    each = [replace(host, slots=1) for host in reachable]
-    rounds = [[each[i : i + 2] for i in range(first, len(each) - 1, 2)] for first in (0, 1)]
+    """One rank per host: each pair of neighbors, then all hosts together. On a single host, all its ranks."""
+    each = [replace(host, slots=host.slots[:1]) for host in reachable]
+    groups = [each[i : i + 2] for i in range(len(each) - 1)]
     if len(each) > 2:
-        rounds.append([each])
-    elif len(each) == 1 and reachable[0].slots > 1:
-        rounds = [[reachable]]
-    results = [pair for groups in rounds for pair in all_reduce(groups, answers, ssh, address, command)]
+        groups.append(each)
+    elif len(each) == 1 and len(reachable[0].slots) > 1:
+        groups = [reachable]
+    results = [(group, all_reduce(group, answers, ssh, address, command)) for group in groups]
     fastest = max((gbit for _, gbit in results if not isinstance(gbit, str)), default=0.0)
     for group, gbit in results:
         name = " - ".join(host.name for host in group) if len(group) < 3 else f"all {len(group)} hosts"
@@ -105,27 +105,20 @@ def check_links(
             yield Finding("all-reduce", f"{gbit:,.3f} Gbit/s each way", not slow, LINK_FIX, name)
 
 
-def all_reduce(
-    groups: list[list[Host]], answers: hosts.Answers, ssh: str, address: str, command: list[str]
-) -> Iterator[tuple[list[Host], float | str]]:
-    """Bus bandwidth in Gbit/s of groups that share no host, at the same time; or why there is none."""
-    plans, members = dict[str, hosts.Plan](), list[Host]()
-    for group in groups:
-        known = address if group[0].name == next(iter(answers)) else ""  # given for the first host of all
-        try:
-            plans |= hosts.make_plans(group, answers, known, command)
-            members += group
-        except UserError as error:  # the name is that of the loopback interface
-            yield group, str(error)
-    patient = {name: {**plan, "heartbeat_timeout": hosts.ANSWER_SECONDS} for name, plan in plans.items()}
-    measured = hosts.ask(members, ssh, ["-m", "launch.ranks", "--node"], patient, {"gbit_per_second": float})
-    for group in (group for group in groups if group[0].name in plans):
-        result, *others = (measured[host.name] for host in group)  # the first host has rank 0, which prints it
-        if isinstance(result, str):
-            errors = [text.removeprefix("error: ") for text in (result, *others) if not text.startswith("ssh ended")]
-            yield group, next(iter(errors), "the ranks ended without a message").partition("; ")[0]
-        else:
-            yield group, result["gbit_per_second"]
+def all_reduce(group: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]) -> float | str:
+    """Bus bandwidth in Gbit/s between the hosts, or why there is none. address: of the first host of the hostfile."""
+    try:
+        plans = hosts.make_plans(group, answers, address if group[0].name == next(iter(answers)) else "", command)
+    except UserError as error:  # the name is that of the loopback interface
+        return str(error)
+    for plan in plans.values():
+        plan["heartbeat_timeout"] = hosts.ANSWER_SECONDS
+    measured = hosts.ask(group, ssh, ["-m", "launch.ranks", "--node"], plans, {"gbit_per_second": float})
+    result = measured[group[0].name]  # it has rank 0, which prints
+    if not isinstance(result, str):
+        return result["gbit_per_second"]
+    errors = [text.removeprefix("error: ") for text in measured.values() if not text.startswith("ssh ended")]
+    return next(iter(errors), "the ranks ended without a message").partition("; ")[0]
 
 
 def report(findings: list[Finding]) -> str:
@@ -151,11 +144,11 @@ def main() -> None:
         raise UserError(f"--ranks={args.ranks}: must be 1 or more, or 0 for the default")
     cfg = parse(RecipeConfig, settings, "")
     gpus = machine.count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if cfg.device in ("auto", "cuda") else 0
-    all_hosts, ssh = [Host("localhost", args.ranks or gpus or 2)], ""
+    all_hosts, ssh = [Host("localhost", range(args.ranks or gpus or 2))], ""
     if args.hostfile:
         all_hosts, ssh = hosts.read_hostfile(args.hostfile), args.ssh
     if not args.json:
-        ranks = count(sum(host.slots for host in all_hosts), "rank")
+        ranks = count(sum(len(host.slots) for host in all_hosts), "rank")
         print(f"{ranks}:", *(settings or ["without a recipe, only the machine is checked"]), flush=True)
     with tempfile.NamedTemporaryFile(dir=existing(cfg.out_dir) if ssh else None, prefix=".doctor-") as marker:
         requests = make_requests(cfg, all_hosts, bool(settings), marker.name if ssh else "")
