@@ -235,7 +235,8 @@ def test_labels_of_the_curve_stand_at_their_lines():
     figure = draw("one\ntwo\nthree", rates)
     figure.canvas.draw()
     (axes,) = figure.axes
-    assert {text.get_text() for text in axes.texts} == {"a", "b"}
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert boxes.keys() == {"a", "b"}
     colors = {line.get_label(): line.get_color() for line in axes.lines}
     assert all(text.get_color() == colors[text.get_text()] for text in axes.texts)
     tops = sorted((Text.get_window_extent(text) for text in axes.texts), key=lambda box: box.y0)
