@@ -23,18 +23,15 @@ environment() {
     if has_packages "$python" "$@"; then return; fi
     "$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         fail "Python 3.10 or newer with venv is missing; sudo apt-get install python3 python3-venv"
-    mkdir -p .venv
-    (
-        if command -v flock >/dev/null; then flock 9; fi # two first starts at once: the second waits for the first
-        # .venv/installed holds the lines of all requirements files that it was made from.
-        if ! grep -qvxFf .venv/installed "$@" 2>/dev/null && has_packages .venv/bin/python "$@"; then exit; fi
+    # .venv/installed holds the lines of all requirements files that it was made from.
+    if grep -qvxFf .venv/installed "$@" 2>/dev/null || ! has_packages .venv/bin/python "$@"; then
         say "installing the packages of $* into .venv: some GB, some minutes, this once"
         [[ -e .venv/installed ]] || "$python" -m venv --clear .venv
         rm -f .venv/installed # an interrupted installation starts again from scratch
         .venv/bin/python -m pip install -qq --disable-pip-version-check "${@/#/--requirement=}" ||
             fail "pip could not install the packages of $*: see pip's output above, fix the problem, rerun"
         cat "$@" >.venv/installed
-    ) 9<.venv
+    fi
     python=.venv/bin/python
     PATH=$PWD/.venv/bin:$PATH # torch looks for ninja there
 }

@@ -39,7 +39,7 @@ CONNECT_SECONDS, ANSWER_SECONDS = 10, 90.0
 SSH_LOST = 255  # ssh's exit status when the connection fails
 NO_RESTART = (0, 2, STOPPED)  # a restart cannot change these ends
 FORWARDED_ENV = (  # prefixes of the variables that are set on every host
-    *("PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CUDA_HOME", "CC", "CXX", "OMP_", "MKL_", "MALLOC_", "THP_"),
+    *("PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CUDA_", "CC", "CXX", "OMP_", "MKL_", "MALLOC_", "THP_"),
     *("NCCL_", "GLOO_", "TORCH_", "WANDB_", "HF_", "TIKTOKEN_", "DS_"),
 )
 SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5"]
@@ -53,7 +53,7 @@ Answers = dict[str, Any]  # by host: the dict of its JSON, or a str that says wh
 @dataclass(frozen=True)
 class Host:
     name: str
-    slots: tuple[int, ...]  # GPUs to use, one rank each
+    slots: range  # one rank each, on the GPU of that number
 
 
 def main() -> int:
@@ -66,11 +66,11 @@ def main() -> int:
     if args.restarts < 0 or not command:
         raise UserError(f"{shlex.join(sys.argv[1:]) or 'no arguments'}: must be {usage}, --restarts 0 or more")
     signals = catch_signals()
-    hosts = read_hostfile(args.hostfile or "hostfile", args.include)
+    hosts = read_hostfile(args.hostfile or "hostfile")
     answers = ask(hosts, args.ssh, ["-m", "launch.machine"])
     check(hosts, answers)
     for attempt in range(args.restarts + 1):
-        plans = make_plans(hosts, answers, args.ssh, args.master_addr, command)
+        plans = make_plans(hosts, answers, args.master_addr, command)
         nodes = [Node(name, args.ssh, plan) for name, plan in plans.items()]
         failed, status, _ = watch(nodes, signals, lambda code: GRACE_SECONDS, KILL_SECONDS)
         if status not in NO_RESTART:
@@ -92,42 +92,27 @@ def main() -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say which hosts to use, and how to reach them."""
     parser.add_argument("--hostfile", default="", help="one line per host: NAME slots=RANKS")
-    parser.add_argument("--include", default="", help="only these: host1@host2:0,1 (all slots, or those listed)")
     parser.add_argument("--ssh", default="ssh", help="ssh with its options: 'ssh -p 2222 -i key -l user'")
     parser.add_argument("--master_addr", default="", help="address of the first host, as the others reach it")
 
 
-def read_hostfile(path: str, include: str = "") -> list[Host]:
-    """Read the hosts, and choose among them as --include says. UserError: with file and line."""
+def read_hostfile(path: str) -> list[Host]:
+    """Raises UserError with file and line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such hostfile; write one line per host: NAME slots=RANKS")
-    slots: dict[str, tuple[int, ...]] = {}
+    hosts: list[Host] = []
     for number, text in enumerate(Path(path).read_text("utf-8-sig", errors="replace").splitlines(), 1):
         line = text.split("#")[0].strip()
         if not line:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]{0,4})", line)
-        if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII) or match[1] in slots:
+        if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII) or match[1] in [host.name for host in hosts]:
             rule = "must be NAME slots=RANKS, RANKS 1 to 99999; NAME, each once: HOST, USER@HOST, address, in ASCII"
             raise UserError(f"{path}:{number}: {line!r}: {rule}")
-        slots[match[1]] = tuple(range(int(match[2])))
-    if not slots:
+        hosts.append(Host(match[1], range(int(match[2]))))
+    if not hosts:
         raise UserError(f"{path}: is empty; write one line per host: NAME slots=RANKS")
-    return [Host(name, numbers) for name, numbers in (parse_choice(include, slots) or slots).items()]
-
-
-def parse_choice(text: str, slots: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Parse host1@host2:0,1 to {host1: (all of its slots), host2: (0, 1)}."""
-    chosen: dict[str, tuple[int, ...]] = {}
-    for part in text.split("@") if text else []:
-        name, colon, listed = part.partition(":")
-        known = [str(slot) for slot in slots.get(name, ())]
-        numbers = listed.split(",") if colon else known
-        if not known or name in chosen or len(set(numbers)) < len(numbers) or not set(numbers) <= set(known):
-            has = ", ".join(f"{host} slots={len(all_slots)}" for host, all_slots in slots.items())
-            raise UserError(f"--include={text}: {part!r}: must be HOST, or HOST:SLOT,SLOT, each once; there are {has}")
-        chosen[name] = tuple(map(int, numbers))
-    return chosen
+    return hosts
 
 
 def forwarded_environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -198,24 +183,14 @@ def read_answer(name: str, process: Any, request: str, types: dict) -> dict[str,
 
 
 def check(hosts: list[Host], answers: Answers) -> None:
-    """Raise UserError listing every host that cannot be used: out of reach, other code or packages, too few GPUs."""
+    """Raise UserError listing every host that is out of reach or has too few GPUs. The ranks compare code and data."""
     problems = [f"{name}: {answer}" for name, answer in answers.items() if isinstance(answer, str)]
     for host in hosts if not problems else []:
-        answer, first = answers[host.name], answers[hosts[0].name]
-        for what in SAME:
-            if text := difference(what, answer[what], first[what], hosts[0].name):
-                problems.append(f"{host.name}: {text}")
-        if answer["gpus"] and max(host.slots) >= answer["gpus"]:
-            problems.append(f"{host.name}: slots={max(host.slots) + 1}, but it has {answer['gpus']} GPUs")
+        gpus = answers[host.name]["gpus"]
+        if gpus and len(host.slots) > gpus:
+            problems.append(f"{host.name}: slots={len(host.slots)}, but it has {gpus} GPUs")
     if problems:
         raise UserError(list_problems(problems, "with the hosts"))
-
-
-def difference(what: str, value: Any, expected: Any, first: str) -> str:
-    """How a host differs from the first one, with the fix after a semicolon; "" if it does not."""
-    if value == expected:
-        return ""
-    return f"{what} differs from {first}: {value} (not {expected}); install the same on every host"
 
 
 def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
@@ -231,15 +206,13 @@ def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
     return address
 
 
-def make_plans(hosts: list[Host], answers: Answers, ssh: str, address: str, command: list[str]) -> dict[str, Plan]:
+def make_plans(hosts: list[Host], answers: Answers, address: str, command: list[str]) -> dict[str, Plan]:
     """By host: environment (the same everywhere), variables, and the command that starts one rank per slot."""
     environment, plans, first_rank = forwarded_environment(os.environ), {}, 0
     master, port = master_address(hosts, answers, address), answers[hosts[0].name]["port"]
-    shared: Plan = {"MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": sum(len(h.slots) for h in hosts)}
+    shared: Plan = {"MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": sum(len(host.slots) for host in hosts)}
     for host in hosts:
         variables = {**shared, "FIRST_RANK": first_rank}
-        if answers[host.name]["gpus"] and ssh:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slots))
         arguments = [str(len(host.slots)), *command]
         plans[host.name] = {"environment": environment, "variables": variables, "command": arguments}
         first_rank += len(host.slots)

@@ -64,7 +64,7 @@ def test_every_stage_passes_on_the_cpu(copy, tmp_path):
         assert result["status"] == "ok" and result["seconds"] > 0 and f"{stage.name}: ok, " in output, stage.name
         assert str(tmp_path) not in result["command"]
         if stage.like:
-            assert result["loss difference"] <= stage.within <= 0.1 and result["norm difference"] < 0.1
+            assert result["loss difference"] <= stage.within <= 0.1
         if stage.strategy and not stage.status:
             assert result["ms/step"] > 0 and result["peak GB"] > 0.1
         if stage.group == "alone" and not stage.status:
@@ -74,9 +74,9 @@ def test_every_stage_passes_on_the_cpu(copy, tmp_path):
     assert stages["resume_fsdp"]["loss difference"] == 0, "a resumed run is the undisturbed one"
     assert results["machine"]["torch"] and results["machine"]["deepspeed"]
     page = (tmp_path / "results" / "README.md").read_text()
-    assert all(re.search(rf"^\| {stage.name} \| ok \|", page, re.M) for stage in TABLE) and "\nNothing.\n" in page
+    assert all(re.search(rf"^\| {stage.name} \| ok \|", page, re.M) for stage in TABLE)
     assert output.endswith((tmp_path / "results" / "summary.txt").read_text()) and f"{len(TABLE)} ok" in output
-    assert not list((tmp_path / "results").glob("*.log")), "logs of stages that passed"
+    assert not any("log" in result for result in stages.values()), "logs of stages that passed"
 
 
 def test_a_failure_has_its_reason_and_the_others_run(acceptance, scripts):
@@ -106,11 +106,14 @@ def test_a_failure_has_its_reason_and_the_others_run(acceptance, scripts):
         "no_script": ("FAILED", "FileNotFoundError: [Errno 2] No such file or directory: './launch_nothing.sh'"),
     }
     folder = acceptance.write
-    assert folder and sorted(path.name for path in folder.glob("*.log")) == ["silent.log", "wrong.log"]
+    logs = {name: result["log"] for name, result in acceptance.results.items() if result.get("log")}
+    assert logs.keys() == {"silent", "wrong"} and logs["wrong"][0] == "a line of the log"
+    assert folder
     summary = (folder / "summary.txt").read_text()
     assert re.search(r"^\[ +\d s\] wrong: FAILED, .* must be above 0\n +a line of the log\n", summary, re.M), summary
     text = accept.page({"device": "x"}, acceptance.results)
-    assert "\n- wrong: FAILED, status 1: n_layer = 0: must be above 0\n- after_it: not run, needs" in text
+    assert re.search(r"^\| wrong \| FAILED \| [\d.]+ \| status 1: n_layer = 0: must be above 0 \|$", text, re.M)
+    assert re.search(r"^\| after_it \| not run \| [\d.]+ \| needs wrong, which did not pass \|$", text, re.M)
 
 
 def test_losses_are_compared_step_by_step(acceptance, scripts):
@@ -222,11 +225,9 @@ def test_the_table_for_gpus_is_that_for_cpus():
         *accept.correctness(True, Path("data"), "config/train_gpt2.py"),
         *accept.speed(True, "config/train_gpt2.py", ""),
     ]
-    on_cpus = [(stage.name, stage.group) for stage in TABLE]  # ZeRO in fp16 only on a CPU that has it
-    half = ("fp16_zero2", "fp16_zero3")
-    assert [
-        (stage.name, stage.group) for stage in gpu if stage.name not in half or (stage.name, "half") in on_cpus
-    ] == on_cpus
+    half = ("fp16_zero2", "fp16_zero3")  # DeepSpeed refuses them on many CPUs
+    named = [(stage.name, stage.group) for stage in gpu if stage.name not in half]
+    assert named == [(stage.name, stage.group) for stage in TABLE]
     for stage in gpu:
         if stage.strategy:
             line = stage.command(Path("out"))

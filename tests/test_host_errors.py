@@ -32,19 +32,6 @@ HOSTFILES = {
     "host\0 slots=2": ":1: 'host\\x00 slots=2': must be NAME",
 }
 NAMES = ["worker-1", "gpu_7.example.org", "user@10.0.0.1", "::1", "fe80::1%eth0"]
-CHOICES = {
-    "host3": "'host3'",
-    "@": "''",
-    "host1:5": "'host1:5'",
-    "host1:abc": "'host1:abc'",
-    "host1:": "'host1:'",
-    "host1:0,x": "'host1:0,x'",
-    "host1:-1": "'host1:-1'",
-    "host1:0,0": "'host1:0,0'",
-    "host1@host2@host1": "'host1'",
-    "host3:0": "'host3:0'",
-}
-RULE = "must be HOST, or HOST:SLOT,SLOT, each once; there are host1 slots=2, host2 slots=2"
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +59,7 @@ def test_names_that_a_host_can_have(tmp_path):
     (tmp_path / "hostfile").write_text(
         "\ufeff" + "".join(f"{name} slots=10 # comment \xe4\n" for name in NAMES), "utf-8"
     )
-    assert hosts.read_hostfile(f"{tmp_path}/hostfile") == [Host(name, tuple(range(10))) for name in NAMES]
-
-
-@pytest.mark.parametrize("text", CHOICES)
-def test_an_invalid_choice_of_hosts(tmp_path, text):
-    (tmp_path / "hostfile").write_text("host1 slots=2\nhost2 slots=2\n")
-    with pytest.raises(UserError, match=re.escape(f"--include={text}: {CHOICES[text]}: {RULE}")):
-        hosts.read_hostfile(f"{tmp_path}/hostfile", text)
+    assert hosts.read_hostfile(f"{tmp_path}/hostfile") == [Host(name, range(10)) for name in NAMES]
 
 
 def test_invalid_options_are_one_message(tmp_path):
@@ -95,7 +75,7 @@ def test_invalid_options_are_one_message(tmp_path):
 )
 def test_an_invalid_ssh_command(ssh, text):
     with pytest.raises(UserError, match=f"^--ssh={ssh}: {text}"):
-        hosts.ask([Host("host1", (0,))], ssh, ["-m", "launch.machine"])
+        hosts.ask([Host("host1", range(1))], ssh, ["-m", "launch.machine"])
 
 
 def test_what_a_host_prints_besides_its_answer(tmp_path):
@@ -181,25 +161,19 @@ def test_data_that_one_host_lacks(made, tmp_path):
     assert text.returncode == 2 and text.stderr.count("error: ") == 1 and f"{tmp_path}/no" in text.stderr
 
 
-def test_differing_code_packages_and_gpus_are_listed():
-    same = {**dict.fromkeys(machine.SAME, "1.0"), "gpus": 8, "address": "", "port": 1}
-    other = {**same, "torch": "2.12.0", "code": "b"}
-    two = [Host("one", tuple(range(8))), Host("two", tuple(range(8)))]
-    hosts.check(two, {"one": same, "two": same})
+def test_hosts_with_too_few_gpus_are_listed():
+    two = [Host("one", range(8)), Host("two", range(8))]
+    hosts.check(two, {"one": {"gpus": 8}, "two": {"gpus": 0}})
     with pytest.raises(UserError) as error:
-        hosts.check(two, {"one": same, "two": {**other, "gpus": 4}})
-    assert str(error.value).splitlines()[1:] == [
-        "  two: code differs from one: b (not 1.0); install the same on every host",
-        "  two: torch differs from one: 2.12.0 (not 1.0); install the same on every host",
-        "  two: slots=8, but it has 4 GPUs",
-    ]
+        hosts.check(two, {"one": {"gpus": 8}, "two": {"gpus": 4}})
+    assert str(error.value) == "1 problem with the hosts\n  two: slots=8, but it has 4 GPUs"
 
 
 def test_address_of_the_first_host():
-    assert hosts.master_address([Host("localhost", (0,))], {}) == "127.0.0.1"
+    assert hosts.master_address([Host("localhost", range(1))], {}) == "127.0.0.1"
     with pytest.raises(UserError, match="each host would reach itself"):
-        hosts.master_address([Host("localhost", (0,)), Host("two", (0,))], {})
+        hosts.master_address([Host("localhost", range(1)), Host("two", range(1))], {})
     for name in ("nobody.invalid", "a" * 70):
         with pytest.raises(UserError, match=f"{name} has no known address; set --master_addr"):
-            hosts.master_address([Host(name, (0,))], {name: {"address": ""}})
+            hosts.master_address([Host(name, range(1))], {name: {"address": ""}})
     assert socket.gethostbyname("localhost") == "127.0.0.1"

@@ -59,7 +59,7 @@ class Line:
             self.launcher_options.append(words.pop(0))
         if is_launch_script:
             self.script = "train_deepspeed.py" if "deepspeed" in first else "train.py"
-            options = ("--restarts=", "--include=", "--ssh=")
+            options = ("--restarts=", "--ssh=")
             self.launcher_options = [word for word in words if word.isdigit() or word.startswith(options)]
             words = [word for word in words if word not in self.launcher_options]
             words += ["--strategy=fsdp"] if "fsdp" in first else []
@@ -94,19 +94,18 @@ def help_text(program: str) -> str:
     return done.stdout
 
 
-def ranks_of_hostfile(line: Line, folder: Path) -> int:
+def ranks_of_hostfile(folder: Path) -> int:
     """The ranks of a command on the hosts of the hostfile in docs/multi_node.md."""
     [lines] = re.findall(r"^```\n(worker.*?)^```", (ROOT / "docs" / "multi_node.md").read_text(), re.M | re.S)
     (folder / "hostfile").write_text(lines)
-    include = [word.partition("=")[2] for word in line.launcher_options if word.startswith("--include=")]
-    return sum(len(host.slots) for host in hosts.read_hostfile(str(folder / "hostfile"), *include))
+    return sum(len(host.slots) for host in hosts.read_hostfile(str(folder / "hostfile")))
 
 
 @pytest.mark.parametrize("text", COMMANDS)
 def test_command_is_valid(text, monkeypatch, tmp_path):
     line = Line(text)
     if line.script in CONFIGS:
-        monkeypatch.setenv("WORLD_SIZE", str(ranks_of_hostfile(line, tmp_path) if line.hostfile else line.ranks or 1))
+        monkeypatch.setenv("WORLD_SIZE", str(ranks_of_hostfile(tmp_path) if line.hostfile else line.ranks or 1))
         parse(CONFIGS[line.script], line.words, "")
         if line.launcher and line.launcher[0].startswith("./"):
             assert (ROOT / line.launcher[0]).is_file()

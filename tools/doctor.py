@@ -10,8 +10,8 @@ run needs. Exit status: 0 all checks passed, 1 some failed, 2 wrong option.
 
 import json
 import os
-import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
@@ -20,7 +20,7 @@ import torch
 from launch import hosts, machine
 from launch.hosts import Host
 from model import GPTConfig
-from tools.doctor_host import Finding, Request
+from tools.doctor_host import Finding, Request, existing
 from tools.plan import GPT2_VOCABULARY, MODELS, RecipeConfig
 from tools.plan_formulas import by_device
 from tools.terminal import make_parser, underscored
@@ -28,17 +28,19 @@ from training import deepspeed_config, distributed
 from training.config import ROOT, parse
 from training.deepspeed_config import describe_json, nvme_blocks
 from training.deepspeed_engine import needed
+from training.distributed import LARGER_SHARED_MEMORY, NCCL_SHARED_MEMORY
 from training.errors import UserError, count
+from training.run_folder import TESTED_TORCH
 from training.strategies import model_state_bytes
 
-ANSWER = {"findings": list, "data": int, "device": str, "markers": list, **hosts.ANSWER}
+ANSWER = {"findings": list, "data": int, "device": str, **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
 SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
 LINK_FIX = "check cable, switch and firewall, or name another network in GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME)"
 
 
-def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict[str, Request]:
-    """What a run needs of each host. known: whether settings were given; else no parameters."""
+def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool, marker: str = "") -> dict[str, Request]:
+    """What a run needs of each host. known: whether settings were given. marker: a file here, in out_dir."""
     config = deepspeed_config.read(cfg.deepspeed_config)
     stage, optimizer, weights = describe_json(config)
     strategy = f"zero{stage}"
@@ -58,10 +60,11 @@ def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool) -> dict
         "out_dir": cfg.out_dir,
         "kept_bytes": (cfg.keep_checkpoints + 2) * CHECKPOINT_BYTES * parameters,  # the best and the one written, too
         "dataset": str(ROOT / "data" / cfg.dataset) if known else "",
-        "hosts": len(all_hosts),
-        "marker": f".doctor-{secrets.token_hex(4)}-",  # of the files by which the hosts see that they share out_dir
+        "marker": marker,  # a file in out_dir, which all hosts see if they share it
+        "torch": TESTED_TORCH,
+        **{"nccl_shm_bytes": NCCL_SHARED_MEMORY, "shm_fix": LARGER_SHARED_MEMORY},
     }
-    return {host.name: {**request, "slots": host.slots} for host in all_hosts}
+    return {host.name: {**request, "slots": len(host.slots)} for host in all_hosts}
 
 
 def compare(answers: hosts.Answers) -> Iterator[Finding]:
@@ -76,25 +79,22 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
         if len(answers) == 1:
             return
         for what in (*machine.SAME, "data", "device"):
-            problem, _, fix = hosts.difference(what, facts[what], answers[one][what], one).partition("; ")
-            yield Finding(f"{what} of all hosts", problem or "same", not problem, fix, name)
-        seen = set(answers[one]["markers"])  # empty where it cannot write
-        shared = not seen or bool(seen & set(facts["markers"]))
-        value, fix = "yes" if shared else f"not the one of {one}", "put --out_dir on a disk that all hosts share"
-        yield Finding("out_dir, shared", value, shared, fix, name)
+            value, same = facts[what], facts[what] == answers[one][what]
+            text = "same" if same else f"{value}, but {answers[one][what]} on {one}"
+            yield Finding(f"{what} of all hosts", text, same, "install the same on every host", name)
 
 
 def check_links(
     reachable: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]
 ) -> Iterator[Finding]:
-    """One rank per host: neighbors in two rounds, then all hosts together. On a single host, all its ranks."""
+    """One rank per host: each pair of neighbors, then all hosts together. On a single host, all its ranks."""
     each = [replace(host, slots=host.slots[:1]) for host in reachable]
-    rounds = [[each[i : i + 2] for i in range(first, len(each) - 1, 2)] for first in (0, 1)]
+    groups = [each[i : i + 2] for i in range(len(each) - 1)]
     if len(each) > 2:
-        rounds.append([each])
+        groups.append(each)
     elif len(each) == 1 and len(reachable[0].slots) > 1:
-        rounds = [[reachable]]
-    results = [pair for groups in rounds for pair in all_reduce(groups, answers, ssh, address, command)]
+        groups = [reachable]
+    results = [(group, all_reduce(group, answers, ssh, address, command)) for group in groups]
     fastest = max((gbit for _, gbit in results if not isinstance(gbit, str)), default=0.0)
     for group, gbit in results:
         name = " - ".join(host.name for host in group) if len(group) < 3 else f"all {len(group)} hosts"
@@ -105,27 +105,20 @@ def check_links(
             yield Finding("all-reduce", f"{gbit:,.3f} Gbit/s each way", not slow, LINK_FIX, name)
 
 
-def all_reduce(
-    groups: list[list[Host]], answers: hosts.Answers, ssh: str, address: str, command: list[str]
-) -> Iterator[tuple[list[Host], float | str]]:
-    """Bus bandwidth in Gbit/s of groups that share no host, at the same time; or why there is none."""
-    plans, members = dict[str, hosts.Plan](), list[Host]()
-    for group in groups:
-        known = address if group[0].name == next(iter(answers)) else ""  # given for the first host of all
-        try:
-            plans |= hosts.make_plans(group, answers, ssh, known, command)
-            members += group
-        except UserError as error:  # the name is that of the loopback interface
-            yield group, str(error)
-    patient = {name: {**plan, "heartbeat_timeout": hosts.ANSWER_SECONDS} for name, plan in plans.items()}
-    measured = hosts.ask(members, ssh, ["-m", "launch.ranks", "--node"], patient, {"gbit_per_second": float})
-    for group in (group for group in groups if group[0].name in plans):
-        result, *others = (measured[host.name] for host in group)  # the first host has rank 0, which prints it
-        if isinstance(result, str):
-            errors = [text.removeprefix("error: ") for text in (result, *others) if not text.startswith("ssh ended")]
-            yield group, next(iter(errors), "the ranks ended without a message").partition("; ")[0]
-        else:
-            yield group, result["gbit_per_second"]
+def all_reduce(group: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]) -> float | str:
+    """Bus bandwidth in Gbit/s between the hosts, or why there is none. address: of the first host of the hostfile."""
+    try:
+        plans = hosts.make_plans(group, answers, address if group[0].name == next(iter(answers)) else "", command)
+    except UserError as error:  # the name is that of the loopback interface
+        return str(error)
+    for plan in plans.values():
+        plan["heartbeat_timeout"] = hosts.ANSWER_SECONDS
+    measured = hosts.ask(group, ssh, ["-m", "launch.ranks", "--node"], plans, {"gbit_per_second": float})
+    result = measured[group[0].name]  # it has rank 0, which prints
+    if not isinstance(result, str):
+        return result["gbit_per_second"]
+    errors = [text.removeprefix("error: ") for text in measured.values() if not text.startswith("ssh ended")]
+    return next(iter(errors), "the ranks ended without a message").partition("; ")[0]
 
 
 def report(findings: list[Finding]) -> str:
@@ -151,14 +144,15 @@ def main() -> None:
         raise UserError(f"--ranks={args.ranks}: must be 1 or more, or 0 for the default")
     cfg = parse(RecipeConfig, settings, "")
     gpus = machine.count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if cfg.device in ("auto", "cuda") else 0
-    all_hosts, ssh = [Host("localhost", tuple(range(args.ranks or gpus or 2)))], ""
+    all_hosts, ssh = [Host("localhost", range(args.ranks or gpus or 2))], ""
     if args.hostfile:
-        all_hosts, ssh = hosts.read_hostfile(args.hostfile, args.include), args.ssh
+        all_hosts, ssh = hosts.read_hostfile(args.hostfile), args.ssh
     if not args.json:
         ranks = count(sum(len(host.slots) for host in all_hosts), "rank")
         print(f"{ranks}:", *(settings or ["without a recipe, only the machine is checked"]), flush=True)
-    requests = make_requests(cfg, all_hosts, bool(settings))
-    answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], requests, ANSWER)
+    with tempfile.NamedTemporaryFile(dir=existing(cfg.out_dir) if ssh else None, prefix=".doctor-") as marker:
+        requests = make_requests(cfg, all_hosts, bool(settings), marker.name if ssh else "")
+        answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], requests, ANSWER)
     findings = list(compare(answers))
     if reachable := [host for host in all_hosts if not isinstance(answers[host.name], str)]:
         command = ["-m", "tools.all_reduce", f"--device={cfg.device}", f"--backend={cfg.backend}"]

@@ -1,14 +1,11 @@
-"""Examine this machine: read what tools.doctor asks from stdin, print JSON, end when stdin is closed."""
+"""Examine this machine: read what tools.doctor asks from stdin, and print JSON."""
 
-import contextlib
 import json
 import os
-import select
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +13,8 @@ from typing import Any
 
 from launch import machine
 
-TORCH = (2, 11), (2, 14)  # oldest and newest
 REQUIREMENTS = "pip install -r requirements.txt"
-SHM_BYTES, NCCL_SHM_BYTES = 64e6, 1e9  # Docker's default; what GPUs need that communicate through it
 PROCESS_BYTES = 1e9  # of a rank: Python, torch, DeepSpeed, activations of a small model
-MARKER_SECONDS = 3.0  # to wait for the markers of the other hosts in out_dir
 COUNT_GPUS = "import torch; torch.zeros(1, device='cuda'); print(torch.cuda.device_count())"
 Request = dict[str, Any]  # what a run needs of this host; tools.doctor.make_requests lists the keys
 
@@ -38,9 +32,9 @@ def compare(check: str, free: float, needed: float, fix: str) -> Finding:
     return Finding(check, f"{free / 1e9:,.1f} GB free, {needed / 1e9:,.1f} GB needed", free >= needed, fix)
 
 
-def check_software(facts: dict[str, Any]) -> Iterator[Finding]:
-    version = tuple(int(part) for part in facts["torch"].split(".")[:2] if part.isdecimal())
-    yield Finding("torch", facts["torch"], TORCH[0] <= version <= TORCH[1], REQUIREMENTS)
+def check_software(facts: dict[str, Any], torch_versions: list[list[int]]) -> Iterator[Finding]:
+    version = [int(part) for part in facts["torch"].split(".")[:2] if part.isdecimal()]
+    yield Finding("torch", facts["torch"], torch_versions[0] <= version <= torch_versions[1], REQUIREMENTS)
     missing = [name for name in ("deepspeed", "numpy", "tiktoken") if facts[name] == "missing"]
     yield Finding("packages", f"missing: {', '.join(missing)}" if missing else "installed", not missing, REQUIREMENTS)
 
@@ -69,7 +63,7 @@ def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
     rows = [line.split(", ") for line in machine.output_of("nvidia-smi", *query).splitlines()]
     done = subprocess.run([sys.executable, "-c", COUNT_GPUS], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     usable = ((done.stdout or done.stderr).strip().splitlines() or [f"status {done.returncode}"])[-1]
-    ok = usable.isdecimal() and int(usable) > max(request["slots"])
+    ok = usable.isdecimal() and int(usable) >= request["slots"]
     fix = "install a driver and a torch of one CUDA version (https://pytorch.org), or write fewer slots"
     yield Finding("GPUs", f"{gpus} x {rows[0][0]}, driver {rows[0][2]}; usable by torch: {usable}", ok, fix)
     free = min((int(row[1]) * 2**20 for row in rows if row[1].isdecimal()), default=0)
@@ -77,23 +71,25 @@ def check_gpus(request: Request, gpus: int) -> Iterator[Finding]:
 
 
 def check_memory(request: Request, gpus: int) -> Iterator[Finding]:
-    ranks = len(request["slots"])
+    ranks = request["slots"]
     if sys.platform == "linux":
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
         rank_bytes = PROCESS_BYTES + request["state_bytes"]["cpu"] + (0 if gpus else request["state_bytes"]["gpu"])
         yield compare("memory", free, ranks * rank_bytes, "use fewer ranks per host, a higher ZeRO stage, or NVMe")
         size = shutil.disk_usage("/dev/shm").total  # noqa: S108
-        fix = "docker run --shm-size=1g, or mount -o remount,size=1g /dev/shm"
-        needed = NCCL_SHM_BYTES if gpus and ranks > 1 else SHM_BYTES
-        yield Finding("shared memory", f"{size / 1e9:,.1f} GB", size >= needed, fix)
+        needed = request["nccl_shm_bytes"] if gpus and ranks > 1 else 0
+        yield Finding("shared memory", f"{size / 1e9:,.1f} GB", size >= needed, request["shm_fix"])
 
 
-def check_storage(request: Request, out_dir: Path) -> Iterator[Finding]:
-    """out_dir: the folder, or the nearest existing one above it."""
+def check_storage(request: Request) -> Iterator[Finding]:
+    out_dir = existing(request["out_dir"])
     yield check_disk("out_dir, space", out_dir, request["kept_bytes"], "free space, or choose another --out_dir")
+    if request["marker"]:
+        shared, fix = Path(request["marker"]).exists(), "put --out_dir on a disk that all hosts share"
+        yield Finding("out_dir, shared", "yes" if shared else f"{request['marker']} is missing here", shared, fix)
     if request["nvme_path"]:
-        path, needed = Path(request["nvme_path"]), len(request["slots"]) * request["state_bytes"]["nvme"]
+        path, needed = Path(request["nvme_path"]), request["slots"] * request["state_bytes"]["nvme"]
         yield check_disk("NVMe, space", path, needed, "set --nvme_path to a folder with space on a local NVMe disk")
     if request["dataset"]:
         folder = Path(request["dataset"])
@@ -115,26 +111,20 @@ def data_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.bin"))
 
 
+def existing(folder: str) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    path = Path(folder).absolute()
+    return next(parent for parent in (path, *path.parents) if parent.is_dir())
+
+
 def main() -> None:
     """Print facts in which hosts must agree, and the findings about this one."""
-    request = json.loads(sys.stdin.readline())
-    path = Path(request["out_dir"]).absolute()
-    out_dir = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # check_disk reports it
-            stack.enter_context(tempfile.NamedTemporaryFile(dir=out_dir, prefix=request["marker"]))
-        facts = machine.describe()
-        gpus = facts["gpus"] if request["device"] in ("auto", "cuda") else 0
-        findings = [*check_software(facts), *check_compiler(request["ops"], request["environment"], gpus)]
-        findings += [*check_gpus(request, gpus), *check_memory(request, gpus), *check_storage(request, out_dir)]
-        facts |= {"findings": [asdict(finding) for finding in findings], "device": "GPU" if facts["gpus"] else "CPU"}
-        facts["data"] = data_bytes(Path(request["dataset"])) if request["dataset"] else 0
-        deadline = time.monotonic() + MARKER_SECONDS
-        while len(markers := [path.name for path in out_dir.glob(f"{request['marker']}*")]) < request["hosts"]:
-            if time.monotonic() > deadline or select.select([sys.stdin], [], [], 0.1)[0]:  # readable: it was closed
-                break
-        print(json.dumps({**facts, "markers": markers}), flush=True)
-        sys.stdin.read()
+    request, facts = json.loads(sys.stdin.readline()), machine.describe()
+    gpus = facts["gpus"] if request["device"] in ("auto", "cuda") else 0
+    findings = [*check_software(facts, request["torch"]), *check_compiler(request["ops"], request["environment"], gpus)]
+    findings += [*check_gpus(request, gpus), *check_memory(request, gpus), *check_storage(request)]
+    facts |= {"findings": [asdict(finding) for finding in findings], "device": "GPU" if facts["gpus"] else "CPU"}
+    print(json.dumps({**facts, "data": data_bytes(Path(request["dataset"])) if request["dataset"] else 0}))
 
 
 if __name__ == "__main__":

@@ -259,43 +259,37 @@ def print_report(request: Request) -> None:
 def print_curve(request: Request) -> None:
     """Print tokens/s per GPU from 1 to MOST_RANKS GPUs, "-" where nothing fits; if --curve is a PNG, draw it."""
     request = replace(request, cfg=replace(request.cfg, strategies=request.cfg.strategies or CURVE))
-    sizes, rates = dict[str, dict[int, float]](), dict[str, dict[int, float]]()  # strategy -> GPUs -> GB; tokens/s
     counts = [2**power for power in range(MOST_RANKS.bit_length())]
+    rates = dict[str, dict[int, float]]()  # strategy -> GPUs -> tokens/s
     for ranks in counts:
-        found = request.at(ranks).candidates()
-        for best in best_of_each(found):
-            name = best.strategy.name.replace("single", "ddp")  # on one GPU, DDP is one process
-            least = min(c.memory for c in found if c.strategy == best.strategy)
-            sizes.setdefault(name, {})[ranks] = least / 1e9
-            rates.setdefault(name, {}).update({ranks: best.tokens_per_second() / ranks} if best.spare() >= 0 else {})
+        for best in best_of_each(request.at(ranks).candidates()):
+            line = rates.setdefault(best.strategy.name.replace("single", "ddp"), {})  # on one GPU, DDP is one process
+            if best.spare() >= 0:
+                line[ranks] = best.tokens_per_second() / ranks
     rows = [
-        [f"{ranks:,}", *(f"{row[ranks]:,.0f}" if ranks in row else "-" for row in rates.values())] for ranks in counts
+        [f"{ranks:,}", *(f"{line[ranks]:,.0f}" if ranks in line else "-" for line in rates.values())]
+        for ranks in counts
     ]
-    request = request.at(MOST_RANKS)
-    title = header(request)
+    title = header(request.at(MOST_RANKS))
     print(title, "tokens/s per GPU", align([["GPUs", *rates], *rows], ()), sep="\n\n")
     if (file := request.cfg.curve) != "table":
-        draw(title, request.cfg, rates, sizes).savefig(file)
+        draw(title, rates).savefig(file)
         print(f"\n{file}")
 
 
-def draw(title: str, system: Machines, rates: dict[str, dict[int, float]], sizes: dict[str, dict[int, float]]) -> Any:
-    """A matplotlib figure: both tables of print_curve over the number of GPUs."""
-    figure, limit = new_figure(8, 6.5), system.gpu_memory
-    speed, memory = figure.subplots(2, 1, sharex=True)
-    for axes, lines in ((speed, rates), (memory, sizes)):
-        for number, (name, line) in enumerate(lines.items()):
-            axes.plot(list(line), list(line.values()), marker=".", label=name if line else None, **line_style(number))
-    memory.loglog([1, MOST_RANKS], [limit, limit], "0.4", base=2, label=f"one {system.device}")
-    speed.set_ylim(0)
-    memory.set_xlabel("GPUs")
-    for axes, caption in ((speed, "tokens/s per GPU, where it fits"), (memory, "GB per GPU, smallest micro-batch")):
-        axes.xaxis.set_major_formatter("{x:,g}")
-        axes.yaxis.set_major_formatter("{x:,g}")
-        axes.set_title(caption, fontsize=10, loc="left")
-        style_axes(axes)
-        label_ends(axes)
-    figure.suptitle("; ".join(title.splitlines()[:2]), fontsize=9)
+def draw(title: str, rates: dict[str, dict[int, float]]) -> Any:
+    """A matplotlib figure of the table of print_curve."""
+    figure = new_figure(8, 4)
+    axes = figure.add_subplot(xlabel="GPUs", ylabel="tokens/s per GPU, where it fits")
+    for number, (name, line) in enumerate(rates.items()):
+        axes.plot(list(line), list(line.values()), marker=".", label=name if line else None, **line_style(number))
+    axes.set_ylim(0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.set_title("; ".join(title.splitlines()[:2]), fontsize=9)
+    style_axes(axes)
+    label_ends(axes)
     return figure
 
 

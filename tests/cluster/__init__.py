@@ -141,9 +141,10 @@ class Cluster:
             time.sleep(0.1)
         raise AssertionError(f"{host.name} cannot be reached: {done.stderr}")
 
-    def hostfile(self, slots: int, by: str = "name") -> Path:
+    def hostfile(self, slots: int, by: str = "name", hosts: list[Host] | None = None) -> Path:
+        """hosts: some of them, by default all."""
         path = self.folder / "hostfile"
-        path.write_text("".join(f"{getattr(host, by)} slots={slots}\n" for host in self.hosts))
+        path.write_text("".join(f"{getattr(host, by)} slots={slots}\n" for host in hosts or self.hosts))
         return path
 
     def left(self) -> dict[str, list[int]]:
