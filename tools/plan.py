@@ -287,7 +287,7 @@ def draw(title: str, rates: dict[str, dict[int, float]]) -> Any:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_major_formatter("{x:,g}")
-    axes.set_title("; ".join(title.splitlines()[:2]), fontsize=9)
+    axes.set_title("; ".join(title.splitlines()[:2]), fontsize=9, loc="left")
     style_axes(axes)
     label_ends(axes)
     return figure
