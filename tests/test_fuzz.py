@@ -37,7 +37,7 @@ from tools.convert import convert
 from tools.convert_read import open_source
 from training import deepspeed_config, distributed, figures
 from training.batches import Batches
-from training.checkpoint import METADATA, OWN_CHECKSUM, Checkpoints, metadata_checksum
+from training.checkpoint import METADATA, OWN_CHECKSUM, Checkpoints
 from training.config import PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig
 from training.deepspeed_engine import own_swap_folders
@@ -145,7 +145,7 @@ def deepspeed_jsons(folder: Path) -> Target:
 
 
 def checkpoint_jsons(folder: Path) -> Target:
-    """Their own checksums are made right again."""
+    """Their own checksums are never removed: without one, only a file of an early version is accepted."""
     run_folder(folder / "run", SMALL)
     newest, about = Checkpoints(str(folder / "run")).newest()
     shutil.copytree(newest, newest.with_name("step_000001"))
@@ -170,8 +170,7 @@ def checkpoint_jsons(folder: Path) -> Target:
     }
 
     def with_own_checksum(tree: Any) -> str:
-        own = {OWN_CHECKSUM: metadata_checksum(tree)} if isinstance(tree, dict) and OWN_CHECKSUM in tree else {}
-        return json.dumps({**tree, **own} if own else tree)
+        return json.dumps({**tree, OWN_CHECKSUM: about[OWN_CHECKSUM]} if isinstance(tree, dict) else tree)
 
     def read(value: tuple[str, Case]) -> None:
         (newest / METADATA).write_bytes(value[1].content)

@@ -29,7 +29,7 @@ from model import GPT, GPTConfig
 from tools.convert_read import ADAMW_KINDS, HEADER, MODEL_ARGS, NANOGPT_FILE, Metadata, open_source, recognize
 from tools.terminal import make_parser
 from training import distributed
-from training.checkpoint import Checkpoints, Saver, disk_errors, sync
+from training.checkpoint import Checkpoints, Saver, save, sync
 from training.config import TrainConfig
 from training.errors import ConfigError, UserError
 from training.model_state import TIED, WEIGHT, SavedState, model_shapes
@@ -144,8 +144,8 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: st
         "best_val_loss": 1e9 if loss is None else loss,  # 1e9: where nanoGPT starts
         "config": metadata["settings"],
     }
-    with path.open("wb") as file, disk_errors():
-        torch.save(state, file)
+    with path.open("wb") as file:
+        save(state, file, crc32=True)
     if metadata["model"]["gelu"] == "none":
         return []
     return ["the weights were trained with the tanh GELU; nanoGPT computes the exact one, so its loss differs slightly"]

@@ -15,7 +15,7 @@ from torch.serialization import safe_globals
 
 from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Ranks
-from training.model_state import TIED, WEIGHT, SavedState, find_step, fresh_state, from_whole, optimizer_kinds, reading
+from training.model_state import TIED, WEIGHT, SavedState, find_step, fresh_state, from_whole, moments, reading
 
 # Part of a parameter in a rank's flat partition: (name, first element in the parameter, in the partition, elements)
 Slice = tuple[str, int, int, int]
@@ -64,8 +64,7 @@ def add_stages_1_and_2(saved: SavedState, ranks: list[dict[str, Any]]) -> None:
         saved.step = find_step(states)
         for number, places in enumerate(state_of_rank["param_slice_mappings"]):
             flat = {WEIGHT: state_of_rank["single_partition_of_fp32_groups"][number].detach()}
-            state = states.get(number, {})
-            flat |= {kind: state[kind] for kind in optimizer_kinds(state)}
+            flat |= moments(states.get(number, {}))
             for name, place in places.items():
                 for kind, tensor in flat.items():
                     piece = tensor[place.start : place.start + place.numel]
@@ -90,8 +89,7 @@ def flat_groups(folder: Path, metadata: dict, rank: int, state: dict, model: dic
     """The tensors of a rank's sub-groups under ZeRO-3, by kind; of what is on NVMe, DeepSpeed saves copies."""
     swapped = model.get("sub_groups") or [("", 0)] * len(state["fp32_flat_groups"])
     for number, (flat, (name, numel)) in enumerate(zip(state["fp32_flat_groups"], swapped, strict=True)):
-        inner = state["optimizer_state_dict"]["state"].get(number, {})
-        group = {WEIGHT: flat.detach(), **{kind: inner[kind] for kind in optimizer_kinds(inner)}}
+        group = {WEIGHT: flat.detach(), **moments(state["optimizer_state_dict"]["state"].get(number, {}))}
         for kind, tensor in group.items():
             if numel and not len(tensor):
                 file = f"{name}.tensor.swp" if kind == WEIGHT else f"{kind}-{name}.tensor.swp"
