@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.dataset import SPLITS, shown
+from data.dataset import SPLITS
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         for split in ("val", "train"):
             Path(self.files[split].name).replace(self.folder / f"{split}.bin")
         counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
-        print(f"{shown(self.folder)}: {counts}, vocabulary {self.tokenizer.vocab_size:,}")
+        print(f"{self.folder}: {counts}, vocabulary {self.tokenizer.vocab_size:,}")
 
 
 def tokenize_files(

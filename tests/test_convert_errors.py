@@ -182,7 +182,7 @@ def test_a_ckpt_with_other_contents_is_refused(tmp_path, changes, told):
     assert told in text and "ckpt.pt" in text
 
 
-@pytest.mark.parametrize("header", [{"step": '"x"'}, {"model": "[" * 10**5}, {"model": "3"}, {"step": "{"}])
+@pytest.mark.parametrize("header", [{"model": "[" * 10**5}, {"model": "3"}, {"step": "{"}])
 def test_a_header_with_other_contents_is_refused(kept, tmp_path, header):
     with safe_open(kept / "w.safetensors", framework="pt") as file:
         save_file({TIED: torch.ones(1)}, tmp_path / "w.safetensors", {**file.metadata(), **header})

@@ -9,6 +9,7 @@ import sys
 import time
 from itertools import chain
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow
@@ -145,6 +146,7 @@ def test_files_of_the_hub_are_downloaded_and_deleted_at_the_end(tmp_path, parque
             (Path(local_dir) / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(parquet / Path(name).name, Path(local_dir) / name)
 
+    monkeypatch.setattr("huggingface_hub.get_session", MagicMock())
     monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr("sys.argv", ["prepare.py", "--out", str(out), "--files", "4"])

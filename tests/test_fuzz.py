@@ -79,7 +79,7 @@ def parse_as_scripts_do(cls: Any, argv: list[str]) -> Any:
 
 
 def config_files(folder: Path) -> Target:
-    odd = st.sampled_from(["10**5000", "1e999", "'a'", "None", "[]", "lambda: 0", "batch_size", "1/0", "'\\0'"])
+    odd = st.sampled_from(["10**500", "1e999", "'a'", "None", "[]", "lambda: 0", "batch_size", "1/0"])
     names = st.sampled_from([*KEYS, "_a", "n_heads", "dtype.x", "a b"])
     line = st.builds("{} = {}".format, names, scalars.map(repr) | odd)
     recipes = [damaged(Case(path.name, path.read_bytes())) for path in sorted((ROOT / "config").glob("train_[ds]*.py"))]

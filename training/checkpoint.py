@@ -160,11 +160,7 @@ def find_corruption(path: Path, ranks: Ranks = SINGLE_PROCESS) -> str | None:
     metadata = read_metadata(path)
     mine = list(metadata.get("crc32", {}).items())[ranks.rank :: ranks.world_size]
     for name, crc in ranks.progress(mine, "verifying"):
-        try:
-            actual = checksum(path / name)[1]
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if actual != crc:
+        if (actual := checksum(path / name)[1]) != crc:
             return f"{name} does not match its checksum (CRC-32 {actual}, written as {crc})"
     return None
 

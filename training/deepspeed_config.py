@@ -28,7 +28,6 @@ FROM_SETTINGS = {
     "optimizer.params.lr": "learning_rate",
     "optimizer.params.weight_decay": "weight_decay",
 }
-SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,9 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     for block in nvme_blocks(config):
         block["nvme_path"] = cfg.nvme_path or block.get("nvme_path", "")
     adapt(config, ranks.device)
-    problems += check(config, cfg, model, ranks)
+    problems += (problem for _, problem in check_keys(config, auto=False))
+    problems += check_blocks(config, cfg, ranks)
+    problems += check_offload(config, model, ranks)
     if problems:
         raise ConfigError(list_problems(problems, f"in {cfg.deepspeed_config}"))
     for block in nvme_blocks(config):
@@ -210,28 +211,19 @@ def swap_folder(disk: str, cfg: TrainConfig) -> Path:
     return Path(disk) / f"{path.name}-{zlib.crc32(os.fsencode(path)):08x}"
 
 
-def check(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
-    """Each problem of a JSON whose "auto" values are filled in, with its fix."""
-    yield from (problem for _, problem in check_keys(config, auto=False))
-    yield from check_blocks(config, cfg, ranks)
-    yield from check_offload(config, model, ranks)
-
-
 def check_blocks(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
     on_cpu, partitioned = ranks.device.type == "cpu", dotted(config, "zero_optimization.stage")
     if dotted(config, "fp16.enabled") and on_cpu and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         yield 'fp16.enabled = true: not supported by this CPU; write "bf16": {"enabled": true} instead'
     if dotted(config, "torch_autocast.dtype") == "float16" and partitioned:
         yield "torch_autocast.dtype = 'float16': under ZeRO, DeepSpeed clips scaled gradients; use fp16 instead"
-    optimizer, scheduler = dotted(config, "optimizer.type"), dotted(config, "scheduler.type")
+    optimizer = dotted(config, "optimizer.type")
     if "optimizer" in config and optimizer not in ("Adam", "AdamW"):
         yield f"optimizer.type = {optimizer!r}: must be AdamW; another optimizer goes to training/optim.py"
     if dotted(config, "optimizer.params.adam_w_mode") is False:
         yield "optimizer.params.adam_w_mode = false: selects Adam with L2 regularization, not AdamW; remove it"
     if dotted(config, "optimizer.params.fused") is not None and not dotted(config, "optimizer.params.torch_adam"):
         yield 'optimizer.params.fused: is a setting of torch\'s AdamW; write "torch_adam": true, or remove it'
-    if "scheduler" in config and scheduler not in SCHEDULERS:
-        yield f"scheduler.type = {scheduler!r}: must be one of {', '.join(SCHEDULERS)}; or remove it to use ours"
     block = config.get("activation_checkpointing", {})
     if block and not cfg.activation_checkpointing:
         yield "activation_checkpointing: contradicts activation_checkpointing = False in the settings; remove the block"
@@ -268,8 +260,8 @@ def check_values(config: Json, parse: type, path: str) -> None:
                 problems.append(f"{place} = {problem['input']!r:.80}: {problem['msg']}")
             if not (name or problems):
                 problems.append(str(error).partition("\n")[0])
-    if "scheduler" in config:
-        make = getattr(import_module("deepspeed.runtime.lr_schedules"), config["scheduler"]["type"])
+    if scheduler := dotted(config, "scheduler.type"):
+        make = getattr(import_module("deepspeed.runtime.lr_schedules"), scheduler)
         try:
             make(torch.optim.AdamW([torch.zeros(1)]), **config["scheduler"]["params"]).step()
         except Exception as error:

@@ -42,7 +42,7 @@ KEYS: Json = {
             **dict(torch_adam=True, fused=True, adam_w_mode=True, fp32_optimizer_states=True),
         },
     },
-    "scheduler": dict(type="WarmupLR", params={}),
+    "scheduler": dict(type=("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"), params={}),
     "timers": dict(throughput=dict(enabled=True, synchronized=True)),
     "torch_autocast": dict(enabled=True, dtype="bfloat16"),
     "zero_optimization": {  # DeepSpeed checks the other keys; these are read before

@@ -1,8 +1,7 @@
 """How ZeRO lays out the model state: reading its checkpoints without DeepSpeed, and filling an engine from any.
 
-Each rank fills its own partition from any checkpoint. DeepSpeed's own load_checkpoint runs any code in a file, reads
-only what the same stage wrote on as many ranks, and nothing from NVMe. Its universal checkpoints need a conversion,
-which loses weight decay and step counts under ZeRO-3 (0.19.8).
+Each rank fills its own partition from any checkpoint. DeepSpeed's own load_checkpoint runs any code in a file, and
+reads only what the same stage wrote on as many ranks; its universal checkpoints need a conversion.
 """
 
 from collections.abc import Iterator

@@ -69,7 +69,10 @@ def find_folder(source: str) -> Path:
 
     try:
         for file in ("config.json", WEIGHTS):
-            path = hub.hf_hub_download(HUB[source], file)
+            path: Any = hub.try_to_load_from_cache(HUB[source], file)
+            if not isinstance(path, str):
+                hub.get_session().head(hub.constants.ENDPOINT, timeout=5)  # without a network, it fails at once
+                path = hub.hf_hub_download(HUB[source], file)
     except Exception as error:  # the exceptions of its HTTP library change from version to version
         fix = f"without a network, get {FILES} of {HUB[source]} elsewhere; give their folder instead of {source}"
         raise UserError(f"{source!r} cannot be downloaded ({type(error).__name__}); {fix}") from None

@@ -31,6 +31,7 @@ def download_parquet(repository: str, folder: str, count: int, target: Path) -> 
     import huggingface_hub as hub
 
     try:
+        hub.get_session().head(hub.constants.ENDPOINT, timeout=5)  # without a network, it fails at once
         for revision in ("main", "refs/convert/parquet"):
             names = hub.list_repo_files(repository, repo_type="dataset", revision=revision)
             names = sorted(n for n in names if n.startswith(f"{folder}/") and n.endswith(".parquet"))[: count or None]
