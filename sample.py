@@ -5,14 +5,10 @@ python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
 """
 
 import math
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
 
 import numpy as np
 import torch

@@ -4,8 +4,6 @@
 # The model and the learning rate are the defaults, as in nanoGPT: python train.py --help
 
 out_dir = 'out-gpt2'
-wandb_run_name = 'gpt2-124M'
-dataset = 'openwebtext'
 gradient_accumulation_steps = 6 * 8  # over all ranks: 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48
 batch_size = 10
 block_size = 1024  # 48 * 10 * 1024 = 491,520 tokens per step, as nanoGPT's 40 * 12 * 1024

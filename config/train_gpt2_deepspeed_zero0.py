@@ -2,5 +2,4 @@
 #   ./launch_deepspeed_zero0.sh 8 config/train_gpt2_deepspeed_zero0.py
 from config.train_gpt2 import *
 out_dir = 'out-gpt2-zero0'
-wandb_run_name = 'gpt2-124M-zero0'
 deepspeed_config = 'deepspeed_configs/zero0_config.json'

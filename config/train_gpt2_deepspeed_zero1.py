@@ -2,5 +2,4 @@
 #   ./launch_deepspeed_zero1.sh 8 config/train_gpt2_deepspeed_zero1.py
 from config.train_gpt2 import *
 out_dir = 'out-gpt2-zero1'
-wandb_run_name = 'gpt2-124M-zero1'
 deepspeed_config = 'deepspeed_configs/zero1_config.json'

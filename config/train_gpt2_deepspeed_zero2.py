@@ -2,5 +2,4 @@
 #   ./launch_deepspeed_zero2.sh 8 config/train_gpt2_deepspeed_zero2.py
 from config.train_gpt2 import *
 out_dir = 'out-gpt2-zero2'
-wandb_run_name = 'gpt2-124M-zero2'
 deepspeed_config = 'deepspeed_configs/zero2_config.json'

@@ -2,5 +2,4 @@
 #   ./launch_deepspeed_zero3.sh 8 config/train_gpt2_deepspeed_zero3.py
 from config.train_gpt2 import *
 out_dir = 'out-gpt2-zero3'
-wandb_run_name = 'gpt2-124M-zero3'
 deepspeed_config = 'deepspeed_configs/zero3_config.json'

@@ -3,9 +3,6 @@
 #   With 40 GB: --batch_size=3 --gradient_accumulation_steps=160 --activation_checkpointing=True
 from config.train_gpt2 import *
 out_dir = 'out-gpt2-large'
-wandb_run_name = 'gpt2-large'
-gradient_accumulation_steps = 48
-batch_size = 10  # 48 * 10 * 1024 = 491,520 tokens per step, as for 124M
 n_layer = 36
 n_head = 20
 n_embd = 1280

@@ -2,7 +2,6 @@
 #   ./launch_traditional_ddp.sh 8 config/train_gpt2_medium.py
 from config.train_gpt2 import *
 out_dir = 'out-gpt2-medium'
-wandb_run_name = 'gpt2-medium'
 gradient_accumulation_steps = 80
 batch_size = 6  # 80 * 6 * 1024 = 491,520 tokens per step, as for 124M
 n_layer = 24

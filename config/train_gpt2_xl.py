@@ -3,7 +3,6 @@
 #   With 40 GB: ./launch_fsdp.sh, --batch_size=2 --gradient_accumulation_steps=240 --activation_checkpointing=True
 from config.train_gpt2 import *
 out_dir = 'out-gpt2-xl'
-wandb_run_name = 'gpt2-xl'
 gradient_accumulation_steps = 80
 batch_size = 6  # 80 * 6 * 1024 = 491,520 tokens per step, as for 124M
 n_layer = 48

@@ -1,11 +1,7 @@
 # A character-level GPT on Tiny Shakespeare.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py
-# Val loss reaches about 1.47 after 2,000 steps; after that it overfits. On a CPU, train the smaller model of nanoGPT's
-# CPU recipe (val loss about 1.88):
-#   python train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=50 \
-#       --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 \
-#       --dropout=0.0
+# Val loss reaches about 1.47 after 2,000 steps; after that it overfits. README.md has a smaller model for a CPU.
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'

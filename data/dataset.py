@@ -40,17 +40,12 @@ def open_dataset(folder: Path) -> Dataset:
         except DataError as error:
             raise DataError(f"{error}; prepare it again") from None
     if script.is_file():
-        raise DataError(f"data set {folder.name!r} is not prepared; run: python {shown(script)}")
+        raise DataError(f"data set {folder.name!r} is not prepared; run: python {script}")
     if folder.exists():
         raise DataError(f"{folder} is not a data set: it must contain train.bin and val.bin")
     names = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     hint = did_you_mean(folder.name, names) or "; to make one from your own text: python data/text/prepare.py --help"
-    raise DataError(f"there is no data set {shown(folder)}{hint}")
-
-
-def shown(path: Path) -> str:
-    """The path relative to the repository, if it is inside."""
-    return str(path.relative_to(DATA_FOLDER.parent) if path.is_relative_to(DATA_FOLDER.parent) else path)
+    raise DataError(f"there is no data set {folder}{hint}")
 
 
 def read_dataset(folder: Path) -> Dataset:

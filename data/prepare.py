@@ -2,10 +2,8 @@
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.dataset import SPLITS, shown
+from data.dataset import SPLITS
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 
@@ -40,9 +38,9 @@ def run(main: Callable[[argparse.ArgumentParser], None], script: str, descriptio
 class Writer(contextlib.AbstractContextManager["Writer"]):
     """Writes train.bin, val.bin and meta.json. An existing data set is replaced only when the `with` block ends."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, source: Any, is_part: bool = False):
+    def __init__(self, folder: Path, tokenizer: Tokenizer, source: Any):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.tokenizer, self.source, self.is_part = folder, tokenizer, source, is_part
+        self.folder, self.tokenizer, self.source = folder, tokenizer, source
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.files = {split: (folder / f".{split}.bin.unfinished").open("wb") for split in SPLITS}
 
@@ -68,7 +66,7 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         """Rename the files. train.bin is the last: without it, the data set counts as not prepared."""
         tokens = {split: file.tell() // self.dtype.itemsize for split, file in self.files.items()}
         for split, file in self.files.items():
-            if not (tokens[split] or self.is_part):  # a part of a data set may be empty
+            if not tokens[split]:
                 raise DataError(f"{self.source}: too little text, {split}.bin would be empty; add more text")
             file.flush()
             os.fsync(file.fileno())
@@ -78,15 +76,14 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for split in ("val", "train"):
             Path(self.files[split].name).replace(self.folder / f"{split}.bin")
-        if not self.is_part:
-            counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
-            print(f"{shown(self.folder)}: {counts}, vocabulary {self.tokenizer.vocab_size:,}")
+        counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
+        print(f"{self.folder}: {counts}, vocabulary {self.tokenizer.vocab_size:,}")
 
 
 def tokenize_files(
     files: list[Path], out: Path, source: str, tokenizer: Tokenizer, val_fraction: float, field: str = "text"
 ) -> None:
-    """Write the data set of all files to `out`. A rerun keeps the files that are finished, each below out/shards.
+    """Write the data set of all files to `out`.
 
     Up to 100 plain text files are split by position: the last part of each is for validation. field: column or key of
     the text in .parquet and .jsonl.
@@ -95,22 +92,12 @@ def tokenize_files(
     by_position = len(files) <= 100 and all(READERS[file.suffix] is read_plain for file in files)
     with ThreadPoolExecutor() as pool, Writer(out, tokenizer, source) as writer:
         for file in tqdm(files, unit="file", disable=None):  # hidden unless stderr is a terminal
-            # A shard is found by all that its tokens depend on.
-            settings = (file, val_fraction, field, by_position)
-            key = repr((tokenizer.describe(), settings, file.stat().st_size, file.stat().st_mtime))
-            shard = out / "shards" / hashlib.sha256(key.encode()).hexdigest()[:32]
-            if not (shard / "train.bin").exists():
-                documents = split_documents(*settings)
-                with Writer(shard, tokenizer, str(file), is_part=True) as part:
-                    while batch := list(islice(documents, BATCH_DOCUMENTS)):
-                        # Threads suffice: tiktoken and NumPy release the interpreter lock.
-                        encoded = pool.map(tokenizer.encode, (text for _, text in batch))
-                        for (split, _), ids in zip(batch, encoded, strict=True):
-                            part.write(split, ids)
-            for split in SPLITS:
-                with (shard / f"{split}.bin").open("rb") as tokens:
-                    shutil.copyfileobj(tokens, writer.files[split], 2**20)
-    shutil.rmtree(out / "shards")
+            documents = split_documents(file, val_fraction, field, by_position)
+            while batch := list(islice(documents, BATCH_DOCUMENTS)):
+                # Threads suffice: tiktoken and NumPy release the interpreter lock.
+                encoded = pool.map(tokenizer.encode, (text for _, text in batch))
+                for (split, _), ids in zip(batch, encoded, strict=True):
+                    writer.write(split, ids)
 
 
 def split_documents(file: Path, val_fraction: float, field: str, by_position: bool) -> Iterator[tuple[str, str]]:

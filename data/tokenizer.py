@@ -20,7 +20,6 @@ TIKTOKEN = {
     "cl100k_base": (100277, 100257),
     "o200k_base": (200019, 199999),
 }
-DOWNLOAD_SECONDS = 120  # a BPE file has up to 4 MB
 
 
 class ByteTokenizer:
@@ -72,14 +71,11 @@ class BPETokenizer:
     @cached_property
     def encoding(self) -> Any:
         """The tiktoken.Encoding, loaded at first use. Raises DataError if its BPE file cannot be downloaded."""
-        import multiprocessing.pool
-
         import tiktoken
 
         try:
-            with multiprocessing.pool.ThreadPool(1) as pool:  # tiktoken itself sets no time limit
-                return pool.apply_async(tiktoken.get_encoding, [self.name]).get(DOWNLOAD_SECONDS)
-        except (OSError, ValueError, multiprocessing.TimeoutError) as error:  # ValueError: a wrong file
+            return tiktoken.get_encoding(self.name)
+        except (OSError, ValueError) as error:  # ValueError: a wrong file
             fix = "without a network, set TIKTOKEN_CACHE_DIR to a copy of the cache folder of a machine that has one"
             raise DataError(f"cannot download {self.name!r} from OpenAI ({type(error).__name__}); {fix}") from None
 

@@ -164,15 +164,6 @@ def test_a_ckpt_that_was_packed_again_is_read_right(kept, tmp_path):
         assert_same(open_source(str(tmp_path / name))[0], model, optimizer)
 
 
-def test_a_tensor_that_was_cut_off_and_packed_again_is_refused(tmp_path):
-    """Its CRC-32 is right; mapped, it would go on into the next tensor."""
-    nanogpt_file(tmp_path / "ckpt.pt")
-    with zipfile.ZipFile(tmp_path / "ckpt.pt") as old, zipfile.ZipFile(tmp_path / "cut.pt", "w") as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry)[: 9999 if entry.filename.endswith("data/0") else None])
-    assert "record size (9999 bytes) does not match expected size (40960" in refused(tmp_path / "cut.pt", tmp_path)
-
-
 @pytest.mark.parametrize(
     "changes, told",
     [
@@ -191,7 +182,7 @@ def test_a_ckpt_with_other_contents_is_refused(tmp_path, changes, told):
     assert told in text and "ckpt.pt" in text
 
 
-@pytest.mark.parametrize("header", [{"step": '"x"'}, {"model": "[" * 10**5}, {"model": "3"}, {"step": "{"}])
+@pytest.mark.parametrize("header", [{"model": "[" * 10**5}, {"model": "3"}, {"step": "{"}])
 def test_a_header_with_other_contents_is_refused(kept, tmp_path, header):
     with safe_open(kept / "w.safetensors", framework="pt") as file:
         save_file({TIED: torch.ones(1)}, tmp_path / "w.safetensors", {**file.metadata(), **header})
@@ -226,14 +217,6 @@ def test_a_file_of_torch_before_1_6_that_was_cut_off(tmp_path, length):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(CheckpointError, match=r"old.pt (cannot be read|is damaged|.* of no known format)"):
         open_source(str(path))
-
-
-def test_entries_of_one_name_are_refused(tmp_path):
-    nanogpt_file(tmp_path / "ckpt.pt")
-    with zipfile.ZipFile(tmp_path / "ckpt.pt", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
-        archive.writestr(archive.namelist()[-1], b"other")
-    with pytest.raises(CheckpointError, match="entries with equal names"):
-        open_source(str(tmp_path / "ckpt.pt"))
 
 
 def test_nan_is_not_equal(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -30,11 +29,10 @@ def error_of(folder) -> str:
 
 
 def test_a_data_set_that_is_not_prepared(tmp_path):
-    missing = "prepared: not tested here" if (ROOT / "data" / "openwebtext" / "train.bin").exists() else ""
-    if not missing:
-        expected = "data set 'openwebtext' is not prepared; run: python data/openwebtext/prepare.py"
-        assert error_of(ROOT / "data" / "openwebtext") == expected
-    assert error_of(ROOT / "data" / "shakespear") == "there is no data set data/shakespear; did you mean shakespeare?"
+    known, unknown = ROOT / "data" / "openwebtext", ROOT / "data" / "shakespear"
+    if not (known / "train.bin").exists():
+        assert error_of(known) == f"data set 'openwebtext' is not prepared; run: python {known / 'prepare.py'}"
+    assert error_of(unknown) == f"there is no data set {unknown}; did you mean shakespeare?"
     assert "; to make one from your own text: python data/text/prepare.py" in error_of(ROOT / "data" / "xyzxyz")
     assert error_of(tmp_path).startswith(f"{tmp_path} is not a data set: it must contain train.bin and val.bin")
 
@@ -142,11 +140,6 @@ def test_bad_options(tmp_path, arguments, message):
     assert "b: no .txt, .md, .jsonl, .parquet file there" in prepare("text", "--input", tmp_path / "b", "--name", "x")
 
 
-def test_a_negative_number_of_files_is_refused(tmp_path):
-    text = prepare("openwebtext", "--input", tmp_path, "--out", tmp_path, "--files", "-1")
-    assert text == "error: --files -1: must be a number of files, or 0 for all\n"
-
-
 @pytest.mark.parametrize(
     "name, known, hint",
     [("zero_2", ["zero2", "ddp"], "; did you mean zero2?"), ("x", ["zero2"], ""), ("", [], "")],
@@ -186,7 +179,7 @@ def test_types_of_parsed_json(value, types, problem):
     ],
 )
 def test_no_network_is_reported_at_once(tmp_path, command, download, fix):
-    """Through a proxy that is not there. The hub's own retries would take 23 s."""
+    """Through a proxy that is not there. The hub's own retries take 23 s."""
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     caches = dict.fromkeys(("HOME", "HF_HOME", "TIKTOKEN_CACHE_DIR"), str(tmp_path))
     out = ["--out", tmp_path / "out"] if command.startswith("data/") else []
@@ -202,17 +195,6 @@ def test_no_network_is_reported_at_once(tmp_path, command, download, fix):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert download in done.stderr and fix in done.stderr
     assert time.monotonic() - start < 20
-
-
-def test_a_download_without_an_answer_ends(tmp_path, monkeypatch):
-    """Through a proxy that lets in and never answers."""
-    monkeypatch.setattr(tokenizer, "DOWNLOAD_SECONDS", 0.5)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        for name in ("http_proxy", "https_proxy"):
-            monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(DataError, match=r"cannot download 'r50k_base' from OpenAI \(TimeoutError\); without a net"):
-            tokenizer.BPETokenizer("r50k_base").encode("text")
 
 
 @pytest.mark.parametrize("start", ["\udcff", "FILE:\0", "FILE:/", "FILE:\udcff"])

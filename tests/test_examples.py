@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,44 +68,21 @@ def test_a_new_model_is_trained_in_partitions_and_converted_to_a_run(tmp_path, d
     assert done.returncode == 0 and done.stdout.startswith("the "), done.stderr
 
 
-@pytest.mark.parametrize("package", ["transformers", "accelerate"])
-def test_a_missing_package_is_named(tmp_path, data, package):
-    """In a process whose path begins with a package that cannot be imported."""
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text(f"raise ImportError('No module named {package}')")
-    env = {"PYTHONPATH": str(tmp_path)}
-    error = message(run(EXAMPLE, fresh=True, env=env, dataset=data, output_dir=tmp_path / "out"))
-    assert package in error and error.endswith("; pip install -r requirements-test.txt")
-
-
 def test_a_users_error_is_printed_once(tmp_path):
     error = message(run(EXAMPLE, ranks=2, dataset="shakespear", deepspeed=zero_json("zero3"), output_dir=tmp_path))
-    assert error.startswith("there is no data set data/shakespear; did you mean shakespeare?")
-
-
-def test_a_block_longer_than_the_data_is_refused(tmp_path, make_data):
-    error = message(run(EXAMPLE, dataset=make_data([0, 1] * 100), block_size=201, output_dir=tmp_path / "out"))
-    assert error == "block_size = 201: must be 1 to 200, the number of tokens in train.bin"
+    assert re.match("there is no data set /.*/data/shakespear; did you mean shakespeare[?]", error)
 
 
 @pytest.mark.parametrize(
     "wrong, error",
     [
-        ({"deepspeed": "zero2.json"}, "Received: zero2.json; --help lists all arguments"),
-        ({"learningrate": 1}, "['--learningrate=1']; --help lists all arguments"),
-        ({"max_steps": "x"}, "argument --max_steps/--max-steps: invalid int value: 'x'; --help lists all arguments"),
-        ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16 can be True"),
         ({"block_size": 33}, "model = '{weights}': lower block_size to 32, the data set's ids to 257"),
         ({"dataset": "{large}"}, "model = '{weights}': lower block_size to 32, the data set's ids to 257"),
-        ({"model": "{nowhere}"}, "model = '{nowhere}' cannot be loaded: "),
-        ({"model": "{damaged}"}, "model = '{damaged}' cannot be loaded: Error while deserializing header"),
     ],
 )
-def test_bad_arguments(tmp_path, data, weights, make_data, monkeypatch, wrong, error):
-    damaged = shutil.copytree(weights, tmp_path / "damaged")
-    (damaged / "model.safetensors").write_bytes((weights / "model.safetensors").read_bytes()[:-9])
+def test_a_model_that_does_not_fit(tmp_path, data, weights, make_data, monkeypatch, wrong, error):
     large = make_data([0, 299] * 100, vocab_size=300)
-    names = {"weights": weights, "large": large, "nowhere": tmp_path / "nowhere", "damaged": damaged}
+    names = {"weights": weights, "large": large}
     given = {**SETTINGS, "dataset": data, "output_dir": tmp_path, "model": weights, **wrong}
     line = [EXAMPLE, *(f"--{k}={v}".format(**names) for k, v in given.items())]
     monkeypatch.setattr("sys.argv", line)

@@ -37,7 +37,7 @@ from tools.convert import convert
 from tools.convert_read import open_source
 from training import deepspeed_config, distributed, figures
 from training.batches import Batches
-from training.checkpoint import METADATA, OWN_CHECKSUM, Checkpoints, metadata_checksum
+from training.checkpoint import METADATA, OWN_CHECKSUM, Checkpoints
 from training.config import PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig
 from training.deepspeed_engine import own_swap_folders
@@ -79,7 +79,7 @@ def parse_as_scripts_do(cls: Any, argv: list[str]) -> Any:
 
 
 def config_files(folder: Path) -> Target:
-    odd = st.sampled_from(["10**5000", "1e999", "'a'", "None", "[]", "lambda: 0", "batch_size", "1/0", "'\\0'"])
+    odd = st.sampled_from(["10**500", "1e999", "'a'", "None", "[]", "lambda: 0", "batch_size", "1/0"])
     names = st.sampled_from([*KEYS, "_a", "n_heads", "dtype.x", "a b"])
     line = st.builds("{} = {}".format, names, scalars.map(repr) | odd)
     recipes = [damaged(Case(path.name, path.read_bytes())) for path in sorted((ROOT / "config").glob("train_[ds]*.py"))]
@@ -143,7 +143,7 @@ def deepspeed_jsons(folder: Path) -> Target:
 
 
 def checkpoint_jsons(folder: Path) -> Target:
-    """Their own checksums are made right again."""
+    """Their own checksums are never removed: without one, only a file of an early version is accepted."""
     run_folder(folder / "run", SMALL)
     newest, about = Checkpoints(str(folder / "run")).newest()
     shutil.copytree(newest, newest.with_name("step_000001"))
@@ -168,8 +168,7 @@ def checkpoint_jsons(folder: Path) -> Target:
     }
 
     def with_own_checksum(tree: Any) -> str:
-        own = {OWN_CHECKSUM: metadata_checksum(tree)} if isinstance(tree, dict) and OWN_CHECKSUM in tree else {}
-        return json.dumps({**tree, **own} if own else tree)
+        return json.dumps({**tree, OWN_CHECKSUM: about[OWN_CHECKSUM]} if isinstance(tree, dict) else tree)
 
     def read(value: tuple[str, Case]) -> None:
         (newest / METADATA).write_bytes(value[1].content)

@@ -77,16 +77,10 @@ DAMAGES: dict[str, Any] = {
         "[" * 10**5
     ),
     "checkpoint.json cannot be read (AttributeError": lambda folder: (folder / "checkpoint.json").write_text("[]"),
-    "checkpoint.json: 'model' is missing; strategy = 1: must be a string": lambda f: rewrite(
-        f, model="missing", strategy=1
+    "checkpoint.json does not match its own checksum": lambda folder: (folder / "checkpoint.json").write_text(
+        (folder / "checkpoint.json").read_text().replace('"step": 4', '"step": 5')
     ),
-    "checkpoint.json: world_size = []: must be an integer": lambda folder: rewrite(folder, world_size=[]),
-    "checkpoint.json: 'name' is missing": lambda folder: rewrite(folder, tokenizer={}),
-    "checkpoint.json: vocab_size = []: must be an integer": lambda folder: rewrite(
-        folder, model={**metadata()["model"], "vocab_size": []}
-    ),
-    "checkpoint.json cannot be read (KeyError: 'best_val_loss')": lambda f: rewrite(f, best_val_loss="missing"),
-    "checkpoint.json names ../../config.json": lambda folder: rewrite(folder, files={"../../config.json": 1}),
+    "checkpoint.json cannot be read (KeyError: 'model')": lambda folder: rewrite(folder, model="missing"),
 }
 
 
@@ -95,7 +89,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(two, damage, capsys
     older, newer = (two.folder / name for name in STEPS)
     assert two.usable(fall_back=True) == (newer, read_metadata(newer))
     DAMAGES[damage](newer)
-    with pytest.raises(CheckpointError, match=r"step_000004 is damaged: .*\(the run then resumes from step_000003\)"):
+    with pytest.raises(CheckpointError, match=r"step_000004 is damaged: .*; remove that folder to resume"):
         two.newest()
     capsys.readouterr()
     assert two.usable(fall_back=True) == (older, read_metadata(older))
@@ -140,7 +134,6 @@ def test_a_run_goes_on_before_a_flipped_bit_and_replaces_it(tmp_path, data, refe
 
 WRONG_CONTENT: dict[str, dict[str, Any]] = {
     "lists no *mp_rank_00_model_states.pt": {"strategy": "zero2"},
-    "does not hold what its checkpoint.json says": {"strategy": "fsdp"},
     "problems in its parameters: ": {"model": {**metadata()["model"], "n_layer": 3}},
     "its model cannot be built": {"model": {**metadata()["model"], "n_embd": -32}},
 }

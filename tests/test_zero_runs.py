@@ -181,7 +181,7 @@ def test_a_damaged_file_is_named_and_the_previous_checkpoint_offered(trained, da
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:1000])
     told = resume(copy, data, 2, deepspeed_config=zero_json("zero2"))
-    assert f"{shard.name} has 1,000 of {size:,} bytes" in told and "the run then resumes from step_000003" in told
+    assert f"{shard.name} has 1,000 of {size:,} bytes; remove that folder to resume from the one before" in told
     shard.unlink()
     assert f"{shard.name} is missing" in resume(copy, data, 2, deepspeed_config=zero_json("zero2"))
 

@@ -29,7 +29,7 @@ from model import GPT, GPTConfig
 from tools.convert_read import ADAMW_KINDS, HEADER, MODEL_ARGS, NANOGPT_FILE, Metadata, open_source, recognize
 from tools.terminal import make_parser
 from training import distributed
-from training.checkpoint import Checkpoints, Saver, disk_errors, sync
+from training.checkpoint import Checkpoints, Saver, save, sync
 from training.config import TrainConfig
 from training.errors import ConfigError, UserError
 from training.model_state import TIED, WEIGHT, SavedState, model_shapes
@@ -144,11 +144,9 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: st
         "best_val_loss": 1e9 if loss is None else loss,  # 1e9: where nanoGPT starts
         "config": metadata["settings"],
     }
-    with path.open("wb") as file, disk_errors():
-        torch.save(state, file)
-    if metadata["model"]["gelu"] == "none":
-        return []
-    return ["the weights were trained with the tanh GELU; nanoGPT computes the exact one, so its loss differs slightly"]
+    with path.open("wb") as file:
+        save(state, file, crc32=True)
+    return []
 
 
 def write_weights(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
@@ -170,11 +168,9 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write a folder for AutoModelForCausalLM and AutoTokenizer."""
-    config, notes = GPTConfig(**metadata["model"]), []
+    config = GPTConfig(**metadata["model"])
     target.mkdir()
     write_shards(saved, config, target, getattr(torch, dtype))
-    if not config.bias:
-        notes.append("zero biases were added, because a Hugging Face GPT-2 always has them; the logits are the same")
     tokenizer, padding = metadata["tokenizer"], list(range(metadata["vocab_size"], config.vocab_size))
     end_of_text = tokenizer_from(tokenizer).end_of_text if tokenizer else None
     special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
@@ -190,9 +186,9 @@ def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype
     (target / "config.json").write_text(json.dumps({**about, **FIXED_SETTINGS, **special}, indent=2))
     (target / "generation_config.json").write_text(json.dumps(generation))
     if tokenizer and tokenizer["name"] == "gpt2":
-        return notes + write_tokenizer(target, config.block_size)
+        return write_tokenizer(target, config.block_size)
     name = tokenizer["name"] if tokenizer else "unknown"
-    return [*notes, f"no tokenizer files were written: only those of gpt2 are, and the ids are of {name}"]
+    return [f"no tokenizer files were written: only those of gpt2 are, and the ids are of {name}"]
 
 
 def write_shards(saved: SavedState, config: GPTConfig, target: Path, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.serialization import safe_globals
 
-from data.errors import DataError, check_types
+from data.errors import DataError
 from data.tokenizer import tokenizer_from
 from model import GPTConfig
 from training import pretrained
@@ -47,8 +47,6 @@ def open_source(source: str, tokenizer: Metadata | None = None) -> tuple[SavedSt
         saved, metadata = read(path)
         config = GPTConfig(**metadata["model"])
         metadata = {**DEFAULTS, "init_from": source, **metadata, "model": asdict(config)}
-        if problems := check_types(metadata, {"step": int, "settings": dict}):
-            raise TypeError("; ".join(problems))
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         if read is read_run or isinstance(error, (UserError, DataError)):
             raise

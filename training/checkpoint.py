@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.serialization import config as torch_save_config
 from tqdm import tqdm
 
-from data.errors import check_types
 from model import GPTConfig
 from training.distributed import SINGLE_PROCESS, Ranks
 from training.errors import CheckpointError, UserError, count
@@ -35,10 +34,6 @@ FORMAT = 1
 METADATA, OWN_CHECKSUM = "checkpoint.json", "own_crc32"
 UNFINISHED = "unfinished_"
 OWN_NAME = re.compile(r"(unfinished_|removed_)?step_\d+")  # anything else in the folder is left alone
-TYPES = {
-    **{"format": int, "step": int, "model": dict, "tokenizer": dict, "vocab_size": int, "init_from": str},
-    **{"strategy": str, "files": dict},
-}
 CHUNK_BYTES = 2**24
 Checksum = tuple[int, str]  # a file's size in bytes, and its CRC-32 in hexadecimal
 
@@ -111,9 +106,8 @@ class Checkpoints:
             if not damage:
                 return path, metadata[path]
             if not fall_back:
-                others = [other.name for other in finished if other != path and not damages[other]]
-                fallback = f"the run then resumes from {others[-1]}" if others else "no other checkpoint is left"
-                raise CheckpointError(f"{path} is damaged: {damage}; remove that folder ({fallback})")
+                fix = "remove that folder to resume from the one before, if there is one"
+                raise CheckpointError(f"{path} is damaged: {damage}; {fix}")
             if self.ranks.main:
                 print(f"warning: {path} is damaged: {damage}; trying the one before", file=sys.stderr, flush=True)
         if finished:
@@ -150,23 +144,11 @@ def find_damage(path: Path) -> str | None:
             return f"{METADATA} has format {metadata.get('format')}, this code reads {FORMAT}"
         if OWN_CHECKSUM in metadata and metadata[OWN_CHECKSUM] != metadata_checksum(metadata):
             return f"{METADATA} does not match its own checksum"
-        types = TYPES if metadata.get("strategy") == "universal" else {**TYPES, "world_size": int}
-        if not (problems := check_types(metadata, types)):
-            model = {name: type(value) for name, value in vars(GPTConfig()).items() if name in metadata["model"]}
-            problems = check_types(metadata["tokenizer"], {"name": str}) + check_types(metadata["model"], model)
-        if problems:
-            return f"{METADATA}: {'; '.join(problems)}"
         for name, size in metadata["files"].items():
-            if not (path / name).resolve().is_relative_to(path.resolve()):
-                return f"{METADATA} names {name}, which is outside of the folder"
             if not (path / name).exists():
                 return f"{name} is missing"
             if (actual := (path / name).stat().st_size) != size:
                 return f"{name} has {actual:,} of {size:,} bytes"
-        if metadata.get("crc32", metadata["files"]).keys() != metadata["files"].keys():
-            return f"{METADATA} has checksums of other files than it lists"
-        if not isinstance(best := metadata["best_val_loss"], float | int | None):
-            return f"{METADATA}: best_val_loss = {best!r}: must be a number"
         GPTConfig(**metadata["model"])
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         return f"{METADATA} cannot be read ({type(error).__name__}: {error})"
@@ -178,11 +160,7 @@ def find_corruption(path: Path, ranks: Ranks = SINGLE_PROCESS) -> str | None:
     metadata = read_metadata(path)
     mine = list(metadata.get("crc32", {}).items())[ranks.rank :: ranks.world_size]
     for name, crc in ranks.progress(mine, "verifying"):
-        try:
-            actual = checksum(path / name)[1]
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if actual != crc:
+        if (actual := checksum(path / name)[1]) != crc:
             return f"{name} does not match its checksum (CRC-32 {actual}, written as {crc})"
     return None
 
@@ -200,8 +178,8 @@ class CheckpointWriter:
         if self.background:
             self.pending[name] = copy_to_host(state)
             return
-        with HashedFile(io.FileIO(self.folder / name, "wb")) as file, disk_errors():
-            save_without_crc(state, file)
+        with HashedFile(io.FileIO(self.folder / name, "wb")) as file:
+            save(state, file, crc32=False)
             self.checksums[name] = file.sync()
 
     def finish(self) -> None:
@@ -217,11 +195,9 @@ class CheckpointWriter:
 
 
 class Saver:
-    """Saves checkpoints, in the foreground or in the background.
+    """Saves checkpoints: at once, or by a thread per rank from a copy in host memory, while training continues.
 
-    In the background, a save stops training only while this rank's model state is copied to host memory. A thread per
-    rank then writes the copy; the threads agree through a process group of their own, so that a checkpoint is complete
-    when all ranks have written their files, or absent.
+    The threads agree through a process group of their own, so that a checkpoint is complete or absent.
     """
 
     def __init__(self, checkpoints: Checkpoints, background: bool = False):
@@ -322,21 +298,15 @@ def copy_to_host(state: Any) -> Any:
     return copy.deepcopy(state, by_id)
 
 
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Wrap torch.save to a file: its zip writer hides the file's OSError, such as a full disk, in a RuntimeError."""
+def save(state: Any, file: Any, crc32: bool) -> None:
+    """torch.save; crc32: whether to add zip checksums, which take as long as all else. checkpoint.json has its own."""
     try:
-        yield
-    except RuntimeError as error:
+        with torch_save_config.patch("save.compute_crc32", crc32):  # type: ignore[attr-defined]
+            torch.save(state, file)
+    except RuntimeError as error:  # its zip writer hides the file's OSError, such as a full disk
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-
-
-@torch_save_config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
-def save_without_crc(state: Any, file: Any) -> None:
-    """torch.save without zip checksums, which take as long as everything else; checkpoint.json has its own."""
-    torch.save(state, file)
 
 
 def checksum(path: Path) -> Checksum:

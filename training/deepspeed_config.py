@@ -5,12 +5,10 @@
 
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ import torch
 
 from model import GPTConfig
 from training.config import Setting, TrainConfig, key
-from training.deepspeed_json import BATCH, SEND_LESS, Json, check_keys, dotted, put, read
-from training.devices import gigabytes
-from training.distributed import Ranks, local_world_size, pick_dtype, world_size
+from training.deepspeed_json import BATCH, Json, check_keys, dotted, put, read
+from training.distributed import Ranks, pick_dtype, world_size
 from training.errors import ConfigError, count, list_problems
 from training.optim import make_optimizer
 
@@ -31,7 +28,6 @@ FROM_SETTINGS = {
     "optimizer.params.lr": "learning_rate",
     "optimizer.params.weight_decay": "weight_decay",
 }
-SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ def strategy_of(config: Json) -> str:
 
 
 def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: Json) -> tuple[Json, torch.dtype]:
-    """The JSON that deepspeed.initialize gets, without "auto", and the run's dtype.
+    """The JSON that deepspeed.initialize gets, with values for "auto", and the run's dtype.
 
     Raises ConfigError with every problem. An AdamW block applies only if training/optim.py builds AdamW, too.
     """
@@ -118,11 +114,13 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
             problems.append(f'{path} = {json.dumps(given)}: contradicts {source} in the settings; write "auto"')
     problems += fill_batch(config, cfg, ranks)
     for block in nvme_blocks(config):
-        block["nvme_path"] = cfg.nvme_path or block.get("nvme_path")
+        block["nvme_path"] = cfg.nvme_path or block.get("nvme_path", "")
     adapt(config, ranks.device)
     if cfg.optimizer == "muon":
         config.setdefault("zero_optimization", {})["reduce_scatter"] = False  # each rank needs whole matrices
-    problems += check(config, cfg, model, ranks)
+    problems += (problem for _, problem in check_keys(config, auto=False))
+    problems += check_blocks(config, cfg, ranks)
+    problems += check_offload(config, model, ranks)
     if problems:
         raise ConfigError(list_problems(problems, f"in {cfg.deepspeed_config}"))
     for block in nvme_blocks(config):
@@ -188,7 +186,7 @@ def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
 def adapt(config: Json, device: torch.device) -> None:
     """Adapt the JSON to this code and the machine."""
     zero = config.get("zero_optimization", {})
-    if device.type == "cpu" and zero.get("overlap_comm") != "auto":
+    if device.type == "cpu":
         zero["overlap_comm"] = False  # a CPU has no second stream; ZeRO-2 goes from 0.90 to 1.02 of DDP's speed
     config.get("scheduler", {}).setdefault("params", {})
     config.setdefault("timers", {"throughput": {"enabled": False}})  # waits for the device; metrics.jsonl has it
@@ -215,42 +213,19 @@ def swap_folder(disk: str, cfg: TrainConfig) -> Path:
     return Path(disk) / f"{path.name}-{zlib.crc32(os.fsencode(path)):08x}"
 
 
-def check(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
-    """Each problem of a JSON whose "auto" values are filled in, with its fix."""
-    yield from (problem for wrong_kind, problem in check_keys(config) if not wrong_kind)
-    yield from (f'{path} = "auto": there is no automatic value; write one, or remove it' for path in autos(config))
-    if dotted(config, "tensorboard.enabled") and not find_spec("tensorboard"):
-        yield "tensorboard.enabled = true: needs a package; pip install tensorboard, or remove the block"
-    yield from check_blocks(config, cfg, ranks)
-    yield from check_offload(config, cfg, model, ranks)
-
-
-def autos(value: Any, path: str = "") -> Iterator[str]:
-    """Paths of the values that are "auto"."""
-    if value == "auto":
-        yield path
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from autos(inner, f"{path}.{name}" if path else name)
-
-
 def check_blocks(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
     on_cpu, partitioned = ranks.device.type == "cpu", dotted(config, "zero_optimization.stage")
     if dotted(config, "fp16.enabled") and on_cpu and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         yield 'fp16.enabled = true: not supported by this CPU; write "bf16": {"enabled": true} instead'
     if dotted(config, "torch_autocast.dtype") == "float16" and partitioned:
         yield "torch_autocast.dtype = 'float16': under ZeRO, DeepSpeed clips scaled gradients; use fp16 instead"
-    optimizer, scheduler = dotted(config, "optimizer.type"), dotted(config, "scheduler.type")
-    if optimizer in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"):
-        yield f"optimizer.type = {optimizer!r}: DeepSpeed has removed it; write AdamW ({SEND_LESS})"
-    elif "optimizer" in config and optimizer not in ("Adam", "AdamW"):
+    optimizer = dotted(config, "optimizer.type")
+    if "optimizer" in config and optimizer not in ("Adam", "AdamW"):
         yield f"optimizer.type = {optimizer!r}: must be AdamW; another optimizer goes to training/optim.py"
     if dotted(config, "optimizer.params.adam_w_mode") is False:
         yield "optimizer.params.adam_w_mode = false: selects Adam with L2 regularization, not AdamW; remove it"
     if dotted(config, "optimizer.params.fused") is not None and not dotted(config, "optimizer.params.torch_adam"):
         yield 'optimizer.params.fused: is a setting of torch\'s AdamW; write "torch_adam": true, or remove it'
-    if "scheduler" in config and scheduler not in SCHEDULERS:
-        yield f"scheduler.type = {scheduler!r}: must be one of {', '.join(SCHEDULERS)}; or remove it to use ours"
     if cfg.optimizer == "muon" and partitioned:
         yield from check_muon(config, cfg)
     block = config.get("activation_checkpointing", {})
@@ -272,27 +247,17 @@ def check_muon(config: Json, cfg: TrainConfig) -> Iterator[str]:
         yield "scheduler: would give Muon the learning rate of AdamW; remove it to use ours"
 
 
-def check_offload(config: Json, cfg: TrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
+def check_offload(config: Json, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
     stage, *devices = describe_json(config)
-    host_parameters = model.parameter_count() * local_world_size() // ranks.world_size
-    # Bytes per parameter on the disk: the fp32 copy and two moments, and the parameter itself.
-    bytes_each = 12, 2 if dotted(config, "bf16.enabled") else 4
-    for part, device, per_parameter in zip(("optimizer", "param"), devices, bytes_each, strict=True):
+    for part, device in zip(("optimizer", "param"), devices, strict=True):
         name = f"zero_optimization.offload_{part}"
         lowest = 3 if device == "nvme" or part == "param" else 1
         if device != "gpu" and stage < lowest:
             yield f"{name}.device = {device!r}: needs stage {lowest}, stage is {stage}; set it, or remove the block"
         elif device == "nvme":
             block = dotted(config, name)
-            disk, place = block["nvme_path"], f"{name}.nvme_path = {block['nvme_path']!r}"
-            if not os.path.isdir(disk or ""):  # noqa: PTH112 (Path raises for too long a name)
-                yield f"{place}: no such folder; set --nvme_path to one on a local NVMe disk"
-            else:  # a killed run's swap files are removed when it starts again
-                left = sum(path.stat().st_size for path in swap_folder(disk, cfg).rglob("*.swp"))
-                free, needed = shutil.disk_usage(disk).free + left, per_parameter * host_parameters
-                if free < needed:
-                    sizes = f"{gigabytes(free)} free, {gigabytes(needed)} needed"
-                    yield f"{place}: {sizes}; set --nvme_path to a larger disk"
+            if not os.path.isdir(disk := block["nvme_path"]):  # noqa: PTH112 (Path raises for too long a name)
+                yield f"{name}.nvme_path = {disk!r}: no such folder; set --nvme_path to one on a local NVMe disk"
             largest = -(-model.vocab_size * model.n_embd // ranks.world_size)
             if part == "param" and (size := block.get("buffer_size", 100_000_000)) < largest:
                 yield f"{name}.buffer_size = {size}: must be at least {largest}, a rank's largest part"
@@ -306,14 +271,12 @@ def check_values(config: Json, parse: type, path: str) -> None:
             parse({**{key: config[key] for key in BATCH}, name: config[name]} if name else config)
         except Exception as error:
             for problem in error.errors() if name and hasattr(error, "errors") else ():  # pydantic's
-                keys = [str(key) for key in problem["loc"]]
-                place = ".".join(keys if keys[:1] == [name] else [name, *keys])
-                value = f" = {problem['input']!r:.80}" if keys else ""
-                problems.append(f"{place}{value}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+                place = ".".join(dict.fromkeys([name, *map(str, problem["loc"])]))
+                problems.append(f"{place} = {problem['input']!r:.80}: {problem['msg']}")
             if not (name or problems):
                 problems.append(str(error).partition("\n")[0])
-    if "scheduler" in config:
-        make = getattr(import_module("deepspeed.runtime.lr_schedules"), config["scheduler"]["type"])
+    if scheduler := dotted(config, "scheduler.type"):
+        make = getattr(import_module("deepspeed.runtime.lr_schedules"), scheduler)
         try:
             make(torch.optim.AdamW([torch.zeros(1)]), **config["scheduler"]["params"]).step()
         except Exception as error:

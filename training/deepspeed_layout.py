@@ -1,8 +1,7 @@
 """How ZeRO lays out the model state: reading its checkpoints without DeepSpeed, and filling an engine from any.
 
-Each rank fills its own partition from any checkpoint. DeepSpeed's own load_checkpoint runs any code in a file, reads
-only what the same stage wrote on as many ranks, and nothing from NVMe. Its universal checkpoints need a conversion,
-which loses weight decay and step counts under ZeRO-3 (0.19.8).
+Each rank fills its own partition from any checkpoint. DeepSpeed's own load_checkpoint runs any code in a file, and
+reads only what the same stage wrote on as many ranks; its universal checkpoints need a conversion.
 """
 
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from training.model_state import (
     find_step,
     fresh_state,
     from_whole,
-    optimizer_kinds,
+    moments,
     reading,
 )
 
@@ -74,8 +73,7 @@ def add_stages_1_and_2(saved: SavedState, ranks: list[dict[str, Any]]) -> None:
         saved.step = find_step(states)
         for number, places in enumerate(state_of_rank["param_slice_mappings"]):
             flat = {WEIGHT: state_of_rank["single_partition_of_fp32_groups"][number].detach()}
-            state = states.get(number, {})
-            flat |= {kind: state[kind] for kind in optimizer_kinds(state)}
+            flat |= moments(states.get(number, {}))
             momentum, offset = flat.pop(MOMENTUM_BUFFER, None), 0
             for name, place in places.items():
                 for kind, tensor in flat.items():
@@ -105,8 +103,7 @@ def flat_groups(folder: Path, metadata: dict, rank: int, state: dict, model: dic
     """The tensors of a rank's sub-groups under ZeRO-3, by kind; of what is on NVMe, DeepSpeed saves copies."""
     swapped = model.get("sub_groups") or [("", 0)] * len(state["fp32_flat_groups"])
     for number, (flat, (name, numel)) in enumerate(zip(state["fp32_flat_groups"], swapped, strict=True)):
-        inner = state["optimizer_state_dict"]["state"].get(number, {})
-        group = {WEIGHT: flat.detach(), **{kind: inner[kind] for kind in optimizer_kinds(inner)}}
+        group = {WEIGHT: flat.detach(), **moments(state["optimizer_state_dict"]["state"].get(number, {}))}
         for kind, tensor in group.items():
             if numel and not len(tensor):
                 file = f"{name}.tensor.swp" if kind == WEIGHT else f"{kind}-{name}.tensor.swp"

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from model import GPT, GPTConfig
 from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Ranks
-from training.errors import CheckpointError, UserError, count
+from training.errors import CheckpointError, count
 from training.fsdp import WEIGHT, local_part
 
 TIED = "lm_head.weight"  # the same parameter as the embedding
@@ -85,33 +85,26 @@ def fresh_state(optimizer: Optimizer, parameter: Tensor, kinds: tuple[str, ...],
     return state
 
 
-def optimizer_kinds(state: dict[str, Any]) -> tuple[str, ...]:
+def moments(state: dict[str, Any]) -> dict[str, Tensor]:
     """The entries of a parameter's optimizer state that have one element per parameter; a step count does not."""
-    return tuple(kind for kind, value in state.items() if isinstance(value, Tensor) and value.dim() > 0)
+    return {kind: value for kind, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
 
 
 def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
     """Open a checkpoint of any strategy; metadata: its checkpoint.json. Reads the files that it lists, and no other.
 
-    Raises CheckpointError where a file cannot be read, holds anything but tensors and plain data, or other tensors
-    than the metadata says.
+    Raises CheckpointError if a file holds anything but tensors and plain data, or other tensors than metadata says.
     """
-    try:
-        if metadata["strategy"] == "fsdp":
-            saved = from_shards(folder, metadata)
-        elif metadata["strategy"].startswith("zero"):
-            from training.deepspeed_layout import open_partitions
+    if metadata["strategy"] == "fsdp":
+        saved = from_shards(folder, metadata)
+    elif metadata["strategy"].startswith("zero"):
+        from training.deepspeed_layout import open_partitions
 
-            saved = open_partitions(folder, metadata)
-        else:
-            weights, state = (read_torch_file(find_file(folder, metadata, f"{n}.pt")) for n in ("model", "optimizer"))
-            saved = from_whole(folder, weights, state["optimizer"], state["scaler"])
-        return check_parameters(saved, GPTConfig(**metadata["model"]))
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = f"does not hold what its checkpoint.json says ({type(error).__name__}: {error}); use another"
-        raise CheckpointError(f"{folder} {reason}") from error
+        saved = open_partitions(folder, metadata)
+    else:
+        weights, state = (read_torch_file(find_file(folder, metadata, f"{n}.pt")) for n in ("model", "optimizer"))
+        saved = from_whole(folder, weights, state["optimizer"], state["scaler"])
+    return check_parameters(saved, GPTConfig(**metadata["model"]))
 
 
 @contextmanager
@@ -139,7 +132,7 @@ def from_whole(
         order = order or sorted(shapes, key=lambda name: len(shapes[name]) < 2)
         states = {order[number]: state for number, state in sorted(optimizer["state"].items())}
     for name, state in states.items():
-        pieces |= {(name, kind): [state[kind].flatten()] for kind in optimizer_kinds(state)}
+        pieces |= {(name, kind): [tensor.flatten()] for kind, tensor in moments(state).items()}
     return SavedState(folder, shapes, pieces, find_step(states), scaler)
 
 

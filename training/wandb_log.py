@@ -34,7 +34,8 @@ class WandbLog:
         path = Path(cfg.out_dir) / "wandb_id"
         if not init.checkpoint or not path.exists():
             path.write_text(uuid.uuid4().hex[:8])
-        name: Any = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": path.read_text()}
+        run_name = cfg.wandb_run_name or path.parent.name
+        name: Any = {"project": cfg.wandb_project, "name": run_name, "id": path.read_text()}
         settings = wandb.Settings(silent=True)
         self.run: Any = wandb.init(**name, resume="allow", config=asdict(cfg), dir=cfg.out_dir, settings=settings)
         print("W&B:", self.run.url or f"offline; to upload: wandb sync {Path(self.run.dir).parent}", flush=True)

@@ -1,5 +1,5 @@
 """FineWeb-Edu: educational web pages (Penedo et al., arXiv:2406.17557), in samples of 10, 100 and 350 billion tokens.
-10 billion take about 70 GB of disk, and 20 GB when it is done. With --folder sample/100BT: 100 billion.
+10 billion take up to 70 GB of disk, and 20 GB when it is done. With --folder sample/100BT: 100 billion.
 """
 
 import sys
