@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.dataset import SPLITS, shown
 from data.errors import DataError
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, count_bytes
 
 BATCH_DOCUMENTS = 2000  # tokenized at a time, by all threads together
 
@@ -74,6 +74,8 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
             os.fsync(file.fileno())
         meta = {"tokenizer": self.tokenizer.describe(), "dtype": self.dtype.name, "source": self.source}
         meta |= {"vocab_size": self.tokenizer.vocab_size, **{f"{split}_tokens": tokens[split] for split in SPLITS}}
+        if self.tokenizer.loaded and not self.is_part:
+            meta["val_bytes"] = count_bytes(self.tokenizer, np.memmap(self.files["val"].name, self.dtype, "r"))
         (self.folder / "train.bin").unlink(missing_ok=True)
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for split in ("val", "train"):
