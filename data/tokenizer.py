@@ -1,8 +1,6 @@
 """Tokenizers: text to ids and back. Each has a JSON description, which meta.json and checkpoints store.
 
 `encode` returns unsigned ids, one dimension. allow_special: encode END_OF_TEXT as `end_of_text`, not as characters.
-`byte_lengths` returns how many bytes of UTF-8 text each id stands for; a special token, such as the end of a text: 0.
-`loaded`: no file has to be read, or even downloaded, for them.
 """
 
 from collections.abc import Sequence
@@ -28,7 +26,7 @@ DOWNLOAD_SECONDS = 120  # a BPE file has up to 4 MB
 class ByteTokenizer:
     """The bytes of UTF-8; id 256 is the end of a text."""
 
-    name, vocab_size, end_of_text, loaded = "byte", 257, 256, True
+    name, vocab_size, end_of_text = "byte", 257, 256
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         parts = text.split(END_OF_TEXT) if allow_special else [text]
@@ -39,17 +37,12 @@ class ByteTokenizer:
         end = END_OF_TEXT.encode()
         return b"".join(end if i == 256 else bytes([i]) for i in ids).decode(errors="replace")
 
-    def byte_lengths(self) -> np.ndarray:
-        return np.append(np.ones(256, int), 0)
-
     def describe(self) -> dict[str, Any]:
         return {"name": self.name}
 
 
 class CharTokenizer:
     """One id for each character of a text, in sorted order; no other characters and no end of text."""
-
-    loaded = True
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
@@ -65,9 +58,6 @@ class CharTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.characters[i] for i in ids)
 
-    def byte_lengths(self) -> np.ndarray:
-        return np.array([len(character.encode()) for character in self.characters])
-
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "characters": self.characters}
 
@@ -78,10 +68,6 @@ class BPETokenizer:
     def __init__(self, name: str):
         self.name = name
         self.vocab_size, self.end_of_text = TIKTOKEN[name]
-
-    @property
-    def loaded(self) -> bool:
-        return "encoding" in vars(self)
 
     @cached_property
     def encoding(self) -> Any:
@@ -104,23 +90,11 @@ class BPETokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
 
-    def byte_lengths(self) -> np.ndarray:
-        lengths = np.zeros(self.vocab_size, int)
-        for token in self.encoding.token_byte_values():  # without special tokens
-            lengths[self.encoding.encode_single_token(token)] = len(token)
-        return lengths
-
     def describe(self) -> dict[str, Any]:
         return {"name": self.name}
 
 
 Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
-
-
-def count_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
-    """Bytes of the text that ids, of a file of any size, stand for."""
-    lengths = tokenizer.byte_lengths()
-    return sum(int(lengths[ids[start : start + 2**20]].sum()) for start in range(0, len(ids), 2**20))
 
 
 def tokenizer_from(description: dict[str, Any]) -> Tokenizer:

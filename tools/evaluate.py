@@ -30,7 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.dataset import DATA_FOLDER, Dataset, open_dataset
 from data.errors import DataError, check_types
-from data.tokenizer import Tokenizer, count_bytes, tokenizer_from
+from data.prepare import count_bytes
+from data.tokenizer import Tokenizer, tokenizer_from
 from model import GPT, GPTConfig
 from tools.convert_read import Metadata, add_tokenizer, open_source
 from tools.terminal import make_parser
