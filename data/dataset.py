@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,14 @@ class Dataset:
     dtype: np.dtype
     vocab_size: int
     tokens: dict[str, int]  # number of tokens by split, "train" or "val"
+    val_bytes: int = 0  # of the text in val.bin; 0: not known
 
     def path(self, split: str) -> Path:
         return self.folder / f"{split}.bin"
+
+    def bits_per_byte(self, val_loss: float) -> float | None:
+        """val_loss in nats per token -> bits per byte of text, which compare different tokenizers; None: not known."""
+        return val_loss / math.log(2) * (self.tokens["val"] / self.val_bytes) if self.val_bytes > 0 else None
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -50,9 +56,9 @@ def open_dataset(folder: Path) -> Dataset:
 
 def read_dataset(folder: Path) -> Dataset:
     """Read a folder's description and check the sizes of its files. open_dataset adds the fix to a DataError."""
-    dtype, counts = np.dtype("<u2"), dict[str, int]()  # nanoGPT's; it stores no counts
+    dtype, counts, val_bytes = np.dtype("<u2"), dict[str, int](), 0  # nanoGPT's; it stores no counts
     if (folder / "meta.json").is_file():
-        tokenizer, dtype, counts = read_meta(folder / "meta.json")
+        tokenizer, dtype, counts, val_bytes = read_meta(folder / "meta.json")
     elif (folder / "meta.pkl").is_file():
         tokenizer = read_pickle(folder / "meta.pkl")
     else:
@@ -65,14 +71,14 @@ def read_dataset(folder: Path) -> Dataset:
             raise DataError(f"{path}: {size:,} bytes are not a whole number of {dtype} ids")
         if counts.setdefault(split, tokens) != tokens:
             raise DataError(f"{path}: has {tokens:,} tokens, meta.json says {counts[split]:,}")
-    return Dataset(folder, tokenizer, dtype, tokenizer.vocab_size, counts)
+    return Dataset(folder, tokenizer, dtype, tokenizer.vocab_size, counts, val_bytes)
 
 
-def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int]]:
-    """Tokenizer, dtype and token counts by split. Raises DataError."""
+def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int], int]:
+    """Tokenizer, dtype, token counts by split, and bytes of val.bin, which earlier versions left out. DataError."""
     try:
         meta = json.loads(path.read_bytes())
-        if problems := check_types(meta, META):
+        if problems := check_types(meta, META) or check_types({"val_bytes": 0, **meta}, {"val_bytes": int}):
             raise DataError("; ".join(problems))
         tokenizer = tokenizer_from(meta["tokenizer"])
         if meta["dtype"] not in ("uint16", "uint32"):
@@ -82,7 +88,7 @@ def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int]]:
     except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no JSON
         raise DataError(f"{path} is not JSON ({error})") from None
     counts = {split: meta[f"{split}_tokens"] for split in SPLITS}
-    return tokenizer, np.dtype(meta["dtype"]).newbyteorder("<"), counts
+    return tokenizer, np.dtype(meta["dtype"]).newbyteorder("<"), counts, meta.get("val_bytes", 0)
 
 
 class PlainDataUnpickler(pickle.Unpickler):

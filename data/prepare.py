@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data.dataset import SPLITS
 from data.errors import DataError
-from data.tokenizer import Tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
 BATCH_DOCUMENTS = 2000  # tokenized at a time, by all threads together
 
@@ -72,12 +72,28 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
             os.fsync(file.fileno())
         meta = {"tokenizer": self.tokenizer.describe(), "dtype": self.dtype.name, "source": self.source}
         meta |= {"vocab_size": self.tokenizer.vocab_size, **{f"{split}_tokens": tokens[split] for split in SPLITS}}
+        has_table = not isinstance(self.tokenizer, BPETokenizer) or "encoding" in vars(self.tokenizer)
+        if has_table and not self.is_part:  # ids that were drawn at random download no BPE file for this
+            meta["val_bytes"] = count_bytes(self.tokenizer, np.memmap(self.files["val"].name, self.dtype, "r"))
         (self.folder / "train.bin").unlink(missing_ok=True)
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for split in ("val", "train"):
             Path(self.files[split].name).replace(self.folder / f"{split}.bin")
         counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
         print(f"{self.folder}: {counts}, vocabulary {self.tokenizer.vocab_size:,}")
+
+
+def count_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """Bytes of UTF-8 text that ids stand for; a special token, such as the end of a text, stands for none."""
+    lengths = np.zeros(tokenizer.vocab_size, int)
+    if isinstance(tokenizer, BPETokenizer):
+        for token in tokenizer.encoding.token_byte_values():  # without special tokens
+            lengths[tokenizer.encoding.encode_single_token(token)] = len(token)
+    elif isinstance(tokenizer, CharTokenizer):
+        lengths[:] = [len(character.encode()) for character in tokenizer.characters]
+    else:
+        lengths[:256] = 1
+    return sum(int(lengths[ids[start : start + 2**20]].sum()) for start in range(0, len(ids), 2**20))
 
 
 def tokenize_files(

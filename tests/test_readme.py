@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = (
     "-m tools.accept",
     "-m tools.benchmark",
     "-m tools.doctor",
+    "-m tools.evaluate",
     EXAMPLE,
 )  # each by real runs, in a file of its own
 
@@ -235,7 +236,8 @@ def test_the_readme_is_short_and_has_every_file_of_the_core():
     assert text.count("\n") <= 220
     missing = [path.name for path in (ROOT / "training").glob("*.py") if path.name not in text]
     assert not missing, f"the tree in README.md lacks {missing}"
-    assert all(f"`python -m tools.{name}`" in text for name in ("plan", "benchmark", "doctor", "convert", "plot"))
+    tools = ("plan", "benchmark", "doctor", "convert", "evaluate", "plot")
+    assert all(f"`python -m tools.{name}`" in text for name in tools)
 
 
 def test_the_table_of_strategies_is_the_code_s():

@@ -19,6 +19,7 @@ from training import pretrained
 from training.checkpoint import METADATA, Checkpoints, find_corruption, find_damage, read_metadata
 from training.config import TrainConfig, parse
 from training.deepspeed_layout import STAND_INS
+from training.distributed import world_size
 from training.errors import CheckpointError, ConfigError, UserError
 from training.model_state import TIED, WEIGHT, SavedState, check_parameters, from_whole, model_shapes, open_state
 
@@ -75,7 +76,8 @@ def read_run(folder: Path) -> tuple[SavedState, Metadata]:
             raise CheckpointError(f"{folder}: the run has not saved a checkpoint yet")
         folder = finished[-1]
     check(folder)
-    settings = parse(TrainConfig, [f"--out_dir={folder.parent.parent}", "--init_from=resume"], "")
+    fitting = f"--gradient_accumulation_steps={world_size()}"  # tools run on any number of ranks
+    settings = parse(TrainConfig, [f"--out_dir={folder.parent.parent}", "--init_from=resume", fitting], "")
     metadata = {"settings": {key: getattr(settings, key) for key in SETTINGS}, **read_metadata(folder)}
     return open_state(folder, metadata), metadata
 

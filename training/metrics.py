@@ -29,7 +29,7 @@ WARM_UP_STEPS = 3  # not timed: a process's first steps compile, allocate and fi
 class Metrics:
     def __init__(self, cfg: TrainConfig, ranks: Ranks, batches: Batches, init: InitState, dtype: torch.dtype):
         self.cfg, self.ranks, self.tokens_per_step = cfg, ranks, batches.tokens_per_step
-        self.stragglers = Stragglers(ranks, batches, dtype)
+        self.stragglers, self.dataset = Stragglers(ranks, batches, dtype), batches.dataset
         self.peak_flops = (peak_flops(ranks.device, dtype) or 0) * ranks.world_size  # 0: unknown
         self.flops_per_step = init.model.flops_per_token() * self.tokens_per_step
         self.path = Path(cfg.out_dir) / "metrics.jsonl"
@@ -134,7 +134,8 @@ class Metrics:
         return f"step {step:>{len(total)},}/{total} ({100 * step // self.end:>3} %)"
 
     def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
-        self.write({"kind": "eval", "step": step, **losses})
+        bits_per_byte = self.dataset.bits_per_byte(losses["val_loss"])
+        self.write({"kind": "eval", "step": step, **losses, "val_bpb": bits_per_byte})
         self.say(f"{self.step_label(step)} train loss {losses['train_loss']:.4f} val loss {losses['val_loss']:.4f}")
 
     def say(self, text: str) -> None:
