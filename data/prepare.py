@@ -73,7 +73,7 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         meta = {"tokenizer": self.tokenizer.describe(), "dtype": self.dtype.name, "source": self.source}
         meta |= {"vocab_size": self.tokenizer.vocab_size, **{f"{split}_tokens": tokens[split] for split in SPLITS}}
         has_table = not isinstance(self.tokenizer, BPETokenizer) or "encoding" in vars(self.tokenizer)
-        if has_table and not self.is_part:  # ids that were drawn at random download no BPE file for this
+        if has_table:  # ids that were drawn at random download no BPE file for this
             meta["val_bytes"] = count_bytes(self.tokenizer, np.memmap(self.files["val"].name, self.dtype, "r"))
         (self.folder / "train.bin").unlink(missing_ok=True)
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
