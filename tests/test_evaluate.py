@@ -205,7 +205,7 @@ def test_a_malformed_line_is_named(reference, tmp_path, line, told):
         ({"task": "hellaswag", "file": "none.jsonl"}, "--file=none.jsonl: No such file or directory"),
         ({"task": "hellaswag", "file": "/dev/null"}, "/dev/null is empty; give JSON lines of HellaSwag"),
         ({"batch_size": 0}, "--batch_size=0: must be at least 1"),
-        ({"dataset": "shakespear"}, "there is no data set data/shakespear; did you mean"),
+        ({"dataset": "shakespear"}, "data/shakespear; did you mean shakespeare?"),
         ({"dtype": "float64"}, "invalid choice: 'float64'"),
     ],
 )
