@@ -60,11 +60,14 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
             raise UserError(f"out_dir = {cfg.out_dir!r}: no checkpoint in {checkpoints.folder}; {fix}")
         folder, metadata = checkpoints.newest()
         config, saved = GPTConfig(**metadata["model"]), open_state(folder, metadata)
-        tokenizer = tokenizer_from(metadata["tokenizer"])
+        tokenizer = tokenizer_from(metadata["tokenizer"], Path(cfg.out_dir))
     else:
+        from data.hf_tokenizer import from_model
         from training import pretrained
 
-        (config, saved), tokenizer = pretrained.open_weights(cfg.init_from), tokenizer_from({"name": "gpt2"})
+        config, saved = pretrained.open_weights(cfg.init_from)
+        gpt2 = config.norm == "layernorm"  # its tiktoken encoding is built in
+        tokenizer = tokenizer_from({"name": "gpt2"}) if gpt2 else from_model(saved.folder)
     with device:
         model = GPT(config).eval()
     saved.into(model)

@@ -80,7 +80,7 @@ def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int], int]:
         meta = json.loads(path.read_bytes())
         if problems := check_types(meta, META) or check_types({"val_bytes": 0, **meta}, {"val_bytes": int}):
             raise DataError("; ".join(problems))
-        tokenizer = tokenizer_from(meta["tokenizer"])
+        tokenizer = tokenizer_from(meta["tokenizer"], path.parent)
         if meta["dtype"] not in ("uint16", "uint32"):
             raise DataError(f"dtype = {meta['dtype']!r}: must be uint16 or uint32")
     except DataError as error:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data.dataset import SPLITS
 from data.errors import DataError
-from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, copy_files
 
 BATCH_DOCUMENTS = 2000  # tokenized at a time, by all threads together
 
@@ -43,9 +43,11 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         self.folder, self.tokenizer, self.source = folder, tokenizer, source
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.files = {split: (folder / f".{split}.bin.unfinished").open("wb") for split in SPLITS}
+        self.val_bytes = 0
 
-    def write(self, split: str, ids: np.ndarray, end: bool = True) -> None:
-        """Append the ids of a document and, if `end`, the id that ends it."""
+    def write(self, split: str, ids: np.ndarray, end: bool = True, text: str = "") -> None:
+        """Append the ids of a document and, if `end`, the id that ends it. text: of the ids, to count its bytes."""
+        self.val_bytes += len(text.encode(errors="replace")) if split == "val" else 0
         if end and self.tokenizer.end_of_text is not None:
             ids = np.append(ids, self.tokenizer.end_of_text)
         size = self.tokenizer.vocab_size
@@ -72,10 +74,9 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
             os.fsync(file.fileno())
         meta = {"tokenizer": self.tokenizer.describe(), "dtype": self.dtype.name, "source": self.source}
         meta |= {"vocab_size": self.tokenizer.vocab_size, **{f"{split}_tokens": tokens[split] for split in SPLITS}}
-        has_table = not isinstance(self.tokenizer, BPETokenizer) or "encoding" in vars(self.tokenizer)
-        if has_table:  # ids that were drawn at random download no BPE file for this
-            meta["val_bytes"] = count_bytes(self.tokenizer, np.memmap(self.files["val"].name, self.dtype, "r"))
+        meta |= {"val_bytes": self.val_bytes} if self.val_bytes else {}
         (self.folder / "train.bin").unlink(missing_ok=True)
+        copy_files(self.tokenizer, self.folder)
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for split in ("val", "train"):
             Path(self.files[split].name).replace(self.folder / f"{split}.bin")
@@ -91,8 +92,10 @@ def count_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
             lengths[tokenizer.encoding.encode_single_token(token)] = len(token)
     elif isinstance(tokenizer, CharTokenizer):
         lengths[:] = [len(character.encode()) for character in tokenizer.characters]
-    else:
+    elif isinstance(tokenizer, ByteTokenizer):
         lengths[:256] = 1
+    else:
+        raise DataError(f"the bytes of {tokenizer.name} are counted when its data set is prepared; prepare it again")
     return sum(int(lengths[ids[start : start + 2**20]].sum()) for start in range(0, len(ids), 2**20))
 
 
@@ -112,8 +115,8 @@ def tokenize_files(
             while batch := list(islice(documents, BATCH_DOCUMENTS)):
                 # Threads suffice: tiktoken and NumPy release the interpreter lock.
                 encoded = pool.map(tokenizer.encode, (text for _, text in batch))
-                for (split, _), ids in zip(batch, encoded, strict=True):
-                    writer.write(split, ids)
+                for (split, text), ids in zip(batch, encoded, strict=True):
+                    writer.write(split, ids, text=text)
 
 
 def split_documents(file: Path, val_fraction: float, field: str, by_position: bool) -> Iterator[tuple[str, str]]:

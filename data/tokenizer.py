@@ -3,13 +3,18 @@
 `encode` returns unsigned ids, one dimension. allow_special: encode END_OF_TEXT as `end_of_text`, not as characters.
 """
 
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from data.errors import DataError, check_types, did_you_mean
+
+if TYPE_CHECKING:
+    from data.hf_tokenizer import HFTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # Encodings of tiktoken: (number of ids, id of END_OF_TEXT). With this table, training needs no BPE file.
@@ -90,14 +95,17 @@ class BPETokenizer:
         return {"name": self.name}
 
 
-Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
+Tokenizer: TypeAlias = "ByteTokenizer | CharTokenizer | BPETokenizer | HFTokenizer"
+TYPES: dict[str, dict] = {"char": {"characters": str}, "tokenizer.json": {"vocab_size": int, "sha256": str}}
 
 
-def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
-    """Make a tokenizer from its JSON description. Raises DataError for an unknown name, or a value of a wrong type."""
+def tokenizer_from(description: dict[str, Any], folder: Path = Path()) -> Tokenizer:
+    """Make a tokenizer from its JSON description. folder: of the data set or the run, where its file is, if it has one.
+
+    Raises DataError for an unknown name, or a value of a wrong type.
+    """
     problems = check_types(description, {"name": str})
-    if not problems and description["name"] == "char":
-        problems = check_types(description, {"characters": str})
+    problems = problems or check_types(description, TYPES.get(description["name"], {}))
     if problems:
         raise DataError(f"tokenizer: {'; '.join(problems)}")
     name = description["name"]
@@ -107,5 +115,17 @@ def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
         return CharTokenizer(description["characters"])
     if name in TIKTOKEN:
         return BPETokenizer(name)
+    if name == "tokenizer.json":
+        from data.hf_tokenizer import HFTokenizer  # few runs need it
+
+        values = description["vocab_size"], description.get("end_of_text"), description["sha256"]
+        return HFTokenizer(*values, folder)
     names = ["byte", "char", *TIKTOKEN]
     raise DataError(f"unknown tokenizer {name!r}{did_you_mean(name, names) or f'; choose from {names}'}")
+
+
+def copy_files(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy the files of a tokenizer that has some."""
+    for file in getattr(tokenizer, "files", list)():
+        if file.parent != folder:
+            shutil.copy(file, folder)

@@ -112,7 +112,7 @@ def test_bytes_that_rotted_in_a_checkpoint(tmp_path, data, finished):
 def test_resume_with_another_shape(data, finished):
     told = refused(finished, data, init_from="resume", n_layer=3, block_size=16)
     folder = finished / "checkpoints" / "step_000030"
-    assert told == f"{folder} is of another model; resume it with --n_layer=2 (not 3), --block_size=32 (not 16)"
+    assert told == f"{folder} is of another model; resume it with --block_size=32 (not 16), --n_layer=2 (not 3)"
     assert Checkpoints(str(finished)).newest()[0] == folder
 
 

@@ -29,36 +29,14 @@ class Lion(torch.optim.Optimizer):
                     p.add_(momentum.lerp(p.grad, 0.1).sign(), alpha=-group["lr"])
                     momentum.lerp_(p.grad, 0.01)
 '''
-ROTATE = '''
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """RoPE (Su et al., arXiv:2104.09864): x (B, heads, T, head_size), angles (T, head_size / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), dim=-1)
-
-
-'''
-RESET = """
-    def reset_buffers(self) -> None:
-        size = self.c_attn.in_features // self.n_head
-        angles = torch.outer(torch.arange(1024.0), 1e4 ** -torch.arange(0, 1, 2 / size))
-        self.register_buffer("angles", angles, persistent=False)
-
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        B, T, C = x.shape
-"""
-ADAMW = "    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)\n"
-CACHE = "        if cache is not None:\n            k, v = cache.extend"
-FORWARD = "    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:\n        B, T, C = x.shape\n"
-INIT = "self.layer = config.n_head, config.dropout, layer\n"
-ROPE = [
-    ("class CausalSelfAttention", f"{ROTATE.lstrip()}class CausalSelfAttention"),
-    (INIT, f"{INIT}        self.reset_buffers()\n"),
-    (FORWARD, RESET[1:]),
-    (
-        CACHE,
-        "        start = cache.length if cache is not None else 0\n"
-        f"        q, k = (rotate(part, self.angles[start : start + T]) for part in (q, k))\n{CACHE}",
-    ),
+ADAMW = (
+    "    return make(parameter_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)\n"
+)
+MLP, STDS = "        self.mlp = MLP(config)\n", "    stds = dict.fromkeys("
+LAYER_SCALE = [  # Touvron et al., arXiv:2103.17239
+    (MLP, f"{MLP}        self.scale = nn.Parameter(torch.empty(config.n_embd))\n"),
+    ("return x + self.mlp(self.ln_2(x))", "return x + self.scale * self.mlp(self.ln_2(x))"),
+    (STDS, f'    if kind == "scale":\n        return torch.full(shape, 0.5)\n{STDS}'),
 ]
 ZERO3 = "deepspeed_configs/zero3_config.json"
 SHORT = {"gradient_accumulation_steps": 2, "max_iters": 15}
@@ -67,7 +45,7 @@ CHANGES: dict[str, tuple[str, Any, list[dict[str, Any]]]] = {
     "optimizer": (
         "training/optim.py",
         [
-            (ADAMW, f"    return Lion(groups, cfg.learning_rate)\n{LION}"),
+            (ADAMW, f"    return Lion(parameter_groups(model, cfg), cfg.learning_rate)\n{LION}"),
         ],
         [{}, {"strategy": "fsdp", "ranks": 2}],  # under ZeRO: tests/test_zero_runs.py
     ),
@@ -76,7 +54,11 @@ CHANGES: dict[str, tuple[str, Any, list[dict[str, Any]]]] = {
         [('"grad_norm": grad_norm}', '"grad_norm": grad_norm, "wte_norm": self.model.transformer.wte.weight.norm()}')],
         [{}, {"ranks": 2}],
     ),
-    "model option": ("model.py", ROPE, [{}, {"strategy": "fsdp", "ranks": 2}, {"deepspeed_config": ZERO3, "ranks": 2}]),
+    "model option": (
+        "model.py",
+        LAYER_SCALE,
+        [{}, {"strategy": "fsdp", "ranks": 2}, {"deepspeed_config": ZERO3, "ranks": 2}],
+    ),
     "ZeRO JSON": (
         "deepspeed_configs/zero1_small_buckets_config.json",
         json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}),

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from model import GPTConfig
 from tests.checkpoints import BYTES, SMALL, assert_same, nanogpt_file, run_folder
 from tests.running import command, message, run, start_process
 from tools.convert import WRITERS, convert
@@ -116,7 +116,7 @@ def test_another_shape_or_vocabulary_is_told_with_both_numbers(tmp_path):
     text = refused(tmp_path / "b.pt", tmp_path, to="train", tokenizer=None)
     assert "does not say which tokenizer it was trained with; give its --dataset" in text
     nanogpt_file(tmp_path / "c.pt", model_args={**args, "n_embd": "wide"})
-    assert "its model cannot be built" in refused(tmp_path / "c.pt", tmp_path)
+    assert "does not describe a GPT (TypeError" in refused(tmp_path / "c.pt", tmp_path)
 
 
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(kept, tmp_path):
@@ -170,7 +170,7 @@ def test_a_ckpt_that_was_packed_again_is_read_right(kept, tmp_path):
         ({"model": [1]}, "AttributeError: 'list' object has no attribute 'items'"),
         ({"model": {"a": "x"}}, "AttributeError: 'str' object has no attribute 'shape'"),
         ({"model_args": None}, "TypeError: "),
-        ({"model_args": {"n_head": 5}}, "its model cannot be built (n_embd must be divisible by n_head)"),
+        ({"model_args": {"n_head": 5}}, "the model's config says (2295, 768)"),
         ({"iter_num": "x"}, "ValueError: invalid literal for int() with base 10: 'x'"),
         ({"best_val_loss": torch.ones(2)}, "only one element tensors can be converted"),
         ({"optimizer": {"param_groups": [], "state": {99: {}}}}, "IndexError: list index out of range"),
@@ -231,11 +231,15 @@ def test_nan_is_not_equal(tmp_path):
 def test_the_script_ends_with_one_message(kept, tmp_path):
     """Another architecture, and the hub without a network."""
     about = json.loads((kept / "hf" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**about, "model_type": "llama"}))
-    assert "describes a 'llama' model" in message(run("-m", "tools.convert", str(tmp_path), str(tmp_path.parent / "w")))
+    (tmp_path / "config.json").write_text(json.dumps({**about, "model_type": "opt"}))
+    assert "model_type = 'opt': must be one of" in message(
+        run("-m", "tools.convert", str(tmp_path), str(tmp_path.parent / "w"))
+    )
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     text = message(run("-m", "tools.convert", "gpt2-xl", str(tmp_path / "w"), env=offline))
-    assert "'gpt2-xl' cannot be downloaded" in text and "of openai-community/gpt2-xl elsewhere" in text
+    assert (
+        "'gpt2-xl' is no folder, and cannot be downloaded" in text and "of openai-community/gpt2-xl elsewhere" in text
+    )
 
 
 def test_a_disk_that_gets_full_leaves_nothing(kept, tmp_path):
@@ -253,7 +257,7 @@ def test_a_disk_that_gets_full_leaves_nothing(kept, tmp_path):
 
 
 def test_one_that_is_ended_leaves_nothing(tmp_path):
-    run_folder(tmp_path / "run", replace(SMALL, n_layer=8, n_embd=256))
+    run_folder(tmp_path / "run", GPTConfig(block_size=32, vocab_size=320, n_layer=8, n_head=2, n_embd=256))
     for _ in range(20):  # until it is caught at work
         line = command("-m", "tools.convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--to=hf")
         process = start_process(line, stderr=subprocess.PIPE)

@@ -15,5 +15,6 @@ def words(folder: Path) -> Path:
     with Writer(folder, tokenizer, "words") as writer:
         for split, sentences in (("train", 2000), ("val", 400)):
             for _ in range(sentences):
-                writer.write(split, tokenizer.encode(" ".join(random.choice(vocabulary, 8)) + ".\n"))
+                text = " ".join(random.choice(vocabulary, 8)) + ".\n"
+                writer.write(split, tokenizer.encode(text), text=text)
     return folder

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 
 from data.dataset import DATA_FOLDER, open_dataset
 from data.errors import DataError
-from data.tokenizer import END_OF_TEXT, BPETokenizer, tokenizer_from
+from data.hf_tokenizer import FILE as TOKENIZER_FILE
+from data.tokenizer import END_OF_TEXT, BPETokenizer, copy_files, tokenizer_from
 from model import GPT, GPTConfig
 from tools.convert_read import ADAMW_KINDS, HEADER, MODEL_ARGS, NANOGPT_FILE, Metadata, open_source, recognize
 from tools.terminal import make_parser
@@ -32,9 +33,10 @@ from training import distributed
 from training.checkpoint import Checkpoints, Saver, save, sync
 from training.config import TrainConfig
 from training.errors import ConfigError, UserError
+from training.families import family_of, is_transposed, their_parameters, to_huggingface
 from training.model_state import TIED, WEIGHT, SavedState, model_shapes
 from training.optim import make_optimizer
-from training.pretrained import FIXED_SETTINGS, GELU, SIZES, TRANSPOSED, WEIGHTS
+from training.pretrained import WEIGHTS
 
 WEIGHTS_ONLY = ("safetensors", "hf")  # without optimizer states, and of any dtype
 MAX_SHARD_BYTES = 5 * 10**9  # of a file of weights in hf, one of which is in memory
@@ -119,7 +121,13 @@ def write_run(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -
     weights = {name: saved.whole(name).clone() for name in saved.shapes}
     step = {} if saved.step is None else {"step": torch.tensor(saved.step)}
     states = {n: step | {kind: saved.whole(n, kind).clone() for kind in saved.kinds_of(n)} for n in weights}
+    target.mkdir(exist_ok=True)
+    if metadata["tokenizer"]:
+        copy_files(tokenizer_from(metadata["tokenizer"], Path(metadata["folder"])), target)
     metadata = {**metadata, "strategy": "single", "world_size": 1, "dtype": "float32"}
+    del metadata["folder"]
+    if not saved.kinds:
+        del metadata["optimizer"]  # any may begin
     with Saver(Checkpoints(str(target))).writing(metadata, best=False) as files:
         files.write("model.pt", weights)
         files.write("optimizer.pt", {"optimizer": states, "scaler": saved.scaler})
@@ -130,7 +138,10 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: st
     """Write nanoGPT's ckpt.pt, to a target named *.pt or into the folder target, as in nanoGPT's out_dir."""
     path = target if target.suffix == ".pt" else target / NANOGPT_FILE
     path.parent.mkdir(exist_ok=True)
-    model = GPT(GPTConfig(**metadata["model"]))
+    config = GPTConfig(**metadata["model"])
+    if family_of(config) != "gpt2" or config.n_hidden != 4 * config.n_embd:
+        raise ConfigError("--to=nanogpt: nanoGPT has the model of GPT-2 only; use --to=hf")
+    model = GPT(config)
     optimizer = make_optimizer(model, TrainConfig(**metadata["settings"]))
     saved.into(model, optimizer)
     for group in optimizer.param_groups:
@@ -152,7 +163,8 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: st
 def write_weights(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write one safetensors file whose header holds the metadata, so that it can be read back."""
     tensors = {name: cast(name, saved.whole(name), getattr(torch, dtype)) for name in saved.shapes}
-    tensors[TIED] = tensors["transformer.wte.weight"].clone()  # other readers may not know that they are tied
+    if metadata["model"]["tied"]:
+        tensors[TIED] = tensors["transformer.wte.weight"].clone()  # other readers may not know that they are tied
     header = {key: json.dumps(metadata[key]) for key in HEADER if key in metadata}
     save_file(tensors, target, header)
     return []
@@ -169,54 +181,60 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
     """Write a folder for AutoModelForCausalLM and AutoTokenizer."""
     config = GPTConfig(**metadata["model"])
+    about = to_huggingface(config)
     target.mkdir()
     write_shards(saved, config, target, getattr(torch, dtype))
     tokenizer, padding = metadata["tokenizer"], list(range(metadata["vocab_size"], config.vocab_size))
     end_of_text = tokenizer_from(tokenizer).end_of_text if tokenizer else None
     special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    about = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "torch_dtype": dtype,
-        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
-        "activation_function": next(theirs for theirs, ours in GELU.items() if ours == config.gelu),
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-    }
     generation = {**special, **({"suppress_tokens": padding} if padding else {})}
-    (target / "config.json").write_text(json.dumps({**about, **FIXED_SETTINGS, **special}, indent=2))
+    (target / "config.json").write_text(json.dumps({**about, "torch_dtype": dtype, **special}, indent=2))
     (target / "generation_config.json").write_text(json.dumps(generation))
-    if tokenizer and tokenizer["name"] == "gpt2":
-        return write_tokenizer(target, config.block_size)
-    name = tokenizer["name"] if tokenizer else "unknown"
-    return [f"no tokenizer files were written: only those of gpt2 are, and the ids are of {name}"]
+    return write_tokenizer(metadata, target, config.block_size)
 
 
 def write_shards(saved: SavedState, config: GPTConfig, target: Path, dtype: torch.dtype) -> None:
     """Write the weights in Hugging Face's layout, one file at a time, and their index if there are several."""
-    shapes = model_shapes(replace(config, bias=True))
-    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    config = replace(config, bias=config.norm == "layernorm")  # a GPT-2 of theirs always has biases: ours may be zero
+    sources: dict[str, tuple[str, int, int]] = {}  # their name -> ours, first row, end
+    empty = {}
+    for name, shape in model_shapes(config).items():
+        start = 0
+        for theirs, rows in their_parameters(name, config).items():
+            end = shape[0] if rows is None else start + rows
+            sources[theirs] = name, start, end
+            empty[theirs] = torch.empty((end - start, *shape[1:]), dtype=dtype, device="meta")
+            start = end
     split = split_torch_state_dict_into_shards(empty, max_shard_size=MAX_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
         tensors = {}
-        for name in names:
-            weight = saved.whole(name) if name in saved.shapes else torch.zeros(shapes[name])  # an added bias
-            tensors[name] = cast(name, weight.t() if name.endswith(TRANSPOSED) else weight, dtype)
+        for theirs in names:
+            name, start, end = sources[theirs]
+            weight = saved.whole(name)[start:end] if name in saved.shapes else torch.zeros(empty[theirs].shape)
+            tensors[theirs] = cast(name, weight.t() if is_transposed(name, config) else weight, dtype)
         save_file(tensors, target / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (target / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
-def write_tokenizer(folder: Path, block_size: int) -> list[str]:
-    """Write GPT-2's tokenizer as AutoTokenizer reads it; return notes for the user."""
+def write_tokenizer(metadata: Metadata, folder: Path, block_size: int) -> list[str]:
+    """Write the tokenizer as AutoTokenizer reads it; return notes for the user."""
+    settings: Metadata = {"model_max_length": block_size}
+    name = (metadata["tokenizer"] or {"name": "unknown"})["name"]
+    if name == TOKENIZER_FILE:
+        copy_files(tokenizer_from(metadata["tokenizer"], Path(metadata["folder"])), folder)
+        return [] if (folder / name).exists() else [f"no tokenizer files were written: {name} was not found"]
+    if name != "gpt2":
+        return [f"no tokenizer files were written: only those of gpt2 are, and the ids are of {name}"]
     try:
         _ = BPETokenizer("gpt2").encoding  # downloads OpenAI's files into tiktoken's cache, and checks them
     except DataError as error:
         return [f"no tokenizer files were written: {error}"]
-    for name, file in GPT2_TOKENIZER.items():
-        (folder / name).write_bytes(tiktoken.load.read_file_cached(file))
+    for name, url in GPT2_TOKENIZER.items():
+        (folder / name).write_bytes(tiktoken.load.read_file_cached(url))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, **special}
+    settings |= {"tokenizer_class": "GPT2Tokenizer", **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return []
 

@@ -13,6 +13,8 @@ from typing import Any
 from torch.serialization import safe_globals
 
 from data.errors import DataError
+from data.hf_tokenizer import FILE as TOKENIZER_FILE
+from data.hf_tokenizer import from_model
 from data.tokenizer import tokenizer_from
 from model import GPTConfig
 from training import pretrained
@@ -30,7 +32,14 @@ NANOGPT_FILE = "ckpt.pt"
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 SETTINGS = ("dataset", "learning_rate", "weight_decay", "beta1", "beta2")
 HEADER = ("model", "tokenizer", "vocab_size", "step", "best_val_loss", "init_from")  # of our safetensors files
-DEFAULTS: Metadata = {"step": 0, "best_val_loss": None, "evaluated": False, "settings": {}}
+DEFAULTS: Metadata = {
+    "step": 0,
+    "best_val_loss": None,
+    "evaluated": False,
+    "settings": {},
+    "folder": "",
+    "optimizer": "adamw",
+}
 GPT2_VOCABULARIES = (50257, 50304)  # as it is, and padded to a multiple of 64
 READABLE = "a run folder or checkpoint, nanoGPT's ckpt.pt, a safetensors file, a universal checkpoint, a GPT-2 folder"
 
@@ -79,6 +88,7 @@ def read_run(folder: Path) -> tuple[SavedState, Metadata]:
     fitting = f"--gradient_accumulation_steps={world_size()}"  # tools run on any number of ranks
     settings = parse(TrainConfig, [f"--out_dir={folder.parent.parent}", "--init_from=resume", fitting], "")
     metadata = {"settings": {key: getattr(settings, key) for key in SETTINGS}, **read_metadata(folder)}
+    metadata["folder"] = folder.parent.parent  # where its tokenizer.json is
     return open_state(folder, metadata), metadata
 
 
@@ -112,13 +122,17 @@ def read_safetensors(path: Path) -> tuple[SavedState, Metadata]:
     tensors, header = pretrained.read_safetensors(path)
     if "model" not in header:
         raise CheckpointError(f"{path} was not written by tools.convert; for a Hugging Face model, give its folder")
-    tensors.pop(TIED, None)
+    if json.loads(header["model"]).get("tied", True):
+        tensors.pop(TIED, None)
     return from_whole(path, tensors, {}, {}), {key: json.loads(header[key]) for key in HEADER if key in header}
 
 
 def read_huggingface(folder: Path) -> tuple[SavedState, Metadata]:
     config, saved = pretrained.open_weights(str(folder))
-    return saved, {"model": asdict(config)}
+    metadata: Metadata = {"model": asdict(config), "folder": folder}
+    if config.norm != "layernorm" and (folder / TOKENIZER_FILE).is_file():
+        metadata["tokenizer"] = from_model(folder).describe()
+    return saved, metadata
 
 
 def read_universal(folder: Path) -> tuple[SavedState, Metadata]:

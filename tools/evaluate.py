@@ -179,7 +179,8 @@ def evaluate(args: Namespace, ranks: Ranks) -> dict[str, Any]:
         saved, metadata, dataset = open_model(args)
         config, items = GPTConfig(**metadata["model"]), []
         if args.file:
-            items = read_hellaswag(args.file, tokenizer_from(metadata["tokenizer"]), config.block_size)
+            tokenizer = tokenizer_from(metadata["tokenizer"], dataset.folder if dataset else Path(metadata["folder"]))
+            items = read_hellaswag(args.file, tokenizer, config.block_size)
         with ranks.device:
             model = GPT(config).eval()
         saved.into(model)

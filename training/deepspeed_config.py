@@ -16,7 +16,7 @@ import torch
 
 from model import GPTConfig
 from training.config import Setting, TrainConfig, key
-from training.deepspeed_json import BATCH, Json, check_keys, dotted, put, read
+from training.deepspeed_json import BATCH, SEND_LESS, Json, check_keys, dotted, put, read
 from training.distributed import Ranks, pick_dtype, world_size
 from training.errors import ConfigError, count, list_problems
 from training.optim import make_optimizer
@@ -220,7 +220,9 @@ def check_blocks(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
     if dotted(config, "torch_autocast.dtype") == "float16" and partitioned:
         yield "torch_autocast.dtype = 'float16': under ZeRO, DeepSpeed clips scaled gradients; use fp16 instead"
     optimizer = dotted(config, "optimizer.type")
-    if "optimizer" in config and optimizer not in ("Adam", "AdamW"):
+    if optimizer in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"):
+        yield f"optimizer.type = {optimizer!r}: DeepSpeed has removed it; write AdamW ({SEND_LESS})"
+    elif "optimizer" in config and optimizer not in ("Adam", "AdamW"):
         yield f"optimizer.type = {optimizer!r}: must be AdamW; another optimizer goes to training/optim.py"
     if dotted(config, "optimizer.params.adam_w_mode") is False:
         yield "optimizer.params.adam_w_mode = false: selects Adam with L2 regularization, not AdamW; remove it"

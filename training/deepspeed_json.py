@@ -53,9 +53,11 @@ KEYS: Json = {
 }
 KIND_NAMES = JSON_TYPES | {tuple: "one of {}", int: "an integer, {} or more", float: "a number, {} or more"}
 # Keys that this code does not support, with the reason, and what to use.
+SEND_LESS = 'set "communication_data_type": "bf16" to send less'
 UNSUPPORTED = {
     "gradient_checkpointing": "as DeepSpeed has no such key (set --activation_checkpointing=True)",
     **dict.fromkeys(("tensor_parallel", "pipeline"), "as this code has data parallelism only (use ZeRO-3)"),
+    "compression_training": f"as DeepSpeed has removed it ({SEND_LESS})",
     "data_efficiency": "as batches are the same under every strategy",
     "autotuning": "as it starts runs without this code's settings",
     "checkpoint.load_universal": "as it runs code in the files (any strategy resumes any checkpoint without it)",
@@ -64,6 +66,7 @@ UNSUPPORTED = {
     "zero_optimization.cpu_offload": 'as it is an old key (write "offload_optimizer": {"device": "cpu"})',
     "zero_optimization.cpu_offload_param": 'as it is an old key (write "offload_param": {"device": "cpu"})',
     "zero_optimization.elastic_checkpoint": "as its files cannot be resumed (any number of ranks resumes all others)",
+    "zero_optimization.mics_shard_size": "as DeepSpeed has removed it (use train.py --strategy=fsdp --shard_ranks=N)",
 }
 
 

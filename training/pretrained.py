@@ -1,9 +1,7 @@
-"""Pretrained GPT-2 weights in Hugging Face's format, from the hub or a local folder, opened as a SavedState.
-
-This is the only place that knows the names, layouts and settings of Hugging Face's GPT-2; tools/convert writes them.
-"""
+"""Pretrained weights in Hugging Face's format, from the hub or a local folder, opened as a SavedState."""
 
 import json
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +15,14 @@ from model import GPTConfig
 from training.checkpoint import read_torch_file
 from training.config import TrainConfig
 from training.errors import CheckpointError, ConfigError, UserError
-from training.model_state import TIED, WEIGHT, SavedState, check_parameters
+from training.families import from_huggingface, is_transposed, their_parameters
+from training.model_state import TIED, WEIGHT, SavedState, check_parameters, model_shapes
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 FILES = f"config.json and {WEIGHTS}"
-GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # activation_function -> GPTConfig.gelu
-SIZES = {"block_size": "n_positions", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
-# Settings in which a GPT-2 of theirs may vary, and the only values that our GPT computes.
-FIXED_SETTINGS = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-FIXED_SETTINGS |= {"tie_word_embeddings": True, "add_cross_attention": False}
-# Their linear layers are Conv1D modules, whose weights are (in, out).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# Tensors that are no parameters: causal masks of GPT-2, and angles of Llama
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def open_weights(source: str) -> tuple[GPTConfig, SavedState]:
@@ -37,13 +31,23 @@ def open_weights(source: str) -> tuple[GPTConfig, SavedState]:
     if not (folder / "config.json").is_file():
         raise UserError(f"init_from = {source!r}: must be scratch, resume, {', '.join(HUB)}, or a folder with {FILES}")
     config = read_config(folder / "config.json")
-    pieces, shapes = {}, {}
-    for name, weight in read_weights(folder).items():
-        name = f"transformer.{name.removeprefix('transformer.')}"
-        if not name.endswith((".attn.bias", ".attn.masked_bias", TIED)):  # causal masks, and the tied embedding
-            pieces[name, WEIGHT] = [weight.t() if name.endswith(TRANSPOSED) else weight]
-            shapes[name] = pieces[name, WEIGHT][0].shape
-    return config, check_parameters(SavedState(folder, shapes, pieces), config)
+    tensors, saved = read_weights(folder), SavedState(folder, {}, {})
+    if config.norm == "layernorm":  # OpenAI's own files leave out the first word
+        tensors = {
+            name if name == TIED else f"transformer.{name.removeprefix('transformer.')}": t
+            for name, t in tensors.items()
+        }
+    for name in model_shapes(config):
+        parts = [tensors.pop(part) for part in their_parameters(name, config) if part in tensors]
+        if parts:
+            parts = [part.t() for part in parts] if is_transposed(name, config) else parts
+            saved.pieces[name, WEIGHT] = parts
+            saved.shapes[name] = torch.Size((sum(len(part) for part in parts), *parts[0].shape[1:]))
+    rest = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
+    if config.tied:
+        rest.pop(TIED, None)
+    saved.shapes.update(rest)  # which check_parameters reports
+    return config, check_parameters(saved, config)
 
 
 def start_from(cfg: TrainConfig, vocab_size: int) -> tuple[GPTConfig, SavedState]:
@@ -53,46 +57,38 @@ def start_from(cfg: TrainConfig, vocab_size: int) -> tuple[GPTConfig, SavedState
         raise ConfigError(f"block_size = {cfg.block_size}: must be at most {config.block_size}, as in {cfg.init_from}")
     if vocab_size > config.vocab_size:
         rule = f"has {vocab_size} ids, but the weights of {cfg.init_from} have {config.vocab_size}"
-        raise ConfigError(f"dataset = {cfg.dataset!r}: {rule}; prepare it with the tokenizer gpt2")
-    # SavedState reads a parameter from its beginning, so a smaller shape keeps the first positions.
-    positions = torch.Size((cfg.block_size, config.n_embd))
-    weights = replace(weights, shapes={**weights.shapes, "transformer.wpe.weight": positions})
+        raise ConfigError(f"dataset = {cfg.dataset!r}: {rule}; prepare it with the tokenizer of the weights")
+    if not config.rope_theta:
+        # SavedState reads a parameter from its beginning, so a smaller shape keeps the first positions.
+        positions = torch.Size((cfg.block_size, config.n_embd))
+        weights = replace(weights, shapes={**weights.shapes, "transformer.wpe.weight": positions})
     run_settings = {name: getattr(cfg, name) for name in ("block_size", "dropout", "activation_checkpointing")}
     return replace(config, **run_settings), weights
 
 
 def find_folder(source: str) -> Path:
-    """Return source as a path; for a name in HUB, its folder in Hugging Face's cache, downloaded if needed."""
-    if source not in HUB or Path(source).exists():
+    """Return source as a path; for a name of the hub, its folder in Hugging Face's cache, downloaded if needed."""
+    repository = HUB.get(source, source)
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         return Path(source)
     import huggingface_hub as hub
 
+    files = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
     try:
-        for file in ("config.json", WEIGHTS):
-            path: Any = hub.try_to_load_from_cache(HUB[source], file)
-            if not isinstance(path, str):
-                hub.get_session().head(hub.constants.ENDPOINT, timeout=5)  # without a network, it fails at once
-                path = hub.hf_hub_download(HUB[source], file)
+        return Path(hub.snapshot_download(repository, allow_patterns=files))
     except Exception as error:  # the exceptions of its HTTP library change from version to version
-        fix = f"without a network, get {FILES} of {HUB[source]} elsewhere; give their folder instead of {source}"
-        raise UserError(f"{source!r} cannot be downloaded ({type(error).__name__}); {fix}") from None
-    return Path(path).parent
+        fix = f"without a network, get {FILES} of {repository} elsewhere; give their folder instead of {source}"
+        raise UserError(f"{source!r} is no folder, and cannot be downloaded ({type(error).__name__}); {fix}") from None
 
 
 def read_config(path: Path) -> GPTConfig:
     """Read their config.json. Raises UserError for any model that our GPT would compute differently."""
     try:
-        theirs = json.loads(path.read_bytes())
-        kind, gelu = theirs.get("model_type"), theirs.get("activation_function", "gelu_new")
-        sizes = {ours: theirs[name] for ours, name in SIZES.items()} if kind == "gpt2" else {}
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} does not describe a GPT-2 ({type(error).__name__}: {error})") from None
-    if kind != "gpt2" or str(gelu) not in GELU:
-        raise UserError(f"{path} describes a {kind!r} model with {gelu!r}; only GPT-2 with GELU can be read")
-    for name, value in {**FIXED_SETTINGS, "n_inner": 4 * sizes["n_embd"]}.items():
-        if theirs.get(name) not in (None, value):
-            raise UserError(f"{path}: {name} = {theirs[name]!r}; only GPT-2 with {name} = {value!r} can be read")
-    return GPTConfig(**sizes, bias=True, gelu=GELU[gelu])
+        return from_huggingface(json.loads(path.read_bytes()))
+    except ConfigError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} does not describe a model ({type(error).__name__}: {error})") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -29,7 +29,8 @@ def main(parser: ArgumentParser) -> None:
         for paragraph in filter(PROSE.fullmatch, paragraphs):
             # The hash keeps a paragraph in the same split in every version of Python.
             split = "val" if zlib.crc32(paragraph.encode()) % 20 == 0 else "train"
-            writer.write(split, writer.tokenizer.encode(paragraph + "\n\n"), end=False)
+            text = paragraph + "\n\n"
+            writer.write(split, writer.tokenizer.encode(text), end=False, text=text)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(parser: ArgumentParser, tokenizer_name: str) -> None:
     cut = int(len(text) * 0.9)
     with Writer(args.out, tokenizer, path.name if path.exists() else URL) as writer:
         writer.write("train", tokenizer.encode(text[:cut]), end=False)
-        writer.write("val", tokenizer.encode(text[cut:]), end=False)
+        writer.write("val", tokenizer.encode(text[cut:]), end=False, text=text[cut:])
 
 
 if __name__ == "__main__":

@@ -16,15 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.dataset import DATA_FOLDER
 from data.errors import DataError
+from data.hf_tokenizer import from_model
 from data.prepare import READERS, find_files, run, tokenize_files
-from data.tokenizer import TIKTOKEN, tokenizer_from
+from data.tokenizer import TIKTOKEN, Tokenizer, tokenizer_from
 
 
 def main(parser: ArgumentParser) -> None:
     parser.set_defaults(out=None)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="files or folders")
     parser.add_argument("--name", required=True, help="name of the data set, written to data/NAME unless --out is set")
-    parser.add_argument("--tokenizer", default="gpt2", help=f"byte, char, {', '.join(TIKTOKEN)} (default: gpt2)")
+    parser.add_argument("--tokenizer", default="gpt2", help=f"byte, char, {', '.join(TIKTOKEN)}, or a model's folder")
     parser.add_argument("--field", default="text", help="key or column of the text in .jsonl and .parquet")
     parser.add_argument("--val-fraction", type=float, default=0.1, help="part of the text that is for validation")
     args = parser.parse_args()
@@ -36,7 +37,10 @@ def main(parser: ArgumentParser) -> None:
     files = [file.resolve() for file in find_files(args.input)]
     texts = chain.from_iterable(READERS[file.suffix](file, args.field) for file in files)
     characters = "".join(set(chain.from_iterable(texts))) if args.tokenizer == "char" else ""
-    tokenizer = tokenizer_from({"name": args.tokenizer, "characters": characters})
+    if (folder := Path(args.tokenizer)).is_dir():
+        tokenizer: Tokenizer = from_model(folder)
+    else:
+        tokenizer = tokenizer_from({"name": args.tokenizer, "characters": characters})
     source = ", ".join(path.name for path in args.input)
     tokenize_files(files, out, source, tokenizer, args.val_fraction, args.field)
 

@@ -1,0 +1,68 @@
+"""The tokenizer.json of a Hugging Face model. Its file is copied beside the data, and into the folder of each run."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import DataError
+
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+class HFTokenizer:
+    """folder: where the file is; training needs it only to prepare data and to sample text."""
+
+    name = FILE
+
+    def __init__(self, vocab_size: int, end_of_text: int | None, sha256: str, folder: Path):
+        self.vocab_size, self.end_of_text, self.sha256, self.path = vocab_size, end_of_text, sha256, folder / FILE
+
+    @cached_property
+    def encoding(self) -> Any:
+        """A tokenizers.Tokenizer. Raises DataError if the file is missing or another."""
+        import tokenizers
+
+        if not self.path.is_file():
+            raise DataError(f"{self.path} is missing; copy it there from the data set or the model's folder")
+        content = self.path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise DataError(f"{self.path} is another tokenizer than that of the data; copy the right one there")
+        return tokenizers.Tokenizer.from_buffer(content)
+
+    def files(self) -> list[Path]:
+        """What AutoTokenizer reads."""
+        return [path for path in (self.path, self.path.with_name(CONFIG)) if path.is_file()]
+
+    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """allow_special: special tokens in the text are encoded as such, and the model's own begin it."""
+        self.encoding.encode_special_tokens = not allow_special
+        return np.array(self.encoding.encode(text, add_special_tokens=allow_special).ids, np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.encoding.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def describe(self) -> dict[str, Any]:
+        about = {"vocab_size": self.vocab_size, "end_of_text": self.end_of_text, "sha256": self.sha256}
+        return {"name": self.name, **about}
+
+
+def from_model(folder: Path) -> HFTokenizer:
+    """The tokenizer in a model's folder; the end of a text is the eos_token of its tokenizer_config.json."""
+    import tokenizers
+
+    try:
+        content = (folder / FILE).read_bytes()
+        encoding = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(f"{folder / FILE} is no tokenizer of Hugging Face ({error})") from None
+    config, end = folder / CONFIG, None
+    if config.is_file():
+        end = json.loads(config.read_bytes()).get("eos_token")
+    end = encoding.token_to_id(end["content"] if isinstance(end, dict) else end) if end else None
+    size = 1 + max(encoding.get_vocab(with_added_tokens=True).values())
+    return HFTokenizer(size, end, hashlib.sha256(content).hexdigest(), folder)
