@@ -6,7 +6,6 @@ out_dir/latest, out_dir/best        text: step_000500
 
 import copy
 import fnmatch
-import io
 import json
 import os
 import re
@@ -50,9 +49,8 @@ class Checkpoints:
         The order makes a kill harmless at any moment: first the folder gets its name, then `latest` names it.
         """
         name = unfinished.name.removeprefix(UNFINISHED)
-        ordered = sorted(checksums.items())
-        files = {"files": {n: size for n, (size, _) in ordered}, "crc32": {n: crc for n, (_, crc) in ordered}}
-        metadata = {"format": FORMAT, **metadata, **files}
+        sizes, crcs = ({name: checksums[name][part] for name in sorted(checksums)} for part in (0, 1))
+        metadata = {"format": FORMAT, **metadata, "files": sizes, "crc32": crcs}
         metadata[OWN_CHECKSUM] = metadata_checksum(metadata)
         write_text(unfinished / METADATA, json.dumps(metadata, indent=1))
         final = self.folder / name
@@ -173,7 +171,7 @@ class CheckpointWriter:
         self.pending[name] = copy_to_host(state) if self.background else state
 
     def add(self, path: Path) -> None:
-        """Include a file that other code wrote into the folder."""
+        """Include a file of the folder: sync it to disk, and note its size and checksum."""
         sync(path)
         self.checksums[str(path.relative_to(self.folder))] = checksum(path)
 
@@ -181,9 +179,9 @@ class CheckpointWriter:
         """Write with torch.save. Raises OSError where the disk refuses, such as when it is full."""
         while self.pending:
             name, state = self.pending.popitem()
-            with HashedFile(io.FileIO(self.folder / name, "wb")) as file:
+            with (self.folder / name).open("wb") as file:
                 save(state, file, crc32=False)
-                self.checksums[name] = file.sync()
+            self.add(self.folder / name)
 
 
 class Saver:
@@ -217,24 +215,25 @@ class Saver:
             writer = CheckpointWriter(unfinished, self.background)
             with self.ranks.together():
                 yield writer
-            if not self.background:
-                self.finish(self.ranks, writer, metadata, best)
         if self.background:
-            self.thread = threading.Thread(target=self.write_in_background, args=(writer, metadata, best), daemon=True)
+            self.thread = threading.Thread(target=self.finish_in_background, args=(writer, metadata, best), daemon=True)
             self.thread.start()
+        else:
+            self.finish(writer, metadata, best)
 
-    def finish(self, ranks: Ranks, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
-        with ranks.together():
-            writer.finish()
-        merged = {name: value for checksums in ranks.share(writer.checksums) for name, value in checksums.items()}
-        with ranks.together():
-            if ranks.main:
-                self.checkpoints.finish(writer.folder, metadata, merged, best)
+    def finish(self, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
+        ranks = self.writing_ranks
+        with self.failure_explained(writer.folder):
+            with ranks.together():
+                writer.finish()
+            merged = {name: value for checksums in ranks.share(writer.checksums) for name, value in checksums.items()}
+            with ranks.together():
+                if ranks.main:
+                    self.checkpoints.finish(writer.folder, metadata, merged, best)
 
-    def write_in_background(self, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
+    def finish_in_background(self, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
         try:
-            with self.failure_explained(writer.folder):
-                self.finish(self.writing_ranks, writer, metadata, best)
+            self.finish(writer, metadata, best)
         except Exception as error:  # `wait` raises it in the main thread, unless another save can help
             self.error = error
             if self.ranks.main and isinstance(error, CheckpointError):
@@ -258,21 +257,6 @@ class Saver:
         error, self.error, self.thread = self.error, None, None
         if error and (last or not isinstance(error, CheckpointError)):
             raise error
-
-
-class HashedFile(io.BufferedWriter):
-    """A file that computes the CRC-32 of what is written to it."""
-
-    crc = 0
-
-    def write(self, data: Any) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        return super().write(data)
-
-    def sync(self) -> Checksum:
-        self.flush()
-        os.fsync(self.fileno())
-        return self.tell(), f"{self.crc:08x}"
 
 
 @torch.no_grad()

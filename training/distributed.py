@@ -349,6 +349,5 @@ def run(main: Callable[[], None]) -> None:
         time.sleep(REPORT_SECONDS)  # torchrun and deepspeed kill the rank that reports as soon as this one ends
     if ranks > 1 or dist.is_initialized():  # interpreter shutdown with a live group may abort, or wait for other ranks
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
