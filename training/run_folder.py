@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -147,10 +148,9 @@ def explain_out_of_memory(
 
 def git(*arguments: str) -> str:
     """git's output for this repository; "" without git or a repository."""
-    try:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
+    if not shutil.which("git"):
         return ""
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def processor() -> str:
