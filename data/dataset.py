@@ -56,39 +56,37 @@ def open_dataset(folder: Path) -> Dataset:
 
 def read_dataset(folder: Path) -> Dataset:
     """Read a folder's description and check the sizes of its files. open_dataset adds the fix to a DataError."""
-    dtype, counts, val_bytes = np.dtype("<u2"), dict[str, int](), 0  # nanoGPT's; it stores no counts
     if (folder / "meta.json").is_file():
-        tokenizer, dtype, counts, val_bytes = read_meta(folder / "meta.json")
-    elif (folder / "meta.pkl").is_file():
-        tokenizer = read_pickle(folder / "meta.pkl")
+        meta = read_meta(folder / "meta.json")
+    elif (folder / "meta.pkl").is_file():  # nanoGPT stores no dtype and no counts
+        meta = {"tokenizer": read_pickle(folder / "meta.pkl")}
     else:
-        tokenizer = tokenizer_from({"name": "gpt2"})
+        meta = {"tokenizer": tokenizer_from({"name": "gpt2"})}
+    dtype, tokens = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<"), {}
     for split in SPLITS:
         path = folder / f"{split}.bin"
         size = path.stat().st_size
-        tokens, remainder = divmod(size, dtype.itemsize)
+        tokens[split], remainder = divmod(size, dtype.itemsize)
         if remainder:
             raise DataError(f"{path}: {size:,} bytes are not a whole number of {dtype} ids")
-        if counts.setdefault(split, tokens) != tokens:
-            raise DataError(f"{path}: has {tokens:,} tokens, meta.json says {counts[split]:,}")
-    return Dataset(folder, tokenizer, dtype, tokenizer.vocab_size, counts, val_bytes)
+        if tokens[split] != (expected := meta.get(f"{split}_tokens", tokens[split])):
+            raise DataError(f"{path}: has {tokens[split]:,} tokens, meta.json says {expected:,}")
+    return Dataset(folder, meta["tokenizer"], dtype, meta["tokenizer"].vocab_size, tokens, meta.get("val_bytes", 0))
 
 
-def read_meta(path: Path) -> tuple[Tokenizer, np.dtype, dict[str, int], int]:
-    """Tokenizer, dtype, token counts by split, and bytes of val.bin, which earlier versions left out. DataError."""
+def read_meta(path: Path) -> dict[str, Any]:
+    """Read meta.json; "tokenizer" is the Tokenizer that it describes. Earlier versions left out val_bytes."""
     try:
         meta = json.loads(path.read_bytes())
         if problems := check_types(meta, META) or check_types({"val_bytes": 0, **meta}, {"val_bytes": int}):
             raise DataError("; ".join(problems))
-        tokenizer = tokenizer_from(meta["tokenizer"], path.parent)
         if meta["dtype"] not in ("uint16", "uint32"):
             raise DataError(f"dtype = {meta['dtype']!r}: must be uint16 or uint32")
+        return {**meta, "tokenizer": tokenizer_from(meta["tokenizer"], path.parent)}
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no JSON
         raise DataError(f"{path} is not JSON ({error})") from None
-    counts = {split: meta[f"{split}_tokens"] for split in SPLITS}
-    return tokenizer, np.dtype(meta["dtype"]).newbyteorder("<"), counts, meta.get("val_bytes", 0)
 
 
 class PlainDataUnpickler(pickle.Unpickler):

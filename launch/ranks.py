@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
     plan = json.loads(sys.stdin.buffer.readline()) if args.node else {"command": args.command}
     os.environ.update(plan.get("environment", {}))
     count, *command = plan["command"] or [""]
-    if count == "auto":  # the only GPU of a Mac takes no second rank
-        count = str(count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) or (1 if sys.platform == "darwin" else 2))
+    if count == "auto":
+        count = str(count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) or 2)
     if not command or not count.isdecimal() or int(count) < 1:
         rule = "must be RANKS SCRIPT [ARGUMENTS], RANKS 1 or more, or auto: one per GPU, or 2 on the CPU"
         parser.error(f"{' '.join(args.command) or 'no arguments'}: {rule}")

@@ -73,7 +73,7 @@ def parse_as_scripts_do(cls: Any, argv: list[str]) -> Any:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # --help changes it
     if isinstance(cfg, TrainConfig):
         cfg.model_config(257)
-        assert timedelta(minutes=cfg.hang_minutes or 10) + distributed.WATCHDOG_MARGIN
+        assert timedelta(minutes=cfg.hang_minutes or 10, seconds=30)
     distributed.pick_dtype(cfg.dtype, distributed.pick_device(cfg.device, 0, 1))
     return cfg
 

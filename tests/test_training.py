@@ -180,7 +180,9 @@ def test_the_scaler_of_fp16_is_in_the_checkpoint(data, tmp_path):
     first.scaler.load_state_dict({**first.scaler.state_dict(), "scale": 1024.0})
     for step in range(3):
         first.train_step(step)
-    first.save(CheckpointWriter(tmp_path, background=False))
+    writer = CheckpointWriter(tmp_path, background=False)
+    first.save(writer)
+    writer.finish()
     files = {"model.pt": 0, "optimizer.pt": 0}
     about = {"strategy": "single", "world_size": 1, "model": asdict(cfg.model_config(257)), "files": files}
     (tmp_path / "checkpoint.json").write_text(json.dumps(about))

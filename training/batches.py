@@ -31,14 +31,13 @@ class Batches:
         self.micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
         self.tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
         self.files = {split: os.open(self.dataset.path(split), os.O_RDONLY) for split in ("train", "val")}
-        for split in self.files:
-            if self.dataset.tokens[split] <= cfg.block_size:
-                raise DataError(
-                    f"{self.dataset.path(split)} has {self.dataset.tokens[split]:,} tokens: too few for block_size = "
-                    f"{cfg.block_size}, which needs one more than that; lower block_size or prepare more text"
-                )
+        for split, tokens in self.dataset.tokens.items():
+            if tokens <= cfg.block_size:
+                rule = f"too few for block_size = {cfg.block_size}, which needs one more than that"
+                fix = "lower block_size or prepare more text"
+                raise DataError(f"{self.dataset.path(split)} has {tokens:,} tokens: {rule}; {fix}")
             # A first look at 16 places, before anything is built, finds most files of another tokenizer.
-            self.read(split, np.linspace(0, self.dataset.tokens[split] - cfg.block_size, 16, endpoint=False, dtype=int))
+            self.read(split, np.linspace(0, tokens - cfg.block_size, 16, endpoint=False, dtype=int))
         self.seconds, self.reads = 0.0, 0
 
     def describe(self) -> dict[str, str]:
@@ -91,10 +90,8 @@ class Batches:
             raise DataError(f"{self.dataset.path(split)} became shorter while it was being read; prepare it again")
         ids = np.frombuffer(rows, dtype).reshape(len(starts), length)
         if (largest := int(ids.max())) >= self.dataset.vocab_size:
-            raise DataError(
-                f"{self.dataset.path(split)} contains id {largest}, outside its vocabulary of "
-                f"{self.dataset.vocab_size}: it is damaged, or meta.json names another tokenizer; prepare it again"
-            )
+            rule = f"outside its vocabulary of {self.dataset.vocab_size}: it is damaged, or of another tokenizer"
+            raise DataError(f"{self.dataset.path(split)} contains id {largest}, {rule}; prepare it again")
         tokens = torch.from_numpy(ids.astype(np.int64))
         on_gpu = self.ranks.device.type == "cuda"
         tokens = (tokens.pin_memory() if on_gpu else tokens).to(self.ranks.device, non_blocking=on_gpu)

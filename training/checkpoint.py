@@ -6,7 +6,6 @@ out_dir/latest, out_dir/best        text: step_000500
 
 import copy
 import fnmatch
-import io
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import shutil
 import sys
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,6 @@ FORMAT = 1
 METADATA, OWN_CHECKSUM = "checkpoint.json", "own_crc32"
 UNFINISHED = "unfinished_"
 OWN_NAME = re.compile(r"(unfinished_|removed_)?step_\d+")  # anything else in the folder is left alone
-CHUNK_BYTES = 2**24
 Checksum = tuple[int, str]  # a file's size in bytes, and its CRC-32 in hexadecimal
 
 
@@ -51,9 +49,8 @@ class Checkpoints:
         The order makes a kill harmless at any moment: first the folder gets its name, then `latest` names it.
         """
         name = unfinished.name.removeprefix(UNFINISHED)
-        ordered = sorted(checksums.items())
-        files = {"files": {n: size for n, (size, _) in ordered}, "crc32": {n: crc for n, (_, crc) in ordered}}
-        metadata = {"format": FORMAT, **metadata, **files}
+        sizes, crcs = ({name: checksums[name][part] for name in sorted(checksums)} for part in (0, 1))
+        metadata = {"format": FORMAT, **metadata, "files": sizes, "crc32": crcs}
         metadata[OWN_CHECKSUM] = metadata_checksum(metadata)
         write_text(unfinished / METADATA, json.dumps(metadata, indent=1))
         final = self.folder / name
@@ -115,15 +112,12 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: none of its {count(len(finished), 'checkpoint')} can be used; {fix}")
         return None
 
-    def newest(self) -> tuple[Path, dict[str, Any]]:
-        """As `usable`; raises CheckpointError if there is none or it is damaged."""
-        if newest := self.usable(fall_back=False):
+    def newest(self, fall_back: bool = False) -> tuple[Path, dict[str, Any]]:
+        """As `usable`; raises CheckpointError if there is none."""
+        if newest := self.usable(fall_back):
             return newest
-        raise self.missing()
-
-    def missing(self) -> CheckpointError:
         fix = "start with --init_from=scratch, or set --out_dir to the run's folder"
-        return CheckpointError(f"init_from = 'resume': {self.out_dir} has no checkpoint; {fix}")
+        raise CheckpointError(f"init_from = 'resume': {self.out_dir} has no checkpoint; {fix}")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -166,7 +160,7 @@ def find_corruption(path: Path, ranks: Ranks = SINGLE_PROCESS) -> str | None:
 
 
 class CheckpointWriter:
-    """Writes this rank's files of one checkpoint; in the background: copies them to memory, and writes in `finish`."""
+    """This rank's files of one checkpoint. A train script names them with `write`, and `finish` writes them."""
 
     def __init__(self, folder: Path, background: bool):
         self.folder, self.background = folder, background
@@ -174,24 +168,20 @@ class CheckpointWriter:
         self.pending: dict[str, Any] = {}
 
     def write(self, name: str, state: Any) -> None:
-        """Write with torch.save. Raises OSError where the disk refuses, such as when it is full."""
-        if self.background:
-            self.pending[name] = copy_to_host(state)
-            return
-        with HashedFile(io.FileIO(self.folder / name, "wb")) as file:
-            save(state, file, crc32=False)
-            self.checksums[name] = file.sync()
+        self.pending[name] = copy_to_host(state) if self.background else state
+
+    def add(self, path: Path) -> None:
+        """Include a file of the folder: sync it to disk, and note its size and checksum."""
+        sync(path)
+        self.checksums[str(path.relative_to(self.folder))] = checksum(path)
 
     def finish(self) -> None:
-        self.background = False
+        """Write with torch.save. Raises OSError where the disk refuses, such as when it is full."""
         while self.pending:
-            self.write(*self.pending.popitem())
-
-    def add(self, paths: Iterable[Path]) -> None:
-        """Include files that were written into the folder by other code."""
-        for path in paths:
-            sync(path)
-            self.checksums[str(path.relative_to(self.folder))] = checksum(path)
+            name, state = self.pending.popitem()
+            with (self.folder / name).open("wb") as file:
+                save(state, file, crc32=False)
+            self.add(self.folder / name)
 
 
 class Saver:
@@ -225,24 +215,25 @@ class Saver:
             writer = CheckpointWriter(unfinished, self.background)
             with self.ranks.together():
                 yield writer
-            if not self.background:
-                self.finish(self.ranks, writer, metadata, best)
         if self.background:
-            self.thread = threading.Thread(target=self.write_in_background, args=(writer, metadata, best), daemon=True)
+            self.thread = threading.Thread(target=self.finish_in_background, args=(writer, metadata, best), daemon=True)
             self.thread.start()
+        else:
+            self.finish(writer, metadata, best)
 
-    def finish(self, ranks: Ranks, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
-        with ranks.together():
-            writer.finish()
-        merged = {name: value for checksums in ranks.share(writer.checksums) for name, value in checksums.items()}
-        with ranks.together():
-            if ranks.main:
-                self.checkpoints.finish(writer.folder, metadata, merged, best)
+    def finish(self, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
+        ranks = self.writing_ranks
+        with self.failure_explained(writer.folder):
+            with ranks.together():
+                writer.finish()
+            merged = {name: value for checksums in ranks.share(writer.checksums) for name, value in checksums.items()}
+            with ranks.together():
+                if ranks.main:
+                    self.checkpoints.finish(writer.folder, metadata, merged, best)
 
-    def write_in_background(self, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
+    def finish_in_background(self, writer: CheckpointWriter, metadata: dict[str, Any], best: bool) -> None:
         try:
-            with self.failure_explained(writer.folder):
-                self.finish(self.writing_ranks, writer, metadata, best)
+            self.finish(writer, metadata, best)
         except Exception as error:  # `wait` raises it in the main thread, unless another save can help
             self.error = error
             if self.ranks.main and isinstance(error, CheckpointError):
@@ -266,21 +257,6 @@ class Saver:
         error, self.error, self.thread = self.error, None, None
         if error and (last or not isinstance(error, CheckpointError)):
             raise error
-
-
-class HashedFile(io.BufferedWriter):
-    """A file that computes the CRC-32 of what is written to it."""
-
-    crc = 0
-
-    def write(self, data: Any) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        return super().write(data)
-
-    def sync(self) -> Checksum:
-        self.flush()
-        os.fsync(self.fileno())
-        return self.tell(), f"{self.crc:08x}"
 
 
 @torch.no_grad()
@@ -312,7 +288,7 @@ def save(state: Any, file: Any, crc32: bool) -> None:
 def checksum(path: Path) -> Checksum:
     crc = 0
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(2**24):
             crc = zlib.crc32(chunk, crc)
         return file.tell(), f"{crc:08x}"
 
@@ -329,9 +305,9 @@ def read_torch_file(path: Path, mmap: bool = True) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # unpickling arbitrary bytes raises anything
-        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it contains {unsafe[1]}; only tensors and plain data are loaded" if unsafe else ""
-        reason = reason or next(iter(str(error).splitlines()), type(error).__name__)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it contains {unsafe[1]}; only tensors and plain data are loaded"
         raise CheckpointError(f"{path} cannot be read: {reason}") from None
 
 

@@ -138,25 +138,17 @@ class DeepSpeedLog:
 
 @contextmanager
 def writing(engine: Any, writer: CheckpointWriter) -> Iterator[None]:
-    """Wrap engine.save_checkpoint, so that `writer` writes the files: with checksums, and maybe in the background.
-
-    Raises its OSError only at the end, because every rank must pass the barriers in save_checkpoint.
-    """
-    errors: list[OSError] = []
+    """Wrap engine.save_checkpoint, so that `writer` gets the files, and writes them after its barriers."""
 
     def save(state_dict: Any, path: str) -> None:
-        try:
-            writer.write(str(Path(path).relative_to(writer.folder)), state_dict)
-        except OSError as error:
-            errors.append(error)
+        writer.write(str(Path(path).relative_to(writer.folder)), state_dict)
 
     engine.checkpoint_engine.save = save
     engine._copy_recovery_script = lambda folder: None  # else zero_to_fp32.py and zero_to_torch.py are copied there
     yield
     rank = torch.distributed.get_rank()
-    writer.add((writer.folder / "offloaded_tensors" / f"rank{rank:02d}").glob("*"))  # copied from NVMe by DeepSpeed
-    if errors:
-        raise errors[0]
+    for path in (writer.folder / "offloaded_tensors" / f"rank{rank:02d}").glob("*"):  # DeepSpeed copied it from NVMe
+        writer.add(path)
 
 
 def nvme_sub_groups(engine: Any) -> list[tuple[str, int]]:

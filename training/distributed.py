@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from tqdm import tqdm
 from data.errors import DataError
 from training.errors import LOST, STOPPED, USER_ERROR, ConfigError, NodeError, RankError, Stopped, UserError
 
-WATCHDOG_MARGIN = timedelta(seconds=30)  # collectives time out after the watchdog, whose report says more
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 # What a user's disk, folder or limit can cause. Any other OSError is a bug and keeps its traceback.
@@ -39,29 +39,22 @@ REPORT_SECONDS = 10.0  # for rank 0 to report an error that another rank finds f
 LOST_RANK = ("Connection closed by", "Connection reset by", "Broken pipe", "Timed out waiting", "remote process")
 
 
-def rank() -> int:
-    return read_number("RANK", "0", least=0)
-
-
-def local_rank() -> int:
-    return read_number("LOCAL_RANK", "0", least=0)
-
-
-def world_size() -> int:
-    return read_number("WORLD_SIZE", "1", least=1)
-
-
-def local_world_size() -> int:
-    """Ranks on this node; DeepSpeed's launcher calls the variable LOCAL_SIZE."""
-    return read_number("LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE", "1", least=1)
-
-
 def read_number(name: str, default: str, least: int, most: int = 999_999) -> int:
     """A variable of the launcher. Raises RankError if it is not a whole number in this range."""
     text = os.environ.get(name, default)
     if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
         raise RankError(f"{name} = {text!r} (environment): must be a whole number, {least} to {most}; {LAUNCH_HINT}")
     return int(text)
+
+
+rank = partial(read_number, "RANK", default="0", least=0)
+local_rank = partial(read_number, "LOCAL_RANK", default="0", least=0)
+world_size = partial(read_number, "WORLD_SIZE", default="1", least=1)
+
+
+def local_world_size() -> int:
+    """Ranks on this node; DeepSpeed's launcher calls the variable LOCAL_SIZE."""
+    return read_number("LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE", "1", least=1)
 
 
 def check_launch() -> int:
@@ -112,8 +105,7 @@ class Ranks:
 
     def start_max(self, numbers: torch.Tensor) -> dist.Work | None:
         """Start to replace numbers by their maximum over all ranks; wait() for it. A collective between CPUs."""
-        several = self.world_size > 1
-        return dist.all_reduce(numbers, ReduceOp.MAX, self.control, async_op=True) if several else None
+        return dist.all_reduce(numbers, ReduceOp.MAX, self.control, async_op=True) if self.world_size > 1 else None
 
     def share(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. A collective. It travels as JSON: unpickling would run what a stranger sends."""
@@ -144,16 +136,13 @@ class Ranks:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Raise a user's error of any rank (a full disk, a missing file) on all ranks, with the same message."""
-        message: str | None = None
+        message = ""
         try:
             yield
         except (UserError, DataError, OSError) as error:
-            if not is_users_fault(error):
-                raise
             message = describe_error(error)
-        first = next((text for text in self.share(message) if text is not None), None)
-        if first is not None:
-            raise UserError(first)
+        if messages := list(filter(None, self.share(message))):
+            raise UserError(messages[0])
 
 
 SINGLE_PROCESS = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -174,8 +163,7 @@ def start(
     process_group: make one for a single process too; DDP, FSDP2 and DeepSpeed need it.
     cpu_tensors: ranks on GPUs also reduce tensors in host memory, as FSDP2's offloaded gradient norm does.
     """
-    picked = pick_device(device, local_rank(), world_size(), process_group)
-    ranks = Ranks(rank(), local_rank(), world_size(), picked)
+    ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()))
     set_up(ranks.device, tf32)
     if process_group:  # DeepSpeed reads its device from the environment
         os.environ["DS_ACCELERATOR"] = ranks.device.type
@@ -183,7 +171,8 @@ def start(
     if ranks.world_size == 1 and not process_group:
         yield ranks
         return
-    ranks = join(ranks, backend, timedelta(minutes=timeout_minutes or 10) + WATCHDOG_MARGIN, cpu_tensors)
+    timeout = timedelta(minutes=timeout_minutes or 10, seconds=30)  # after the watchdog, whose report says more
+    ranks = join(ranks, backend, timeout, cpu_tensors)
     stopped = None
     try:
         yield ranks
@@ -263,12 +252,11 @@ def local_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
     return dist.TCPStore(*address, ranks.world_size, ranks.main, timeout, master_listen_fd=listening)
 
 
-def pick_device(name: str, local_rank: int, ranks: int, process_group: bool = False) -> torch.device:
+def pick_device(name: str, local_rank: int, ranks: int) -> torch.device:
     """This rank's device. Raises ConfigError where it does not exist, or torch cannot use it."""
     if name == "auto":
         check_driver()
-        use_mps = torch.backends.mps.is_available() and not (ranks > 1 or process_group)  # MPS has no collectives
-        name = "cuda" if torch.cuda.is_available() else "mps" if use_mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
         raise ConfigError(f"device = {name!r}: unknown; write auto, cpu, cuda, cuda:1 or mps")
     device = torch.device(name)
@@ -308,14 +296,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def is_users_fault(error: Exception) -> bool:
-    return not isinstance(error, OSError) or error.errno in USERS_ERRNOS
-
-
 def describe_error(error: Exception) -> str:
-    """One line for the user."""
+    """The message for the user. Raises the error again if it is an OSError that is a bug."""
     if not isinstance(error, OSError):
         return str(error)
+    if error.errno not in USERS_ERRNOS:
+        raise error
     fix = "; free some space or choose another --out_dir" if error.errno in CANNOT_WRITE else ""
     return f"{error.filename or 'input/output'}: {error.strerror or error}{fix}"
 
@@ -332,7 +318,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a script. A user's error is printed once and every rank exits with status 2; a bug keeps its traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # during the imports, it ended the script at once
     open_streams()
-    this_rank, ranks, status, message = 0, 1, USER_ERROR, None
+    this_rank, ranks, status, message = 0, 1, USER_ERROR, ""
     try:
         this_rank = rank()  # a rank that cannot read its number reports that
         ranks = check_launch()
@@ -340,11 +326,9 @@ def run(main: Callable[[], None]) -> None:
         status = 0
     except UserError as error:  # raised on every rank: from the settings, which all ranks read, or by `together`
         reporter = isinstance(error, RankError) or (local_rank() if isinstance(error, NodeError) else this_rank) == 0
-        message = describe_error(error) if reporter else None
+        message = str(error) if reporter else ""
     except (DataError, OSError) as error:  # on this rank only: the launcher ends the others
-        if not is_users_fault(error):
-            raise
-        message = describe_error(error) if ranks == 1 else f"rank {this_rank}: {describe_error(error)}"
+        message = ("" if ranks == 1 else f"rank {this_rank}: ") + describe_error(error)
     except Stopped as reason:
         status = STOPPED
         if this_rank == 0:
@@ -365,6 +349,5 @@ def run(main: Callable[[], None]) -> None:
         time.sleep(REPORT_SECONDS)  # torchrun and deepspeed kill the rank that reports as soon as this one ends
     if ranks > 1 or dist.is_initialized():  # interpreter shutdown with a live group may abort, or wait for other ranks
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

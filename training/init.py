@@ -32,15 +32,15 @@ class InitState:
 def find_init_state(cfg: TrainConfig, checkpoints: Checkpoints, dataset: Dataset) -> InitState:
     """A collective. Raises UserError on all ranks if cfg.init_from does not lead to an initial state."""
     checkpoint = None
-    if cfg.resume == "auto" or cfg.init_from == "resume":
-        checkpoint = checkpoints.usable(fall_back=cfg.resume == "auto")
+    if cfg.init_from == "resume":
+        checkpoint = checkpoints.newest(fall_back=cfg.resume == "auto")
+    elif cfg.resume == "auto":
+        checkpoint = checkpoints.usable(fall_back=True)
     with checkpoints.ranks.together():
         if checkpoint:
             return from_checkpoint(cfg, *checkpoint, dataset)
         if cfg.init_from == "scratch":
             return InitState(cfg.model_config(dataset.vocab_size))
-        if cfg.init_from == "resume":
-            raise checkpoints.missing()
         from training import pretrained  # most runs do not need it
 
         model, weights = pretrained.start_from(cfg, dataset.vocab_size)

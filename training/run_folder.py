@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import platform
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,25 +44,18 @@ def agree(cfg: TrainConfig, ranks: Ranks, batches: Batches, deepspeed: dict[str,
     """Raise UserError on all ranks where one of them has other code, packages, settings or data. A collective."""
     folders = (ROOT, ROOT / "training", ROOT / "data")
     code = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in PATHS}
-    ranks.agree(
-        {
-            **{f"version of {name}": value for name, value in versions().items()},
-            "version of the code": f"CRC-32 {zlib.crc32(code):08x}",
-            **settings,
-            **{f"{name} in the DeepSpeed JSON": value for name, value in (deepspeed or {}).items()},
-            **batches.describe(),
-        }
-    )
+    facts: dict[str, Any] = {f"version of {name}": value for name, value in versions().items()}
+    facts["version of the code"] = f"CRC-32 {zlib.crc32(code):08x}"
+    facts |= {name: value for name, value in dataclasses.asdict(cfg).items() if name not in PATHS}
+    facts |= {f"{name} in the DeepSpeed JSON": value for name, value in (deepspeed or {}).items()}
+    ranks.agree(facts | batches.describe())
 
 
 def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str, Any] | None = None) -> None:
     """Create the folder; a new run moves an earlier run's files to previous/. A collective."""
     folder = Path(cfg.out_dir)
-    if cfg.eval_only:
-        return
     with ranks.together():
-        if ranks.main:
+        if ranks.main and not cfg.eval_only:
             if not TESTED_TORCH[0] <= tuple(map(int, torch.__version__.split(".")[:2])) <= TESTED_TORCH[1]:
                 print(f"warning: torch {torch.__version__} is untested; requirements.txt has the versions that work")
             if cfg.wandb_log:
@@ -85,9 +80,8 @@ def lock(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(
-            f"out_dir = {str(path.parent)!r}: in use by {file.read().strip()}; stop that run, or set another --out_dir"
-        ) from None
+        holder = f"in use by {file.read().strip()}"
+        raise UserError(f"out_dir = {str(path.parent)!r}: {holder}; stop that run, or set another --out_dir") from None
     except OSError:  # a file system without locks
         pass
     file.truncate(0)
@@ -111,14 +105,13 @@ def move_aside(folder: Path) -> None:
 
 def environment(ranks: Ranks) -> dict[str, Any]:
     """Code, versions and devices that the numbers in metrics.jsonl were measured with."""
-    cuda = ranks.device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]],  # python -m puts a full path there
         "git_commit": git("rev-parse", "HEAD") or None,
         "git_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         **versions(),
-        "device": torch.cuda.get_device_name(ranks.device) if cuda else processor(),
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else processor(),
         "world_size": ranks.world_size,
         "threads_per_rank": torch.get_num_threads(),
     }
@@ -150,21 +143,19 @@ def explain_out_of_memory(
                     file.write(advice)
         except FileExistsError:
             advice = ""
-        except OSError:
+        except OSError:  # the disk is full, too
             pass
         raise RankError(advice) from None
 
 
 def git(*arguments: str) -> str:
     """git's output for this repository; "" without git or a repository."""
-    try:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
+    if not shutil.which("git"):
         return ""
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor() or platform.machine()
+    names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.machine()

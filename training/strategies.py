@@ -1,7 +1,4 @@
-"""Strategies: how the model state is divided over ranks and devices, and what to try when memory runs out.
-
-Launchers, the benchmark, the planner and the advice after running out of memory all read the table made here.
-"""
+"""Strategies: how the model state is divided over ranks and devices, and what to try when memory runs out."""
 
 import json
 from collections.abc import Iterator
@@ -107,7 +104,7 @@ def model_state_bytes(
 def out_of_memory_advice(
     cfg: TrainConfig, ranks: Ranks, model: GPTConfig, strategy: str, dtype: torch.dtype, reason: str
 ) -> str:
-    size, on_gpu = model.parameter_count(), ranks.device.type == "cuda"
+    size = model.parameter_count()
     state = model_state_bytes(strategy, partition_ranks(cfg, ranks), size, dtype)
     lines = [
         reason,
@@ -115,7 +112,7 @@ def out_of_memory_advice(
         f"{gigabytes(state.parameters)}, gradients {gigabytes(state.gradients)}, optimizer states "
         f"{gigabytes(state.optimizer_states)}",
     ]
-    if on_gpu:
+    if ranks.device.type == "cuda":
         others = torch.cuda.max_memory_allocated(ranks.device) - state.total()
         lines.append(f"activations and buffers used up to {gigabytes(max(0, others))} more")
     lines.append("try, in this order (the loss stays the same):")
@@ -133,8 +130,7 @@ def smaller_strategies(current: str, ranks: Ranks, size: int, dtype: torch.dtype
     """Launchers with less model state per rank than now; after them those that move it off the GPU."""
     for other in sorted(strategies().values(), key=lambda strategy: strategy.stage):
         less = model_state_bytes(other.name, ranks.world_size, size, dtype).total()
-        on_gpu = other.optimizer_device == "gpu"
-        if on_gpu and not other.keeps_parameters and not other.hybrid and less < total:
+        if less < total and other.optimizer_device == "gpu" and not (other.keeps_parameters or other.hybrid):
             yield f"{other.launcher}: {gigabytes(less)}"
     for name in ("zero3_offload", "zero3_nvme"):  # on CPU ranks, an offload to the CPU frees nothing
         if name != current and not current.endswith("nvme") and (name.endswith("nvme") or ranks.device.type == "cuda"):
