@@ -106,20 +106,17 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Attention keys and values of the tokens so far, (layers, 2, B, heads, block_size, head_size), for `generate`."""
+    """Keys and values of the tokens so far, each (B, heads, T, head_size), by layer, for `generate`."""
 
-    def __init__(self, config: GPTConfig):
-        self.config, self.length = config, 0
-        self.kv: Tensor | None = None
+    def __init__(self) -> None:
+        self.length, self.layers = 0, dict[int, tuple[Tensor, Tensor]]()
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v, (B, heads, T, head_size), and return the layer's keys and values of all tokens so far."""
-        if self.kv is None:
-            batch, heads, _, head_size = k.shape
-            self.kv = k.new_empty(self.config.n_layer, 2, batch, heads, self.config.block_size, head_size)
-        keys, values = self.kv[layer, ..., : self.length + k.size(2), :]
-        keys[:, :, self.length :], values[:, :, self.length :] = k, v
-        return keys, values
+        """Append k and v, and return the layer's keys and values of all tokens so far."""
+        if layer in self.layers:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v), strict=True))
+        self.layers[layer] = k, v
+        return k, v
 
 
 class CausalSelfAttention(nn.Module):
@@ -312,7 +309,7 @@ class GPT(nn.Module):
         The KV cache makes a token cost one position until block_size is full; after that the window slides, and each
         token costs a full forward. cuDNN's attention is left out, because it plans anew for every length of the keys.
         """
-        block_size, cache = self.config.block_size, KVCache(self.config)
+        block_size, cache = self.config.block_size, KVCache()
         for _ in range(max_new_tokens):
             fits = tokens.size(1) <= block_size
             logits = self(tokens[:, cache.length :], cache=cache) if fits else self(tokens[:, -block_size:])

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
+from data.tokenizer import BPETokenizer
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
-class HFTokenizer:
-    """folder: where the file is; training needs it only to prepare data and to sample text."""
-
-    name = FILE
+class HFTokenizer(BPETokenizer):
+    """folder: where the file is, which is needed to prepare data and to sample text, but not to train."""
 
     def __init__(self, vocab_size: int, end_of_text: int | None, sha256: str, folder: Path):
-        self.vocab_size, self.end_of_text, self.sha256, self.path = vocab_size, end_of_text, sha256, folder / FILE
+        self.name, self.vocab_size, self.end_of_text = FILE, vocab_size, end_of_text
+        self.sha256, self.path = sha256, folder / FILE
 
     @cached_property
     def encoding(self) -> Any:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from data.dataset import SPLITS
 from data.errors import DataError
-from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, copy_files
+from data.hf_tokenizer import HFTokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, copy_files
 
 BATCH_DOCUMENTS = 2000  # tokenized at a time, by all threads together
 
@@ -87,15 +88,15 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
 def count_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
     """Bytes of UTF-8 text that ids stand for; a special token, such as the end of a text, stands for none."""
     lengths = np.zeros(tokenizer.vocab_size, int)
+    if isinstance(tokenizer, HFTokenizer):
+        raise DataError("bytes of this tokenizer are counted when its data set is prepared; prepare it again")
     if isinstance(tokenizer, BPETokenizer):
         for token in tokenizer.encoding.token_byte_values():  # without special tokens
             lengths[tokenizer.encoding.encode_single_token(token)] = len(token)
     elif isinstance(tokenizer, CharTokenizer):
         lengths[:] = [len(character.encode()) for character in tokenizer.characters]
-    elif isinstance(tokenizer, ByteTokenizer):
-        lengths[:256] = 1
     else:
-        raise DataError(f"the bytes of {tokenizer.name} are counted when its data set is prepared; prepare it again")
+        lengths[:256] = 1
     return sum(int(lengths[ids[start : start + 2**20]].sum()) for start in range(0, len(ids), 2**20))
 
 

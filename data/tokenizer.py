@@ -7,14 +7,11 @@ import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from data.errors import DataError, check_types, did_you_mean
-
-if TYPE_CHECKING:
-    from data.hf_tokenizer import HFTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # Encodings of tiktoken: (number of ids, id of END_OF_TEXT). With this table, training needs no BPE file.
@@ -70,8 +67,8 @@ class BPETokenizer:
     """An encoding of tiktoken."""
 
     def __init__(self, name: str):
-        self.name = name
-        self.vocab_size, self.end_of_text = TIKTOKEN[name]
+        self.end_of_text: int | None
+        self.name, (self.vocab_size, self.end_of_text) = name, TIKTOKEN[name]
 
     @cached_property
     def encoding(self) -> Any:
@@ -95,18 +92,14 @@ class BPETokenizer:
         return {"name": self.name}
 
 
-Tokenizer: TypeAlias = "ByteTokenizer | CharTokenizer | BPETokenizer | HFTokenizer"
+Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
 TYPES: dict[str, dict] = {"char": {"characters": str}, "tokenizer.json": {"vocab_size": int, "sha256": str}}
 
 
 def tokenizer_from(description: dict[str, Any], folder: Path = Path()) -> Tokenizer:
-    """Make a tokenizer from its JSON description. folder: of the data set or the run, where its file is, if it has one.
-
-    Raises DataError for an unknown name, or a value of a wrong type.
-    """
+    """Make a tokenizer from its JSON description. folder: where its file is, if it has one. DataError."""
     problems = check_types(description, {"name": str})
-    problems = problems or check_types(description, TYPES.get(description["name"], {}))
-    if problems:
+    if problems := problems or check_types(description, TYPES.get(description["name"], {})):
         raise DataError(f"tokenizer: {'; '.join(problems)}")
     name = description["name"]
     if name == "byte":
@@ -118,8 +111,7 @@ def tokenizer_from(description: dict[str, Any], folder: Path = Path()) -> Tokeni
     if name == "tokenizer.json":
         from data.hf_tokenizer import HFTokenizer  # few runs need it
 
-        values = description["vocab_size"], description.get("end_of_text"), description["sha256"]
-        return HFTokenizer(*values, folder)
+        return HFTokenizer(description["vocab_size"], description.get("end_of_text"), description["sha256"], folder)
     names = ["byte", "char", *TIKTOKEN]
     raise DataError(f"unknown tokenizer {name!r}{did_you_mean(name, names) or f'; choose from {names}'}")
 

@@ -155,7 +155,7 @@ def test_every_number_has_a_range_whose_lowest_value_is_good():
         ("--backend=mpi", "must be one of auto, nccl, gloo"),
         ("--norm=rms_norm", "must be one of layernorm, rmsnorm; did you mean rmsnorm?"),
         ("--mlp=swigelu", "must be one of gelu, swiglu, relu2; did you mean swiglu?"),
-        ("--n_kv_head=5", "must divide n_head = 12: 0, or one of [1, 2, 3, 4, 6, 12]"),
+        ("--n_kv_head=5", "must divide n_head = 12, or be 0 for as many"),
         ("--beta1=-0.1", "must be at least 0 and below 1"),
         ("--learning_rate=nan", "must be a finite number"),
         ("--learning_rate=inf", "must be a finite number"),
@@ -163,8 +163,8 @@ def test_every_number_has_a_range_whose_lowest_value_is_good():
         ("--batch_size=True", "must be a whole number (int)"),
         ("--dropout=", "must be a number (float)"),
         ("--batch_size=1000000000000000000", "must be at most 2,147,483,647"),
-        ("--hang_minutes=1e300", "must be at most 525,600, a year; 0 sets no limit"),
-        ("--max_minutes=1e300", "must be at most 525,600, a year; 0 sets no limit"),
+        ("--hang_minutes=1e300", "must be at most 525,600, a year, or 0: no limit"),
+        ("--max_minutes=1e300", "must be at most 525,600, a year, or 0: no limit"),
     ],
 )
 def test_rules(argument, rule):

@@ -26,11 +26,10 @@ from tools.terminal import align, underscored
 from training import distributed
 from training.config import ROOT, PlainTrainConfig, Problem, key, parse
 from training.deepspeed_config import DeepSpeedTrainConfig
-from training.devices import gigabytes
 from training.errors import ConfigError, UserError
 from training.figures import label_ends, line_style, new_figure, style_axes
 from training.gpus import DEVICES, Device, find_device
-from training.strategies import find_strategy, strategies
+from training.strategies import find_strategy, gigabytes, strategies
 
 # name -> block_size, vocab_size, n_layer, n_head, n_embd (Radford et al., 2019, table 2; arXiv:2005.14165, table 2.1)
 GPT2_VOCABULARY = 50257

@@ -33,20 +33,13 @@ KEYS_OF_THE_OTHER_SCRIPT = {
 }
 # Settings of one start of a run, which a resumed run does not take over.
 OF_ONE_START = ("out_dir", "init_from", "resume", "eval_only", "max_minutes", "benchmark", "steps")
-POSITIVE = (
-    *("eval_interval", "eval_iters", "log_interval", "keep_checkpoints", "gradient_accumulation_steps"),
-    *("batch_size", "block_size", "n_layer", "n_head", "n_embd", "learning_rate", "muon_lr", "max_iters", "steps"),
-)
-TIME_LIMITS = ("max_minutes", "hang_minutes")
+POSITIVE = """eval_interval eval_iters log_interval keep_checkpoints gradient_accumulation_steps batch_size block_size
+    n_layer n_head n_embd learning_rate muon_lr max_iters steps"""
+NOT_NEGATIVE = """weight_decay grad_clip warmup_iters lr_decay_iters min_lr seed max_minutes hang_minutes
+    n_hidden n_kv_head head_size rope_theta"""
 MOST = 2**31 - 1  # of every whole number: torch and DeepSpeed keep many in 32 bits
-NOT_NEGATIVE = (
-    *("weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "seed", *TIME_LIMITS),
-    *("n_hidden", "n_kv_head", "head_size", "rope_theta"),
-)
-CHOICES = {
-    **{"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo")},
-    **{"norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2"), "optimizer": ("adamw", "muon")},
-}
+CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo"), "optimizer": ("adamw", "muon")}
+CHOICES |= {"norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2")}
 
 
 def key(default: Any, meaning: str, section: str = "") -> Any:
@@ -154,11 +147,15 @@ class TrainConfig(Settings):
         ranges = (
             (POSITIVE, lambda value: value > 0, "must be above 0"),
             (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
-            (("dropout", "beta1", "beta2"), lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-            (TIME_LIMITS, lambda value: value <= 525_600, "must be at most 525,600, a year; 0 sets no limit"),
+            ("dropout beta1 beta2", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+            (
+                "max_minutes hang_minutes",
+                lambda value: value <= 525_600,
+                "must be at most 525,600, a year, or 0: no limit",
+            ),
         )
         for names, is_valid, rule in ranges:
-            yield from ((name, rule) for name in names if not is_valid(getattr(self, name)))
+            yield from ((name, rule) for name in names.split() if not is_valid(getattr(self, name)))
         if not self.out_dir:
             yield "out_dir", "must not be empty; name a folder"
         for name, choices in CHOICES.items():
@@ -182,8 +179,7 @@ class TrainConfig(Settings):
         elif self.rope_theta and (self.head_size or self.n_embd // self.n_head) % 2:
             yield "rope_theta", "needs an even head_size, because pairs of its elements are rotated; set --head_size"
         if self.n_kv_head > 0 and self.n_head % self.n_kv_head:
-            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-            yield "n_kv_head", f"must divide n_head = {self.n_head}: 0, or one of {divisors}"
+            yield "n_kv_head", f"must divide n_head = {self.n_head}, or be 0 for as many"
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e9:.4f} GB"
-
-
 def time_matmul(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
     """Seconds per matmul of square matrices of random normal numbers (a GPU multiplies zeros faster)."""
     matrix = torch.randn(size, size, device=device).to(dtype)

@@ -3,13 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from data.tokenizer import copy_files
 from training.batches import Batches
 from training.checkpoint import Checkpoints, CheckpointWriter, Saver
 from training.config import TrainConfig
@@ -41,8 +39,6 @@ def train(
     Raises Stopped on all ranks where the run was asked to stop.
     """
     metrics = Metrics(cfg, ranks, batches, init, trainer.dtype)
-    if ranks.main and not cfg.eval_only:
-        copy_files(batches.dataset.tokenizer, Path(cfg.out_dir))  # which sample.py needs
     control = RunControl(cfg, ranks, checkpoints, trainer.dtype)
     saver = Saver(checkpoints, cfg.async_save)
     best, evaluated = init.best_val_loss or math.inf, init.evaluated

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from data.tokenizer import copy_files
 from training.batches import Batches
 from training.checkpoint import write_text
 from training.config import TrainConfig
@@ -37,6 +38,8 @@ class Metrics:
         self.seconds, self.lap_start = 0.0, time.perf_counter()
         self.start_time = self.first_timed = self.lap_start
         self.recording = ranks.main and not cfg.eval_only  # an evaluation leaves the run folder unchanged
+        if self.recording:
+            copy_files(self.dataset.tokenizer, self.path.parent)  # which sample.py needs
         self.wandb = None
         if cfg.wandb_log and self.recording:
             from training.wandb_log import WandbLog

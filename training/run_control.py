@@ -34,12 +34,10 @@ PROCESS_START = time.monotonic()  # close enough for a time limit in minutes
 HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DEADLINE, STOP_FILE = 1001, 1002  # reasons to stop, besides the signals' numbers
 MAX_SKIPPED_STEPS = 30  # fp16 may skip this many in a row: the loss scale halves each time, from 65,536 down
-
 COLLECTIVES = "torch/distributed/"  # in the path of the files that hold them
 WAITING = ("act", "_engine_run_backward")  # a backward pass may wait for collectives in other threads
 POLL_SECONDS = 0.5  # the watchdog looks at the clock this often
 REPORT_SECONDS = 5.0  # all live ranks time out within this, because their clocks started at the same collective
-
 PROBE_SHARE = 0.01  # measuring the ranks takes at most this share of the time, and is part of step_ms
 PROBE_HISTORY = 5  # a rank is judged by the median of the last five: a slow moment is not a slow node
 SLOWER_MS = 1.0  # at least this much above the median rank

@@ -12,7 +12,6 @@ from data.errors import did_you_mean
 from model import GPTConfig
 from training.config import ROOT, TrainConfig
 from training.deepspeed_config import describe_json
-from training.devices import gigabytes
 from training.distributed import Ranks
 from training.errors import UserError
 
@@ -99,6 +98,10 @@ def model_state_bytes(
         gradients = 6 if stage == 1 else 4
     partitioned_from = ((weights, 3), (gradients, 2), (states, 1))
     return ModelState(*(parameters * size / (ranks if stage >= first else 1) for size, first in partitioned_from))
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e9:.4f} GB"
 
 
 def out_of_memory_advice(
