@@ -60,6 +60,7 @@ class PlanConfig(Machines):
     """The keys of the planner. Empty text and 0 mean: not given."""
 
     model: str = key("", ", ".join(MODELS), "Model (or a recipe, config/x.py)")
+    vocab_size: int = key(0, f"of a recipe whose data is not prepared; 0: GPT-2's, {GPT2_VOCABULARY:,}")
     measured: str = key("", "benchmark.json: matmul peak, link and process memory as tools.benchmark measured them")
     global_batch: int = key(0, f"sequences per step; 0: the recipe's, or about {STEP_TOKENS:,} tokens", "Step")
     strategies: str = key("", f"{','.join(strategies())}; empty: all")
@@ -171,7 +172,8 @@ def build_request(argv: list[str]) -> Request:
         raise ConfigError("give a model, --model=gpt2-xl, or a recipe, config/x.py --key=value, and not both")
     recipe = parse(RecipeConfig, recipes, "")
     meta = ROOT / "data" / recipe.dataset / "meta.json"
-    vocab_size = json.loads(meta.read_text())["vocab_size"] if meta.is_file() else GPT2_VOCABULARY
+    known = json.loads(meta.read_text())["vocab_size"] if meta.is_file() else GPT2_VOCABULARY
+    vocab_size = cfg.vocab_size or known
     model = GPTConfig(*MODELS[cfg.model]) if cfg.model else recipe.model_config(vocab_size)
     dtype = cfg.dtype or recipe.dtype.replace("auto", "")
     if cfg.measured:  # the options, given after it, replace what was measured

@@ -70,7 +70,9 @@ class Candidate:
         model, strategy, system = self.model, self.strategy, self.system
         self.parameters = model.parameter_count()
         self.head = model.vocab_size * model.n_embd  # the largest matrix, which embeds tokens and projects to logits
-        self.block = (self.parameters - self.head - model.block_size * model.n_embd) // model.n_layer
+        positions = 0 if model.rope_theta else model.block_size * model.n_embd
+        self.block = (self.parameters - self.head * (1 if model.tied else 2) - positions) // model.n_layer
+        self.hidden = (4 if model.mlp == "swiglu" else 2) * model.n_hidden  # what the MLP's activation saves
         self.deepspeed = strategy.script == "train_deepspeed.py"
         self.zero: dict[str, Any] = {}
         if self.deepspeed:
@@ -162,10 +164,12 @@ def block_activations(case: Candidate) -> float:
     Korthikanti et al. (arXiv:2205.05198, section 4.1) count s b h (34 + 5 a s / h) in half precision for a heads. The
     5 a s² b are the attention matrix, which FlashAttention (arXiv:2205.14135) never stores; 2 s b h are dropout masks.
     """
-    # inputs of 2 norms | c_attn, attention (3), its c_proj, c_fc, GELU (4), the MLP's c_proj (4)
-    saved = (2 * case.residual_bytes + 14 * case.compute_bytes) * case.model.n_embd
-    masks = 2 * case.model.n_embd if case.model.dropout else 0  # one byte per element
-    statistics = FP32 * (4 + case.model.n_head)  # mean and deviation of two norms, logsumexp of each head
+    model = case.model
+    attention = 2 * (model.n_head + model.n_kv_head) * model.head_size  # queries, keys, values; the input of c_proj
+    # inputs of 2 norms | of c_attn and c_fc, attention, the MLP's activation and the input of its c_proj
+    saved = 2 * case.residual_bytes * model.n_embd + case.compute_bytes * (2 * model.n_embd + attention + case.hidden)
+    masks = 2 * model.n_embd if model.dropout else 0  # one byte per element
+    statistics = FP32 * (4 + model.n_head)  # mean and deviation of two norms, logsumexp of each head
     return case.tokens * (saved + masks + statistics)
 
 
@@ -186,7 +190,7 @@ def peak_activations(case: Candidate) -> float:
     model = case.model
     rows = LOSS_ROWS if case.system.on_gpu else max(1, LOSS_ELEMENTS // model.vocab_size)
     in_loss = FP32 * model.vocab_size * min(case.tokens, rows)
-    gradients = 9 * case.tokens * model.n_embd  # of the MLP's hidden layer, twice, and the residual stream
+    gradients = case.tokens * (case.hidden + model.n_embd)  # of the MLP's hidden layer, and the residual stream
     # the gradient of the output projection waits for that of the embedding until the end of backward
     in_backward = case.compute_bytes * (gradients + case.head) - head_activations(case)
     in_backward += block_activations(case) if case.checkpointing else 0  # recomputed

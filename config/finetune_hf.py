@@ -1,0 +1,22 @@
+# Fine-tune a Llama, Mistral, Qwen2.5, Qwen3 or SmolLM2 of Hugging Face on your own text.
+#   python data/text/prepare.py --name=mine --tokenizer=MODEL --input notes/     MODEL: the folder of its files
+#   python train.py config/finetune_hf.py --init_from=MODEL                      135M parameters: on any machine
+#   ./launch_fsdp.sh 8 config/finetune_hf.py --init_from=MODEL                   no rank holds the whole model
+#   ./launch_deepspeed_zero3.sh 8 config/finetune_hf.py --init_from=MODEL
+#   python -m tools.convert out-finetune-hf finetuned --to=hf                    for transformers, with its tokenizer
+# The loss it reaches depends on the text. With a network, --init_from may also be a name on the hub,
+# but the text is prepared with a folder.
+
+out_dir = 'out-finetune-hf'
+init_from = 'HuggingFaceTB/SmolLM2-135M'
+dataset = 'mine'
+gradient_accumulation_steps = 32
+batch_size = 1
+block_size = 1024
+activation_checkpointing = True
+learning_rate = 2e-5
+decay_lr = False
+max_iters = 100
+eval_interval = 20
+eval_iters = 40
+always_save_checkpoint = False
