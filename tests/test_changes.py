@@ -52,7 +52,7 @@ CHANGES: dict[str, tuple[str, Any, list[dict[str, Any]]]] = {
     "metric": (
         "train.py",
         [('"grad_norm": grad_norm}', '"grad_norm": grad_norm, "wte_norm": self.model.transformer.wte.weight.norm()}')],
-        [{}, {"ranks": 2}],
+        [{}, {"ranks": 2}, {"strategy": "fsdp", "ranks": 2}],
     ),
     "model option": (
         "model.py",

@@ -175,7 +175,11 @@ def test_types_of_parsed_json(value, types, problem):
         ("data/shakespeare_char/prepare.py", "https://raw.githubusercontent.com/", "pass --input FILE"),
         ("data/fineweb_edu/prepare.py", "HuggingFaceFW/fineweb-edu from Hugging Face", "pass --input FOLDER"),
         ("data/text/prepare.py --name=x --input README.md", "'gpt2' from OpenAI", "set TIKTOKEN_CACHE_DIR"),
-        ("sample.py --init_from=gpt2", "'gpt2' cannot be downloaded (", "give their folder instead of gpt2"),
+        (
+            "sample.py --init_from=gpt2",
+            "'gpt2' is no folder, and cannot be downloaded (",
+            "give their folder instead of gpt2",
+        ),
     ],
 )
 def test_no_network_is_reported_at_once(tmp_path, command, download, fix):

@@ -197,7 +197,7 @@ def test_all_problems_are_reported_at_once():
         ),
         (
             '{"zero_optimization": {"stage": 3, "mics_shard_size": 2}}',
-            "'zero_optimization.mics_shard_size' is no longer supported",
+            "zero_optimization.mics_shard_size: not supported, as DeepSpeed has removed it",
         ),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage = 7: must be one of (0, 1, 2, 3)"),
         (

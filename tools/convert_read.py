@@ -88,7 +88,7 @@ def read_run(folder: Path) -> tuple[SavedState, Metadata]:
     fitting = f"--gradient_accumulation_steps={world_size()}"  # tools run on any number of ranks
     settings = parse(TrainConfig, [f"--out_dir={folder.parent.parent}", "--init_from=resume", fitting], "")
     metadata = {"settings": {key: getattr(settings, key) for key in SETTINGS}, **read_metadata(folder)}
-    metadata["folder"] = folder.parent.parent  # where its tokenizer.json is
+    metadata["folder"] = str(folder.parent.parent)  # where its tokenizer.json is
     return open_state(folder, metadata), metadata
 
 
@@ -129,7 +129,7 @@ def read_safetensors(path: Path) -> tuple[SavedState, Metadata]:
 
 def read_huggingface(folder: Path) -> tuple[SavedState, Metadata]:
     config, saved = pretrained.open_weights(str(folder))
-    metadata: Metadata = {"model": asdict(config), "folder": folder}
+    metadata: Metadata = {"model": asdict(config), "folder": str(folder)}
     if config.norm != "layernorm" and (folder / TOKENIZER_FILE).is_file():
         metadata["tokenizer"] = from_model(folder).describe()
     return saved, metadata

@@ -20,6 +20,7 @@ from training.devices import peak_flops, peak_memory_bytes, synchronize
 from training.distributed import Ranks
 from training.errors import count
 from training.figures import draw_loss, read_rows
+from training.fsdp import full_value
 from training.init import InitState
 from training.run_control import Stragglers
 
@@ -88,16 +89,15 @@ class Metrics:
         return self.lap_start - previous
 
     def log_step(self, step: int, step_metrics: dict[str, Any]) -> None:
-        """One row, with the mean speed since the row before, or null during warm-up. A collective.
-
-        Only rank 0 waits for the mean loss: the others go on with the next step.
-        """
-        self.logged = step_metrics  # its loss is in use until the other ranks have read it
-        work = self.ranks.start_mean(step_metrics["loss"])
+        """One row, with the mean speed since the row before. A collective; only rank 0 waits for the mean loss."""
+        self.logged = {
+            name: full_value(value) for name, value in step_metrics.items()
+        }  # its loss is in use for a while
+        work = self.ranks.start_mean(self.logged["loss"])
         if self.ranks.main:
             if work:
                 work.wait()
-            self.write_step(step, step_metrics)
+            self.write_step(step, self.logged)
         if by_rank := self.stragglers.measure(step):
             self.write({"kind": "ranks", "step": step, **by_rank})
             for line in self.stragglers.newly_slow():
