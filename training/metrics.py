@@ -20,7 +20,6 @@ from training.devices import peak_flops, peak_memory_bytes, synchronize
 from training.distributed import Ranks
 from training.errors import count
 from training.figures import draw_loss, read_rows
-from training.fsdp import full_value
 from training.init import InitState
 from training.run_control import Stragglers
 
@@ -90,9 +89,8 @@ class Metrics:
 
     def log_step(self, step: int, step_metrics: dict[str, Any]) -> None:
         """One row, with the mean speed since the row before. A collective; only rank 0 waits for the mean loss."""
-        self.logged = {
-            name: full_value(value) for name, value in step_metrics.items()
-        }  # its loss is in use for a while
+        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in step_metrics.items()}  # of FSDP2
+        self.logged = full  # its loss is in use until the other ranks have read it
         work = self.ranks.start_mean(self.logged["loss"])
         if self.ranks.main:
             if work:
