@@ -5,19 +5,11 @@
 # python -m tools.plan config/train_llama2_13b.py --vocab_size=32000 --device=H100 --gpus=8
 # Predicted for 8 H100: FSDP2 68 GB each and 45,000 tokens/s, ZeRO-3 69 and 45,000, offloaded 75 and 26,000.
 # Val loss at this size: not measured.
+from config.train_llama2_7b import *
 out_dir = 'out-llama2-13b'
-dataset = 'mine'  # python data/text/prepare.py --name=mine --tokenizer=FOLDER --input ...
-norm = 'rmsnorm'
-mlp = 'swiglu'
-tied = False
 n_layer = 40
 n_head = 40
 n_embd = 5120
 n_hidden = 13824
-rope_theta = 10000.0
-block_size = 4096
 batch_size = 1
 gradient_accumulation_steps = 128  # 128 * 1 * 4096 = 524,288 tokens per step
-learning_rate = 3e-4
-min_lr = 3e-5
-log_interval = 10

@@ -5,20 +5,11 @@
 # python -m tools.plan config/train_llama3_8b.py --vocab_size=128256 --device=H100 --gpus=8
 # Predicted for 8 H100: FSDP2 74 GB each and 68,000 tokens/s, ZeRO-3 74 and 68,000, offloaded 56 and 41,000.
 # Val loss at this size: not measured.
+from config.train_llama2_7b import *
 out_dir = 'out-llama3-8b'
-dataset = 'mine'  # python data/text/prepare.py --name=mine --tokenizer=FOLDER --input ...
-norm = 'rmsnorm'
-mlp = 'swiglu'
-tied = False
-n_layer = 32
-n_head = 32
 n_kv_head = 8
-n_embd = 4096
 n_hidden = 14336
 rope_theta = 500000.0
 block_size = 8192
 batch_size = 1
 gradient_accumulation_steps = 64  # 64 * 1 * 8192 = 524,288 tokens per step
-learning_rate = 3e-4
-min_lr = 3e-5
-log_interval = 10

@@ -5,10 +5,8 @@
 # python -m tools.plan config/train_qwen3_0.6b.py --vocab_size=151936 --device=H100 --gpus=8
 # Predicted for 8 H100: FSDP2 61 GB each and 618,000 tokens/s, ZeRO-3 62 and 618,000, offloaded 61 and 465,000.
 # Val loss at this size: not measured.
+from config.train_llama2_7b import *
 out_dir = 'out-qwen3-0.6b'
-dataset = 'mine'  # python data/text/prepare.py --name=mine --tokenizer=FOLDER --input ...
-norm = 'rmsnorm'
-mlp = 'swiglu'
 tied = True
 n_layer = 28
 n_head = 16
@@ -18,8 +16,7 @@ n_embd = 1024
 n_hidden = 3072
 qk_norm = True
 rope_theta = 1000000.0
-block_size = 4096
 batch_size = 8
 gradient_accumulation_steps = 4  # 4 * 8 * 4096 = 131,072 tokens per step
 learning_rate = 6e-4
-log_interval = 10
+min_lr = 6e-5
