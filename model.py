@@ -150,9 +150,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        width = (
-            2 * config.n_hidden if config.mlp == "swiglu" else config.n_hidden
-        )  # of gate and value, one above the other
+        width = (2 if config.mlp == "swiglu" else 1) * config.n_hidden  # swiglu: gate and value, one above the other
         self.c_fc = Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout, self.kind, self.gelu = config.dropout, config.mlp, config.gelu

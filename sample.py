@@ -64,10 +64,11 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
     else:
         from data.hf_tokenizer import from_model
         from training import pretrained
+        from training.families import is_gpt2
 
         config, saved = pretrained.open_weights(cfg.init_from)
-        gpt2 = config.norm == "layernorm"  # its tiktoken encoding is built in
-        tokenizer = tokenizer_from({"name": "gpt2"}) if gpt2 else from_model(saved.folder)
+        built_in = is_gpt2(config)  # by tiktoken
+        tokenizer = tokenizer_from({"name": "gpt2"}) if built_in else from_model(saved.folder)
     with device:
         model = GPT(config).eval()
     saved.into(model)

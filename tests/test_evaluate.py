@@ -39,7 +39,7 @@ def write_items(path: Path, items: list[dict[str, Any]]) -> Path:
 
 @torch.no_grad()
 def test_the_loss_is_that_of_every_token_on_any_number_of_ranks(reference, make_data):
-    """Of data that other code prepared, without the number of bytes; the last window is shorter than the others."""
+    """Data that other code prepared lacks the number of bytes; the last window is shorter than the others."""
     folder = make_data(np.random.default_rng(0).integers(97, 123, 5003))
     saved, about = open_source(str(reference()))
     model = GPT(GPTConfig(**about["model"])).eval()

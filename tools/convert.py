@@ -33,7 +33,7 @@ from training import distributed
 from training.checkpoint import Checkpoints, Saver, save, sync
 from training.config import TrainConfig
 from training.errors import ConfigError, UserError
-from training.families import family_of, is_transposed, their_parameters, to_huggingface
+from training.families import family_of, is_gpt2, is_transposed, their_parameters, to_huggingface
 from training.model_state import TIED, WEIGHT, SavedState, model_shapes
 from training.optim import make_optimizer
 from training.pretrained import WEIGHTS
@@ -195,7 +195,7 @@ def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype
 
 def write_shards(saved: SavedState, config: GPTConfig, target: Path, dtype: torch.dtype) -> None:
     """Write the weights in Hugging Face's layout, one file at a time, and their index if there are several."""
-    config = replace(config, bias=config.norm == "layernorm")  # a GPT-2 of theirs always has biases: ours may be zero
+    config = replace(config, bias=is_gpt2(config))  # a GPT-2 of theirs always has biases: ours may be zero
     sources: dict[str, tuple[str, int, int]] = {}  # their name -> ours, first row, end
     empty = {}
     for name, shape in model_shapes(config).items():

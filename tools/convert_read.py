@@ -23,6 +23,7 @@ from training.config import TrainConfig, parse
 from training.deepspeed_layout import STAND_INS
 from training.distributed import world_size
 from training.errors import CheckpointError, ConfigError, UserError
+from training.families import is_gpt2
 from training.model_state import TIED, WEIGHT, SavedState, check_parameters, from_whole, model_shapes, open_state
 
 Metadata = dict[str, Any]
@@ -130,7 +131,7 @@ def read_safetensors(path: Path) -> tuple[SavedState, Metadata]:
 def read_huggingface(folder: Path) -> tuple[SavedState, Metadata]:
     config, saved = pretrained.open_weights(str(folder))
     metadata: Metadata = {"model": asdict(config), "folder": str(folder)}
-    if config.norm != "layernorm" and (folder / TOKENIZER_FILE).is_file():
+    if not is_gpt2(config) and (folder / TOKENIZER_FILE).is_file():
         metadata["tokenizer"] = from_model(folder).describe()
     return saved, metadata
 

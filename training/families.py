@@ -11,8 +11,7 @@ from model import GPTConfig
 from training.errors import ConfigError
 
 Json = dict[str, Any]
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
-FAMILIES = ("gpt2", *LLAMAS)
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # activation_function -> GPTConfig.gelu
 # GPTConfig's field -> theirs
 GPT2_SIZES = {"block_size": "n_positions", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
@@ -58,9 +57,8 @@ def from_huggingface(theirs: Json) -> GPTConfig:
         tied = theirs.get("tie_word_embeddings", True)
         return GPTConfig(**sizes, bias=True, gelu=GELU[gelu], norm_eps=eps, n_hidden=inner, tied=tied)
     sizes = {ours: theirs[name] for ours, name in LLAMA_SIZES.items()}
-    default_window = 4096 if family == "mistral" else None
     if family == "mistral" or theirs.get("use_sliding_window"):  # up to its size, a window changes nothing
-        window = theirs.get("sliding_window", default_window)
+        window = theirs.get("sliding_window", 4096 if family == "mistral" else None)
         sizes["block_size"] = min(sizes["block_size"], window or sizes["block_size"])
     return GPTConfig(
         **sizes,
@@ -88,6 +86,11 @@ def require(theirs: Json, values: Json) -> None:
             raise ConfigError(f"{name} = {theirs[name]!r}: only models with {name} = {value!r} can be read")
 
 
+def is_gpt2(config: GPTConfig) -> bool:
+    """Whether a model of one of the families is of GPT-2's, not of Llama's kind."""
+    return config.norm == "layernorm"
+
+
 def family_of(config: GPTConfig) -> str:
     """The family that computes the same. Raises ConfigError if there is none."""
     kinds = {
@@ -97,7 +100,7 @@ def family_of(config: GPTConfig) -> str:
         "qwen3": ("rmsnorm", "swiglu", True, True, False, False),
     }
     kind = config.norm, config.mlp, bool(config.rope_theta), config.qk_norm, config.qkv_bias
-    biases = config.bias or config.norm == "layernorm"  # GPT-2 without biases is one with zeros
+    biases = config.bias or is_gpt2(config)  # GPT-2 without biases is one with zeros
     grouped = config.n_kv_head < config.n_head or config.head_size * config.n_head != config.n_embd
     for family, values in kinds.items():
         if (*kind, biases) == values and not (family == "gpt2" and grouped):
@@ -130,7 +133,7 @@ def to_huggingface(config: GPTConfig) -> Json:
 
 def their_parameters(name: str, config: GPTConfig) -> dict[str, int | None]:
     """Their names of our parameter, in the order of its rows, and the number of rows of each; None: all."""
-    if config.norm == "layernorm":
+    if is_gpt2(config):
         return {name: None}
     module, _, kind = name.rpartition(".")
     layer = re.match(r"transformer\.h\.(\d+)\.(.*)", module)
@@ -143,4 +146,4 @@ def their_parameters(name: str, config: GPTConfig) -> dict[str, int | None]:
 
 def is_transposed(name: str, config: GPTConfig) -> bool:
     """GPT-2's linear layers are Conv1D modules, whose weights are (in, out)."""
-    return config.norm == "layernorm" and name.endswith(GPT2_TRANSPOSED)
+    return is_gpt2(config) and name.endswith(GPT2_TRANSPOSED)

@@ -15,7 +15,7 @@ from model import GPTConfig
 from training.checkpoint import read_torch_file
 from training.config import TrainConfig
 from training.errors import CheckpointError, ConfigError, UserError
-from training.families import from_huggingface, is_transposed, their_parameters
+from training.families import from_huggingface, is_gpt2, is_transposed, their_parameters
 from training.model_state import TIED, WEIGHT, SavedState, check_parameters, model_shapes
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -32,7 +32,7 @@ def open_weights(source: str) -> tuple[GPTConfig, SavedState]:
         raise UserError(f"init_from = {source!r}: must be scratch, resume, {', '.join(HUB)}, or a folder with {FILES}")
     config = read_config(folder / "config.json")
     tensors, saved = read_weights(folder), SavedState(folder, {}, {})
-    if config.norm == "layernorm":  # OpenAI's own files leave out the first word
+    if is_gpt2(config):  # OpenAI's own files leave out the first word
         tensors = {
             name if name == TIED else f"transformer.{name.removeprefix('transformer.')}": t
             for name, t in tensors.items()
