@@ -67,8 +67,7 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
         from training.families import is_gpt2
 
         config, saved = pretrained.open_weights(cfg.init_from)
-        built_in = is_gpt2(config)  # by tiktoken
-        tokenizer = tokenizer_from({"name": "gpt2"}) if built_in else from_model(saved.folder)
+        tokenizer = tokenizer_from({"name": "gpt2"}) if is_gpt2(config) else from_model(saved.folder)
     with device:
         model = GPT(config).eval()
     saved.into(model)

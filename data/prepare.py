@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from data.dataset import SPLITS
 from data.errors import DataError
-from data.hf_tokenizer import HFTokenizer
-from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, copy_files
+from data.tokenizer import Tokenizer, copy_files
 
 BATCH_DOCUMENTS = 2000  # tokenized at a time, by all threads together
 
@@ -83,21 +82,6 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
             Path(self.files[split].name).replace(self.folder / f"{split}.bin")
         counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
         print(f"{self.folder}: {counts}, vocabulary {self.tokenizer.vocab_size:,}")
-
-
-def count_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
-    """Bytes of UTF-8 text that ids stand for; a special token, such as the end of a text, stands for none."""
-    lengths = np.zeros(tokenizer.vocab_size, int)
-    if isinstance(tokenizer, HFTokenizer):
-        raise DataError("bytes of this tokenizer are counted when its data set is prepared; prepare it again")
-    if isinstance(tokenizer, BPETokenizer):
-        for token in tokenizer.encoding.token_byte_values():  # without special tokens
-            lengths[tokenizer.encoding.encode_single_token(token)] = len(token)
-    elif isinstance(tokenizer, CharTokenizer):
-        lengths[:] = [len(character.encode()) for character in tokenizer.characters]
-    else:
-        lengths[:256] = 1
-    return sum(int(lengths[ids[start : start + 2**20]].sum()) for start in range(0, len(ids), 2**20))
 
 
 def tokenize_files(

@@ -163,8 +163,8 @@ def test_every_number_has_a_range_whose_lowest_value_is_good():
         ("--batch_size=True", "must be a whole number (int)"),
         ("--dropout=", "must be a number (float)"),
         ("--batch_size=1000000000000000000", "must be at most 2,147,483,647"),
-        ("--hang_minutes=1e300", "must be at most 525,600, a year, or 0: no limit"),
-        ("--max_minutes=1e300", "must be at most 525,600, a year, or 0: no limit"),
+        ("--hang_minutes=1e300", "must be at most 525,600 (a year); 0: no limit"),
+        ("--max_minutes=1e300", "must be at most 525,600 (a year); 0: no limit"),
     ],
 )
 def test_rules(argument, rule):

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data.dataset import open_dataset
-from data.prepare import count_bytes
 from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from model import GPT, GPTConfig
 from tests.running import message, prepare, rows, run
 from tools.convert_read import open_source
-from tools.evaluate import log_likelihoods, read_hellaswag
+from tools.evaluate import count_bytes, log_likelihoods, read_hellaswag
 from training.distributed import SINGLE_PROCESS
 
 BLOCK_SIZE = 64

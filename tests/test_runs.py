@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.running import ROOT, TINY, command, difference, losses, message, rows, run, start_process, train, zero_json
 from training.checkpoint import Checkpoints
@@ -129,14 +130,16 @@ def test_a_run_says_how_far_it_is_and_how_to_go_on(tmp_path, data):
     output = train(tmp_path, data, max_iters=12, lr_decay_iters=12, log_interval=5, device="auto")
     row = rows(tmp_path, "train")[-1]
     speed = f"{row['step_ms']:>6,.1f} ms {row['tokens_per_second']:>6,.0f} tok/s ETA 0 s"
+    assert (row["tokens"], row["progress"]) == (11 * 128, 11 / 12) and row["eta_seconds"] > 0
     evaluations = rows(tmp_path, "eval")
     best = f"{min(row['val_loss'] for row in evaluations):.4f}"
     start, cpu, first, step_0, _, step_10, last, end, sample, resume = output.splitlines()
     assert start.endswith("128 tokens per step = 1 rank x 1 micro-step x 4 sequences x 32 tokens")
     assert cpu.startswith("no GPU found") and "block_size" in cpu
     assert first.startswith(f"step  0/12 (  0 %) train loss {evaluations[0]['train_loss']:.4f} val loss ")
-    assert re.fullmatch(r"step  0/12 \(  0 %\) loss \d\.\d{4} lr 1.7e-04 norm \d\.\d\d", step_0)  # no speed: warm-up
-    assert re.match(rf"step 10/12 \( 83 %\) loss {row['loss']:.4f} lr .* norm .*{speed}$", step_10)
+    no_speed = r"step  0/12 \(  0 %\)    128 tok loss \d\.\d{4} lr 1.7e-04 norm \d\.\d\d"
+    assert re.fullmatch(no_speed, step_0), "warm-up"
+    assert re.match(rf"step 10/12 \( 83 %\)   1\.4k tok loss {row['loss']:.4f} lr .* norm .*{speed}$", step_10)
     assert last.startswith("step 12/12 (100 %) train loss")
     assert re.match(rf"finished step 12 after \d+ s; best val loss {best}; everything is in {tmp_path}, ", end)
     assert sample == f"  sample:   python sample.py --out_dir={tmp_path}"
@@ -207,6 +210,22 @@ def test_wandb_offline_gets_the_metrics_and_keeps_its_run_when_resumed(tmp_path,
     assert len(logs) == 2 and b"val/loss" in logs[0].read_bytes()
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or env["WANDB_API_KEY"].encode() not in path.read_bytes(), path
+
+
+def test_tensorboard_gets_the_metrics_of_every_step_once(tmp_path, data):
+    """A killed run's steps after its checkpoint are hidden when it is resumed."""
+    settings: dict[str, Any] = {"tensorboard": True, "eval_interval": 4}
+    output = train(tmp_path, data, max_iters=8, **settings)
+    assert f"TensorBoard: tensorboard --logdir={tmp_path}/tensorboard" in output
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000008")
+    train(tmp_path, data, max_iters=10, init_from="resume", **settings)
+    logged = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for tag, name in {"loss": "loss", "lr": "lr", "tokens": "tokens", "eta_seconds": "eta_seconds"}.items():
+        expected = [(row["step"], row[name]) for row in rows(tmp_path, "train") if row[name] is not None]
+        found = {event.step: event.value for event in logged.Scalars(tag)}
+        assert sorted(found) == [step for step, _ in expected], tag
+        assert list(found.values()) == pytest.approx([value for _, value in expected]), tag
+    assert [event.step for event in logged.Scalars("val/loss")] == [0, 4, 8, 10]
 
 
 def test_bf16_and_fp32_learn_alike(tmp_path, data):

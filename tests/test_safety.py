@@ -28,12 +28,12 @@ from tests.running import (
     train,
     wait_for_step,
 )
-from training import figures
+from training import figures, trackers
 from training import run_folder as own_folder
 from training.checkpoint import Checkpoints, Saver, find_damage, metadata_checksum, read_metadata
-from training.config import TrainConfig
+from training.config import PlainTrainConfig, TrainConfig, parse
 from training.distributed import SINGLE_PROCESS
-from training.errors import CheckpointError
+from training.errors import CheckpointError, ConfigError
 from training.model_state import open_state
 from training.run_control import Watchdog
 
@@ -240,6 +240,12 @@ def test_wandb_is_checked_before_anything_is_written(tmp_path, data, env, projec
     env = {"HOME": str(tmp_path), **env}
     told = refused(out, data, wandb_log=True, wandb_project=project, env=env)
     assert told.startswith("wandb_log = True: W&B cannot start (") and reason in told and not out.exists()
+
+
+def test_tensorboard_is_checked_before_anything_is_written(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"^tensorboard = True: the package is missing; pip install tensorboard$"):
+        trackers.check(parse(PlainTrainConfig, ["--tensorboard=True"], ""))
 
 
 def test_losing_wandb_is_a_warning(tmp_path, data):

@@ -83,6 +83,18 @@ def test_plots_of_one_and_of_several_runs(finished, tmp_path, data, against):
     assert len(rows(finished, "eval")) == 5
 
 
+def test_other_numbers_are_plotted_on_request(finished, tmp_path):
+    sizes = []
+    for metrics in ("", "grad_norm,lr,tokens_per_second"):
+        done = run("-m", "tools.plot", finished, finished, metrics=metrics, output=tmp_path / "x.png")
+        assert done.returncode == 0, done.stderr
+        sizes.append(int.from_bytes((tmp_path / "x.png").read_bytes()[20:24], "big"))  # height of a PNG
+    assert sizes == [5 * 120, (5 + 3 * 2) * 120]
+    text = message(run("-m", "tools.plot", finished, metrics="grad_nrm", output=tmp_path / "y.png"))
+    assert text == "--metrics=grad_nrm: not logged; did you mean grad_norm?"
+    assert not (tmp_path / "y.png").exists()
+
+
 def test_several_runs_have_a_file_of_their_own(finished, tmp_path):
     """In the current folder, never loss.png of the first run."""
     for name in ("a", "b"):
@@ -113,7 +125,9 @@ def test_a_folder_with_any_name_is_drawn(finished, tmp_path):
     """Dollar signs are no formula, and bytes that are no text no error."""
     folder = tmp_path / os.fsdecode(b"_$x^$ $\xff")
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoints"))
-    figures.draw_loss(folder, tmp_path / "x.png")
+    figure = figures.new_figure(8, 5)
+    figures.plot_losses(figure.add_subplot(), [folder])
+    figure.savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 

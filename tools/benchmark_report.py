@@ -83,8 +83,7 @@ def speed(case: Case, base: Case) -> Row:
     return {
         "step_ms": median(one["step_ms"] for one in case.rounds),
         "steps_timed": len(rates),
-        "tokens_per_second": middle,
-        "tokens_per_second_quartiles": [low, high],
+        **{"tokens_per_second": middle, "tokens_per_second_quartiles": [low, high]},
         "mfu": case.rounds[0]["mfu"] and median(one["mfu"] for one in case.rounds),
         "steps_per_second_ratio": ratio(base, case, "step_ms"),
         "start_s": median(one["start_s"] for one in case.rounds),

@@ -220,7 +220,6 @@ def write_shards(saved: SavedState, config: GPTConfig, target: Path, dtype: torc
 
 def write_tokenizer(metadata: Metadata, folder: Path, block_size: int) -> list[str]:
     """Write the tokenizer as AutoTokenizer reads it; return notes for the user."""
-    settings: Metadata = {"model_max_length": block_size}
     name = (metadata["tokenizer"] or {"name": "unknown"})["name"]
     if name == TOKENIZER_FILE:
         copy_files(tokenizer_from(metadata["tokenizer"], Path(metadata["folder"])), folder)
@@ -234,7 +233,7 @@ def write_tokenizer(metadata: Metadata, folder: Path, block_size: int) -> list[s
     for name, url in GPT2_TOKENIZER.items():
         (folder / name).write_bytes(tiktoken.load.read_file_cached(url))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    settings |= {"tokenizer_class": "GPT2Tokenizer", **special}
+    settings = {"model_max_length": block_size, "tokenizer_class": "GPT2Tokenizer", **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return []
 

@@ -33,14 +33,8 @@ NANOGPT_FILE = "ckpt.pt"
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 SETTINGS = ("dataset", "learning_rate", "weight_decay", "beta1", "beta2")
 HEADER = ("model", "tokenizer", "vocab_size", "step", "best_val_loss", "init_from")  # of our safetensors files
-DEFAULTS: Metadata = {
-    "step": 0,
-    "best_val_loss": None,
-    "evaluated": False,
-    "settings": {},
-    "folder": "",
-    "optimizer": "adamw",
-}
+DEFAULTS: Metadata = {"step": 0, "best_val_loss": None, "evaluated": False, "settings": {}, "folder": ""}
+DEFAULTS |= {"optimizer": "adamw"}
 GPT2_VOCABULARIES = (50257, 50304)  # as it is, and padded to a multiple of 64
 READABLE = "a run folder or checkpoint, nanoGPT's ckpt.pt, a safetensors file, a universal checkpoint, a GPT-2 folder"
 

@@ -30,7 +30,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.dataset import DATA_FOLDER, Dataset, open_dataset
 from data.errors import DataError, check_types
-from data.prepare import count_bytes
 from data.tokenizer import Tokenizer, tokenizer_from
 from model import GPT, GPTConfig
 from tools.convert_read import Metadata, add_tokenizer, open_source
@@ -69,12 +68,16 @@ def evaluate_loss(model: GPT, dataset: Dataset, ranks: Ranks, batch_size: int) -
     loss = sum(sums[0] for sums in ranks.gather([nats])) / count
     if not dataset.val_bytes and ranks.main:  # prepared by nanoGPT or an earlier version
         try:
-            text_bytes = count_bytes(dataset.tokenizer, np.memmap(path, dataset.dtype, "r"))
-            dataset = replace(dataset, val_bytes=text_bytes)
+            dataset = replace(dataset, val_bytes=count_bytes(dataset.tokenizer, np.fromfile(path, dataset.dtype)))
         except DataError as error:
             print(f"bits per byte are unknown: {error}", file=sys.stderr)
     perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())  # inf where math.exp overflows
     return {"tokens": count, "loss": loss, "perplexity": perplexity, "bits_per_byte": dataset.bits_per_byte(loss)}
+
+
+def count_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """Bytes of UTF-8 text that ids stand for; the end of a text stands for none."""
+    return len(tokenizer.decode(ids[ids != tokenizer.end_of_text].tolist()).encode(errors="replace"))
 
 
 def clean(text: str) -> str:

@@ -82,9 +82,10 @@ class TrainConfig(Settings):
     benchmark: bool = key(False, "time `steps` steps without evaluation or checkpoints; writes speed.json")
     steps: int = key(100, "steps of a --benchmark run; the first three are not timed")
 
-    wandb_log: bool = key(False, "also log to Weights & Biases", "Weights & Biases")
+    wandb_log: bool = key(False, "also log to Weights & Biases", "Weights & Biases, TensorBoard")
     wandb_project: str = key("nanozero", "project name")
     wandb_run_name: str = key("", "run name; empty: the name of out_dir")
+    tensorboard: bool = key(False, "also log to TensorBoard, in out_dir/tensorboard")
 
     dataset: str = key("openwebtext", "folder under data/, or a path, with train.bin and val.bin", "Data")
     gradient_accumulation_steps: int = key(40, "micro-steps per step over all ranks; a multiple of the rank count")
@@ -148,11 +149,7 @@ class TrainConfig(Settings):
             (POSITIVE, lambda value: value > 0, "must be above 0"),
             (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
             ("dropout beta1 beta2", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-            (
-                "max_minutes hang_minutes",
-                lambda value: value <= 525_600,
-                "must be at most 525,600, a year, or 0: no limit",
-            ),
+            ("max_minutes hang_minutes", lambda n: n <= 525_600, "must be at most 525,600 (a year); 0: no limit"),
         )
         for names, is_valid, rule in ranges:
             yield from ((name, rule) for name in names.split() if not is_valid(getattr(self, name)))

@@ -60,14 +60,9 @@ def from_huggingface(theirs: Json) -> GPTConfig:
     if family == "mistral" or theirs.get("use_sliding_window"):  # up to its size, a window changes nothing
         window = theirs.get("sliding_window", 4096 if family == "mistral" else None)
         sizes["block_size"] = min(sizes["block_size"], window or sizes["block_size"])
-    return GPTConfig(
-        **sizes,
-        **read_rope(theirs),
-        **{"bias": False, "norm": "rmsnorm", "mlp": "swiglu", "tied": theirs.get("tie_word_embeddings", False)},
-        head_size=theirs.get("head_dim") or 0,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-    )
+    options = {"bias": False, "norm": "rmsnorm", "mlp": "swiglu", "tied": theirs.get("tie_word_embeddings", False)}
+    options |= {"head_size": theirs.get("head_dim") or 0, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
+    return GPTConfig(**sizes, **read_rope(theirs), **options)
 
 
 def read_rope(theirs: Json) -> Json:

@@ -64,17 +64,16 @@ def label_ends(axes: Any) -> None:
     axes.legend(handles=lines, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, labelcolor="linecolor")
 
 
-def draw_loss(folder: Path, path: Path, others: Sequence[Path] = (), x: str = "steps") -> None:
-    """Write a PNG with the losses of a run, and of others to compare with, over steps, tokens or seconds."""
-    figure = new_figure(8, 5)
-    axes = figure.add_subplot(xlabel=x, ylabel="loss (nats per token)")
+def plot_losses(axes: Any, folders: Sequence[Path], x: str = "steps") -> None:
+    """Plot the losses of runs over steps, tokens or seconds."""
+    axes.set(xlabel=x, ylabel="loss (nats per token)")
     axes.set_title("validation loss with markers, loss of training batches thin", loc="left")
-    for number, run in enumerate([folder, *others]):
-        rows, config = read_run(run)
+    for number, folder in enumerate(folders):
+        rows, config = read_run(folder)
         size, style = step_size(rows, config, x), line_style(number)
         train = [(row["step"] * size, row["loss"]) for row in rows if row["kind"] == "train"]
         evals = [(row["step"] * size, row["val_loss"]) for row in rows if row["kind"] == "eval"]
-        label = run.resolve().name.encode(errors="replace").decode().replace("$", r"\$")  # a $ is no formula
+        label = folder.resolve().name.encode(errors="replace").decode().replace("$", r"\$")  # a $ is no formula
         if train:
             axes.plot(*zip(*train, strict=True), **style, alpha=0.6, linewidth=1, label=None if evals else label)
         if evals:
@@ -84,7 +83,6 @@ def draw_loss(folder: Path, path: Path, others: Sequence[Path] = (), x: str = "s
     axes.xaxis.set_major_formatter("{x:,.0f}")
     style_axes(axes)
     label_ends(axes)
-    figure.savefig(path)
 
 
 def step_size(rows: list[dict[str, Any]], config: dict[str, Any], x: str) -> float:

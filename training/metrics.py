@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.devices import peak_flops, peak_memory_bytes, synchronize
 from training.distributed import Ranks
 from training.errors import count
-from training.figures import draw_loss, read_rows
+from training.figures import new_figure, plot_losses, read_rows
 from training.init import InitState
 from training.run_control import Stragglers
 
@@ -40,11 +40,11 @@ class Metrics:
         self.recording = ranks.main and not cfg.eval_only  # an evaluation leaves the run folder unchanged
         if self.recording:
             copy_files(self.dataset.tokenizer, self.path.parent)  # which sample.py needs
-        self.wandb = None
-        if cfg.wandb_log and self.recording:
-            from training.wandb_log import WandbLog
+        self.trackers: list[Any] = []
+        if self.recording and (cfg.wandb_log or cfg.tensorboard):
+            from training.trackers import start_trackers
 
-            self.wandb = WandbLog(cfg, init)
+            self.trackers = start_trackers(cfg, init)
         self.first_step, self.end = init.step, cfg.steps if cfg.benchmark else cfg.max_iters
         self.say(start_line(cfg, ranks, init, dtype))
         if cfg.device == "auto" and ranks.device.type == "cpu":
@@ -104,10 +104,14 @@ class Metrics:
     def write_step(self, step: int, step_metrics: dict[str, Any]) -> None:
         self.seconds += self.lap()
         seconds = self.seconds / self.timed_steps if self.timed_steps else None
+        past = time.perf_counter() - self.first_timed  # with the evaluations and checkpoints since then
         row = {
             "kind": "train",
             "step": step,
             **{name: value.item() if torch.is_tensor(value) else value for name, value in step_metrics.items()},
+            "tokens": (step + 1) * self.tokens_per_step,
+            "progress": (step + 1) / self.end,
+            "eta_seconds": seconds and past / (self.steps - WARM_UP_STEPS) * (self.end - step - 1),
             "step_ms": seconds and seconds * 1e3,
             "tokens_per_second": seconds and self.tokens_per_step / seconds,
             "mfu": self.flops_per_step / seconds / self.peak_flops if seconds and self.peak_flops else None,
@@ -118,15 +122,13 @@ class Metrics:
         self.show(row)
 
     def show(self, row: dict[str, Any]) -> None:
-        text = f"{self.step_label(row['step'])} loss {row['loss']:.4f} lr {row['lr']:.1e}"
-        if row["grad_norm"] is not None:
-            text += f" norm {row['grad_norm']:.2f}"
+        text = f"{self.step_label(row['step'])} {abbreviate(row['tokens']):>6} tok loss {row['loss']:.4f}"
+        text += f" lr {row['lr']:.1e}" + ("" if row["grad_norm"] is None else f" norm {row['grad_norm']:.2f}")
         if rate := row["tokens_per_second"]:
             text += f" {row['step_ms']:>6,.1f} ms {rate:>6,.0f} tok/s"
             if row["mfu"] is not None:
                 text += f" MFU {100 * row['mfu']:.0f} %"
-            seconds = time.perf_counter() - self.first_timed  # with the evaluations and checkpoints since then
-            text += f" ETA {duration(seconds / (self.steps - WARM_UP_STEPS) * (self.end - row['step'] - 1))}"
+            text += f" ETA {duration(row['eta_seconds'])}"
         self.say(text)
 
     def step_label(self, step: int) -> str:
@@ -149,15 +151,17 @@ class Metrics:
             return
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.wandb:
-            self.wandb.log(row)
+        for tracker in self.trackers:
+            tracker.log(row)
 
     def close(self, best_val_loss: float) -> None:
         """Draw loss.png, and say what the run reached and how to continue it."""
-        if self.wandb:
-            self.wandb.call("finish")
+        for tracker in self.trackers:
+            tracker.call(tracker.finish)
         if self.recording and self.path.exists():  # it does not if the first evaluation was stopped
-            draw_loss(self.path.parent, self.path.with_name("loss.png"))
+            figure = new_figure(8, 5)
+            plot_losses(figure.add_subplot(), [self.path.parent])
+            figure.savefig(self.path.with_name("loss.png"))
             if self.cfg.benchmark:
                 from training.speed import summarize_benchmark
 
@@ -176,6 +180,12 @@ class Metrics:
         self.say(f"{text}; everything is in {out}, the loss curve in {self.path.with_name('loss.png')}")
         self.say(f"  sample:   python sample.py --out_dir={out}")
         self.say(f"  continue: {script} --init_from=resume --out_dir={out} --max_iters={2 * step}")
+
+
+def abbreviate(number: float) -> str:
+    """ "512", "22.5k", "1.5M", "294.9B"."""
+    power = len(f"{number:.0f}") - 1 if number else 0
+    return f"{number / 1000 ** (power // 3):.{1 if power > 2 else 0}f}{('', 'k', 'M', 'B', 'T')[power // 3]}"
 
 
 def duration(seconds: float) -> str:

@@ -36,7 +36,7 @@ PATHS = ("out_dir", "dataset", "deepspeed_config", "nvme_path")  # settings that
 LOCKS: list[IO[str]] = []  # closed when the process ends
 CONTENTS = (
     *("latest", "best", "config.json", "deepspeed.json", "deepspeed.log", "environment.json", "metrics.jsonl"),
-    *("speed.json", "loss.png", "checkpoints", "hang", OUT_OF_MEMORY_FILE, "wandb", "wandb_id"),
+    *("speed.json", "loss.png", "checkpoints", "hang", OUT_OF_MEMORY_FILE, "wandb", "wandb_id", "tensorboard"),
 )
 
 
@@ -58,10 +58,10 @@ def prepare(cfg: TrainConfig, ranks: Ranks, init: InitState, deepspeed: dict[str
         if ranks.main and not cfg.eval_only:
             if not TESTED_TORCH[0] <= tuple(map(int, torch.__version__.split(".")[:2])) <= TESTED_TORCH[1]:
                 print(f"warning: torch {torch.__version__} is untested; requirements.txt has the versions that work")
-            if cfg.wandb_log:
-                from training import wandb_log  # a third of a second
+            if cfg.wandb_log or cfg.tensorboard:
+                from training import trackers  # only here, as W&B's import takes a third of a second
 
-                wandb_log.check(cfg)
+                trackers.check(cfg)
             folder.mkdir(parents=True, exist_ok=True)
             LOCKS.append(lock(folder / "lock"))
             if not init.checkpoint:
