@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 FORKED = re.compile(
     "RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|LOCAL_SIZE|FIRST_RANK|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES"
     "|PYTEST_CURRENT_TEST|MARK|WANDB_.*|TIKTOKEN_CACHE_DIR|LC_CTYPE|TORCH_CPP_LOG_LEVEL"
-    "|GLOO_SOCKET_IFNAME|CROSS_RANK|CROSS_SIZE|PATH"
+    "|GLOO_SOCKET_IFNAME|CROSS_RANK|CROSS_SIZE"
     "|TORCHINDUCTOR_CACHE_DIR|PYTORCH_NVML_BASED_CUDA_CHECK"  # the last two are set by imports
 )
 # Modules that start other processes, which are then forked, too.
@@ -168,9 +168,16 @@ def can_fork(command: list[str], env: dict[str, str] | None, server: dict[str, s
     """Whether a fork of a server with that environment is the same as executing `command`."""
     env = dict(os.environ) if env is None else env
     changed = {name for name in env.keys() | server.keys() if env.get(name) != server.get(name)}
+    if folders(env) == folders(server):
+        changed.discard("PATH")
     words = [word for word in command[1:3] if word != "-u"]
     script = words[:1] == ["-m"] or (bool(words) and words[0].endswith(".py"))
     return command[0] == sys.executable and script and all(FORKED.fullmatch(name) for name in changed)
+
+
+def folders(env: dict[str, str]) -> list[str]:
+    """Where programs are looked up. tools.accept puts its Python's folder in front, where it often is already."""
+    return list(dict.fromkeys(env.get("PATH", "").split(":")))
 
 
 def arguments_of(popen: subprocess.Popen, given: tuple) -> dict[str, Any]:

@@ -86,11 +86,11 @@ def test_plots_of_one_and_of_several_runs(finished, tmp_path, data, against):
 def test_other_numbers_are_plotted_on_request(finished, tmp_path):
     sizes = []
     for metrics in ("", "grad_norm,lr,tokens_per_second"):
-        done = run("-m", "tools.plot", finished, finished, metrics=metrics, output=tmp_path / "x.png")
+        done = run("-m", "tools.plot", str(finished), str(finished), metrics=metrics, output=tmp_path / "x.png")
         assert done.returncode == 0, done.stderr
         sizes.append(int.from_bytes((tmp_path / "x.png").read_bytes()[20:24], "big"))  # height of a PNG
     assert sizes == [5 * 120, (5 + 3 * 2) * 120]
-    text = message(run("-m", "tools.plot", finished, metrics="grad_nrm", output=tmp_path / "y.png"))
+    text = message(run("-m", "tools.plot", str(finished), metrics="grad_nrm", output=tmp_path / "y.png"))
     assert text == "--metrics=grad_nrm: not logged; did you mean grad_norm?"
     assert not (tmp_path / "y.png").exists()
 

@@ -28,7 +28,7 @@ def plot_metric(axes: Any, name: str, folders: list[Path], x: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), **line_style(number), linewidth=1)
     if not axes.lines:
-        raise UserError(f"--metrics={name}: not logged{did_you_mean(name, rows[-1] | rows[0])}")
+        raise UserError(f"--metrics={name}: not logged{did_you_mean(name, {key for row in rows for key in row})}")
 
 
 def main() -> None:
