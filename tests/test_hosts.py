@@ -135,9 +135,9 @@ FAILURES = {
     "a link goes down": (HUNG, "host2: the connection was lost|suspect the network|no sign of life"),
     "a process is stopped": (HUNG, "no sign of life from ranks? [123]"),
 }
-# With DeepSpeed one rank per host, because each takes seconds to import it.
+# With DeepSpeed one rank per host, because each takes seconds to import it. tests/test_stopping.py stops its ranks.
 FAILING = [("ddp", 2, "a rank is killed"), ("ddp", 2, "a process is stopped")]
-FAILING += [("zero2", 1, what) for what in FAILURES if what != "a rank is killed"]
+FAILING += [("zero2", 1, "all of a host is killed"), ("zero2", 1, "a link goes down")]
 
 
 @pytest.mark.parametrize("strategy, slots, what", FAILING)
@@ -180,7 +180,7 @@ def test_dropped_packets_change_no_loss(trio, tmp_path, data, reference):
 
 def test_a_lost_host_is_left_out_of_the_restart(trio, tmp_path, data, single):
     """3 hosts, then 2: the same global batch and losses; 3 partitions are resharded to 2."""
-    settings = {"resume": "auto", "hang_minutes": 0.2, **STRATEGIES["zero2"]}
+    settings = {"resume": "auto", "hang_minutes": 0.1, **STRATEGIES["zero2"]}
     process = launch(trio, tmp_path / "out", data, "--restarts=2", slots=1, hosts=3, **settings)
     wait_for_step(tmp_path / "out", process, 6)
     trio.hosts[2].unplug()

@@ -59,7 +59,7 @@ def from_checkpoint(cfg: TrainConfig, folder: Path, metadata: dict[str, Any], da
         rule = f"holds the state of {optimizer}, but optimizer = {cfg.optimizer!r}"
         raise CheckpointError(f"{folder} {rule}; resume with --optimizer={optimizer}")
     model = GPTConfig(**metadata["model"])
-    own = {"dropout": cfg.dropout, "activation_checkpointing": cfg.activation_checkpointing}
+    own: dict[str, Any] = {"dropout": cfg.dropout, "activation_checkpointing": cfg.activation_checkpointing}
     # a run that started from pretrained weights has their shape, whatever the settings say
     wanted, keys = cfg.model_config(dataset.vocab_size), ["block_size"]
     if metadata["init_from"] == "scratch":
