@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import GPTConfig
 from tests.running import ROOT, TINY, command, message, rows, wait_for_step, zero_json
+from training.config import PlainTrainConfig, parse
+from training.distributed import SINGLE_PROCESS
+from training.errors import RankError
+from training.run_folder import explain_out_of_memory
 from training.strategies import model_state_bytes
 
 
@@ -67,6 +72,16 @@ def test_full_memory_says_what_takes_it_and_what_to_try(tmp_path, data, strategy
     smaller = f"--batch_size={batch_size // 2} --gradient_accumulation_steps=4"
     assert f"\n    {smaller}\n    --activation_checkpointing=True\n" in told
     assert "./launch_deepspeed_zero3.sh: " in told and "zero3_offload" not in told, "the CPU is the device"
+
+
+def test_full_memory_of_cublas_is_full_memory(tmp_path):
+    """Its error is another class and text than torch's own."""
+    cfg = parse(PlainTrainConfig, [f"--out_dir={tmp_path}"], "")
+    with (
+        pytest.raises(RankError, match="try, in this order"),
+        explain_out_of_memory(cfg, SINGLE_PROCESS, GPTConfig(), "single", torch.float32),
+    ):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
 def test_the_model_state_by_the_zero_papers_formula():
