@@ -93,7 +93,8 @@ def peer_case(checkout: Path, cfg: TrainConfig, ranks: int, folder: Path) -> Cas
 
 def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, folder: Path) -> None:
     """Run all launches. A case that fails is skipped from then on; Ctrl-C ends the launches and keeps the results."""
-    turns = [(f"round {number} of {rounds}", time_run, case) for number in range(1, rounds + 1) for case in cases]
+    there_and_back = [cases[:: 1 if number % 2 else -1] for number in range(1, rounds + 1)]  # evens out a slow drift
+    turns = [(f"round {n} of {rounds}", time_run, case) for n, order in enumerate(there_and_back, 1) for case in order]
     turns += [("memory and parts of a step", probe, case) for case in cases if case.ours and with_probe]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for number, (title, launch, case) in enumerate(turns, 1):
