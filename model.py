@@ -129,11 +129,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(heads * size, config.n_embd, bias=config.bias)
         self.q_norm = nn.RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.heads, self.size, self.grouped = (heads, kv_heads, kv_heads), size, kv_heads < heads
+        self.group, self.size = heads // kv_heads, size  # query heads for each head of keys and values
         self.dropout, self.layer = config.dropout, layer
+        self.attend = F.scaled_dot_product_attention  # sequence parallelism replaces it
 
     def forward(self, x: Tensor, rotation: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.size)).transpose(1, 2).split(self.heads, dim=1)
+        qkv = self.c_attn(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # a rank may have some of the heads only
+        kv_heads = qkv.size(1) // (self.group + 2)
+        q, k, v = qkv.split((self.group * kv_heads, kv_heads, kv_heads), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
@@ -141,7 +144,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
         # A single new token attends to the whole cache. Longer inputs start with an empty cache: the plain causal mask.
         dropout, causal = self.dropout if self.training else 0.0, x.size(1) > 1
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=self.grouped)
+        y = self.attend(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=self.group > 1)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -231,6 +234,7 @@ class Transformer(nn.Module):
             self.wpe = nn.Embedding(block_size, C, _weight=torch.empty(block_size, C))
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = make_norm(config)
+        self.first_position = 0  # under sequence parallelism, of this rank's part of the sequence
         self.recompute = partial(checkpoint, use_reentrant=False)  # train_deepspeed.py may replace it by DeepSpeed's
 
     def reset_buffers(self) -> None:
@@ -239,7 +243,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T) int64 -> (B, T, C)"""
-        start = cache.length if cache is not None else 0
+        start = self.first_position + (cache.length if cache is not None else 0)
         T = tokens.size(1)
         assert start + T <= self.config.block_size, f"{start + T} tokens > block_size {self.config.block_size}"
         x, rotation = self.wte(tokens), None

@@ -44,6 +44,10 @@ class Trainer:
         self.strategy = cfg.strategy_name(ranks.world_size)
         with torch.device("meta") if self.strategy == "fsdp" else ranks.device:
             self.model = GPT(init.model)
+        if cfg.sequence_parallel > 1:
+            from training.ulysses import split_sequences
+
+            split_sequences(self.model, cfg.block_size, ranks)
         if cfg.compile:  # in place: parameter names stay the same
             self.model.compile() if self.strategy == "single" else self.model.compile_parts()
         if self.strategy == "fsdp":
@@ -139,7 +143,7 @@ def main() -> None:
     if not cfg.compile:
         distributed.leave_out_compiler()
     named = cfg.strategy != "auto"  # DDP and FSDP2 need a process group on one rank, too
-    start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, named, cfg.cpu_offload, cfg.tf32)
+    start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, named, cfg.cpu_offload, cfg.tf32, cfg.layout())
     with start as ranks:
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():

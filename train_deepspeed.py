@@ -62,15 +62,26 @@ class Trainer:
 
     def build(self, init: InitState, config: Json) -> None:
         """Create the model and its initial values; under ZeRO-3, no rank ever holds all of it."""
-        if self.strategy.startswith("zero3"):
+        parallel = self.ranks.layout
+        if parallel.pipeline > 1:
+            from training.deepspeed_pipeline import build_pipeline, cut_matrices
+
+            self.model = build_pipeline(init.model, self.ranks)
+        elif self.strategy.startswith("zero3"):
             with self.deepspeed.zero.Init(config_dict_or_path=config):  # partitions each parameter once it is created
                 self.model = GPT(init.model)
             self.deepspeed.utils.set_z3_leaf_modules(self.model, [Block])  # gathers a block at once, as FSDP2 does
         else:
             with self.ranks.device:
                 self.model = GPT(init.model)
+        if parallel.sequence > 1:
+            from training.ulysses import split_sequences
+
+            split_sequences(self.model, self.cfg.block_size, self.ranks)
         if not init.checkpoint:
             self.fill(init)
+        if parallel.pipeline > 1 and parallel.tensor > 1:
+            cut_matrices(self.model, init.model, self.ranks)
         if "activation_checkpointing" in config:
             self.deepspeed.checkpointing.configure(None, deepspeed_config=config)
             self.model.transformer.recompute = self.deepspeed.checkpointing.checkpoint
@@ -86,6 +97,7 @@ class Trainer:
     def wrap(self, config: Json) -> None:
         """Give the model to DeepSpeed, which partitions and runs it."""
         optimizer = None
+        self.model.loss_function = None  # for tensor parallelism, which replaces it
         if self.cfg.optimizer == "muon" and self.strategy != "zero0":
             from training.deepspeed_muon import make_muon
 
@@ -101,6 +113,10 @@ class Trainer:
         self.unwrapped = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0 keeps the optimizer as it is
         if self.unwrapped:
             self.engine.clip_fp32_gradients = self.clip
+        if config.get("tensor_parallel", {}).get("vocab_parallel_lm_head"):
+            from training.deepspeed_parallel import use_split_loss
+
+            use_split_loss(self.model)
         if self.cfg.compile:  # the JSON's "compile" block is for DeepSpeed's own compiler
             self.engine.compile() if "compile" in config else self.model.compile_parts()
 
@@ -112,7 +128,10 @@ class Trainer:
         """For evaluation: without dropout. A collective under ZeRO-3, like every forward pass."""
         self.engine.eval()
         with self.log.section("evaluation"):
-            loss = self.engine(tokens, targets)
+            if self.ranks.layout.pipeline > 1:  # the mean over the data-parallel ranks
+                loss = self.engine.eval_batch(iter([(tokens, targets)]), num_micro_batches=1).squeeze()
+            else:
+                loss = self.engine(tokens, targets)
         self.engine.train()
         return loss
 
@@ -121,6 +140,10 @@ class Trainer:
         lr = self.engine.get_lr()[0] if self.scheduler else set_learning_rate(self.optimizer, self.cfg, step)
         micro_steps = self.batches.micro_steps
         mean_loss, self.grad_norm = torch.zeros((), device=self.ranks.device), None
+        if self.ranks.layout.pipeline > 1:  # takes all micro-steps at once, and the mean over the data-parallel ranks
+            with self.log.section(f"step {step}"):
+                mean_loss = self.engine.train_batch(self.batches.train(step, n) for n in range(micro_steps)).squeeze()
+            micro_steps = 0
         for micro_step in range(micro_steps):
             if self.cfg.dropout:
                 torch.manual_seed(self.batches.dropout_seed(step, micro_step))
@@ -161,7 +184,7 @@ def main() -> None:
     config = deepspeed_config.read(cfg.deepspeed_config)
     if not cfg.compile:
         distributed.leave_out_compiler()
-    start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, process_group=True, tf32=cfg.tf32)
+    start = distributed.start(cfg.device, cfg.backend, cfg.hang_minutes, True, tf32=cfg.tf32, layout=cfg.layout())
     with start as ranks:
         checkpoints = Checkpoints(cfg.out_dir, ranks, cfg.keep_checkpoints)
         with ranks.together():

@@ -28,7 +28,7 @@ class Batches:
     def __init__(self, cfg: TrainConfig, ranks: Ranks):
         self.cfg, self.ranks = cfg, ranks
         self.dataset = open_dataset(ROOT / "data" / cfg.dataset)
-        self.micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
+        self.micro_steps = cfg.gradient_accumulation_steps // ranks.data_size
         self.tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
         self.files = {split: os.open(self.dataset.path(split), os.O_RDONLY) for split in ("train", "val")}
         for split, tokens in self.dataset.tokens.items():
@@ -50,7 +50,10 @@ class Batches:
         return about
 
     def train(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
-        """This rank's tokens and targets, each (batch_size, block_size) int64, on its device."""
+        """This rank's tokens and targets, each (batch_size, block_size) int64, on its device.
+
+        Under sequence parallelism, it has block_size / sequence_parallel positions of each sequence.
+        """
         since = time.perf_counter()
         starts = self.draw("training", step, self.cfg.gradient_accumulation_steps)
         batch = self.read("train", starts[self.micro_batch(micro_step)])
@@ -68,7 +71,7 @@ class Batches:
 
     def micro_batch(self, micro_step: int) -> int:
         """Which of the step's gradient_accumulation_steps micro-batches this rank takes at micro_step."""
-        return micro_step * self.ranks.world_size + self.ranks.rank
+        return micro_step * self.ranks.data_size + self.ranks.data_rank
 
     def dropout_seed(self, step: int, micro_step: int) -> int:
         """Dropout depends on the micro-batch alone: not on the number of ranks, and no RNG state has to be saved."""
@@ -92,7 +95,9 @@ class Batches:
         if (largest := int(ids.max())) >= self.dataset.vocab_size:
             rule = f"outside its vocabulary of {self.dataset.vocab_size}: it is damaged, or of another tokenizer"
             raise DataError(f"{self.dataset.path(split)} contains id {largest}, {rule}; prepare it again")
-        tokens = torch.from_numpy(ids.astype(np.int64))
+        width = self.cfg.block_size // self.ranks.layout.sequence
+        start = self.ranks.sequence_rank * width
+        tokens = torch.from_numpy(ids[:, start : start + width + 1].astype(np.int64))
         on_gpu = self.ranks.device.type == "cuda"
         tokens = (tokens.pin_memory() if on_gpu else tokens).to(self.ranks.device, non_blocking=on_gpu)
         return tokens[:, :-1], tokens[:, 1:]

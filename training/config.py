@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from data.errors import did_you_mean
 from model import GPTConfig
-from training.distributed import DTYPES, rank, world_size
+from training.distributed import DTYPES, Layout, rank, world_size
 from training.errors import ConfigError, list_problems
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
@@ -127,12 +127,16 @@ class TrainConfig(Settings):
     tf32: bool = key(True, "run float32 matmuls on GPUs as TF32, like nanoGPT; False: full precision")
     compile: bool = key(True, "torch.compile the model")
     backend: str = key("auto", "process group backend: auto, nccl, gloo")
+    sequence_parallel: int = key(1, "ranks that share each sequence, for long block_size (Ulysses)")
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """vocab_size: the tokenizer's. Large vocabularies are padded to a multiple of 64 for faster matmuls."""
         padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
         shared = {field.name for field in dataclasses.fields(GPTConfig)} & vars(self).keys()
         return GPTConfig(vocab_size=padded, **{name: getattr(self, name) for name in shared})
+
+    def layout(self) -> Layout:
+        return Layout(**{name: getattr(self, f"{name}_parallel", 1) for name in vars(Layout())})
 
     @classmethod
     def inherited(cls, values: dict[str, Any], places: dict[str, str]) -> Iterator[Setting]:
@@ -164,10 +168,35 @@ class TrainConfig(Settings):
             yield "benchmark", "cannot resume a run; remove --init_from=resume and --resume"
         if self.n_head > 0 and self.n_embd > 0:
             yield from self.head_problems()
-        ranks, micro_steps = world_size(), self.gradient_accumulation_steps
+        if problems := list(self.layout_problems()):
+            yield from problems
+            return
+        ranks, micro_steps = self.layout().data(world_size()), self.gradient_accumulation_steps
         if micro_steps > 0 and micro_steps % ranks:
             multiples = " or ".join(str(n * ranks) for n in (micro_steps // ranks, micro_steps // ranks + 1) if n)
-            yield "gradient_accumulation_steps", f"must be divisible by the number of ranks, {ranks}; set {multiples}"
+            name = "ranks" if ranks == world_size() else "data-parallel ranks"
+            yield "gradient_accumulation_steps", f"must be divisible by the number of {name}, {ranks}; set {multiples}"
+
+    def layout_problems(self) -> Iterator[Problem]:
+        """The rules that do not depend on the strategy."""
+        layout, ranks = self.layout(), world_size()
+        split = {f"{name}_parallel": size for name, size in vars(layout).items() if size != 1}
+        names, product = " x ".join(split), math.prod(size for name, size in split.items() if name[0] != "e")
+        if not split:
+            return
+        if min(split.values()) < 1 or ranks % product:
+            near = max(n for n in range(1, ranks + 1) if ranks % n == 0 and n <= max(1, product))
+            yield next(iter(split)), f"{names} = {product}: must divide the number of ranks, {ranks}, as {near} does"
+        elif layout.data(ranks) * layout.sequence % layout.expert:
+            yield "expert_parallel", f"must divide the {layout.data(ranks)} data-parallel ranks"
+        heads = layout.tensor * layout.sequence
+        for name in ("n_kv_head", "n_head"):
+            if getattr(self, name) % heads:
+                yield name, f"must be divisible by tensor_parallel x sequence_parallel = {heads}"
+        if self.block_size % layout.sequence:
+            yield "block_size", f"must be divisible by sequence_parallel = {layout.sequence}"
+        if self.dropout:
+            yield "dropout", f"must be 0 with {names}: ranks that share a sequence would draw other masks than one rank"
 
     def head_problems(self) -> Iterator[Problem]:
         if self.n_embd % self.n_head and not self.head_size:

@@ -17,7 +17,7 @@ import torch
 from model import GPTConfig
 from training.config import Setting, TrainConfig, key
 from training.deepspeed_json import BATCH, SEND_LESS, Json, check_keys, dotted, put, read
-from training.distributed import Ranks, pick_dtype, world_size
+from training.distributed import Layout, Ranks, pick_dtype, world_size
 from training.errors import ConfigError, count, list_problems
 from training.optim import make_optimizer
 
@@ -36,6 +36,9 @@ class DeepSpeedTrainConfig(TrainConfig):
 
     deepspeed_config: str = key("deepspeed_configs/zero2_config.json", "DeepSpeed's own settings", "DeepSpeed")
     nvme_path: str = key("", "folder on a local NVMe disk of each node, for NVMe offload; empty: the JSON's nvme_path")
+    tensor_parallel: int = key(1, "ranks of a node that share each matrix")
+    pipeline_parallel: int = key(1, "stages of consecutive blocks, each on other ranks; with ZeRO-1")
+    expert_parallel: int = key(1, "data-parallel ranks that share the experts of an MoE model")
     verbose: bool = key(False, "print DeepSpeed's messages instead of writing them to out_dir/deepspeed.log")
 
     @classmethod
@@ -121,6 +124,11 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     problems += (problem for _, problem in check_keys(config, auto=False))
     problems += check_blocks(config, cfg, ranks)
     problems += check_offload(config, model, ranks)
+    if ranks.layout != Layout():
+        from training import deepspeed_parallel
+
+        problems += deepspeed_parallel.check(cfg, ranks, model, describe_json(config)[0])
+        config |= deepspeed_parallel.json_blocks(model, ranks.layout)
     if problems:
         raise ConfigError(list_problems(problems, f"in {cfg.deepspeed_config}"))
     for block in nvme_blocks(config):
@@ -167,10 +175,10 @@ def automatic(cfg: TrainConfig, model: GPTConfig, config: Json, dtype: torch.dty
 
 def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
     """Fill in the numbers of BATCH; yields the problem if a literal contradicts them."""
-    steps, sequences = cfg.gradient_accumulation_steps // ranks.world_size, cfg.batch_size * ranks.world_size
+    steps, sequences = cfg.gradient_accumulation_steps // ranks.data_size, cfg.batch_size * ranks.data_size
     values = dict(zip(BATCH, (sequences * steps, cfg.batch_size, steps), strict=True))
     wrong = {name: config[name] for name in BATCH if config.get(name) not in (None, "auto", values[name])}
-    product = f"{count(steps, 'micro-step')} x {count(ranks.world_size, 'rank')} = {sequences * steps}"
+    product = f"{count(steps, 'micro-step')} x {count(ranks.data_size, 'rank')} = {sequences * steps}"
     problem = ", ".join(f"{name} = {json.dumps(value)}" for name, value in wrong.items())
     if wrong and list(wrong) != ["train_batch_size"]:
         accumulation = f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} is the total over all ranks"
@@ -181,6 +189,8 @@ def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
         fix = f'"gradient_accumulation_steps": {given // sequences}' if reachable else sequences * steps
         yield f"{problem}: is not {count(cfg.batch_size, 'sequence')} x {product}; write {fix}"
     config.update(values)
+    if ranks.data_size < ranks.world_size:
+        del config["train_batch_size"]  # DeepSpeed would count all ranks
 
 
 def adapt(config: Json, device: torch.device) -> None:

@@ -52,11 +52,13 @@ KEYS: Json = {
     },
 }
 KIND_NAMES = JSON_TYPES | {tuple: "one of {}", int: "an integer, {} or more", float: "a number, {} or more"}
+PARALLEL = {"tensor_parallel": "tensor_parallel", "pipeline": "pipeline_parallel", "expert_parallel": "expert_parallel"}
+PARALLEL |= {"sequence_parallel_size": "sequence_parallel", "data_parallel_size": "sequence_parallel"}
 # Keys that this code does not support, with the reason, and what to use.
 SEND_LESS = 'set "communication_data_type": "bf16" to send less'
 UNSUPPORTED = {
     "gradient_checkpointing": "as DeepSpeed has no such key (set --activation_checkpointing=True)",
-    **dict.fromkeys(("tensor_parallel", "pipeline"), "as this code has data parallelism only (use ZeRO-3)"),
+    **{name: f"as it follows from the model (set --{key}=N)" for name, key in PARALLEL.items()},
     "compression_training": f"as DeepSpeed has removed it ({SEND_LESS})",
     "data_efficiency": "as batches are the same under every strategy",
     "autotuning": "as it starts runs without this code's settings",

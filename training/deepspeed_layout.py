@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from model import GPTConfig
 from training.checkpoint import find_file, read_metadata, read_torch_file
-from training.distributed import Ranks
+from training.distributed import Layout, Ranks
 from training.model_state import (
     MOMENTUM_BUFFER,
     TIED,
@@ -47,14 +48,29 @@ STAND_INS: list[Any] = [
 
 def open_partitions(folder: Path, metadata: dict[str, Any]) -> SavedState:
     """Open a checkpoint of train_deepspeed.py; metadata: its checkpoint.json. Raises CheckpointError."""
+    layout = Layout(**metadata.get("layout", {}))
     with safe_globals(STAND_INS):
-        model = read_torch_file(find_file(folder, metadata, "*mp_rank_00_model_states.pt"))
-        if metadata["strategy"] == "zero0":
-            weights = {name: weight for name, weight in model["module"].items() if name != TIED}
-            order = model.get("optimizer_order")
-            return from_whole(folder, weights, model["optimizer"], model.get("scaler", {}), order)
-        names = [f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(metadata["world_size"])]
-        ranks = [read_torch_file(find_file(folder, metadata, name))["optimizer_state_dict"] for name in names]
+        if layout == Layout():
+            return open_model_part(folder, metadata, 0, metadata["world_size"])
+        from training.deepspeed_parallel import join
+
+        replicas = metadata["world_size"] // (layout.tensor * layout.pipeline)
+        parts = [
+            [open_model_part(folder, metadata, stage * layout.tensor + rank, replicas) for rank in range(layout.tensor)]
+            for stage in range(layout.pipeline)
+        ]
+        return join(parts, GPTConfig(**metadata["model"]), layout)
+
+
+def open_model_part(folder: Path, metadata: dict[str, Any], part: int, replicas: int) -> SavedState:
+    """One of the parts into which tensor and pipeline parallelism cut the model; `replicas` ranks have it."""
+    model = read_torch_file(find_file(folder, metadata, f"*mp_rank_{part:02d}_model_states.pt"))
+    if metadata["strategy"] == "zero0":
+        weights = {name: weight for name, weight in model["module"].items() if name != TIED}
+        order = model.get("optimizer_order")
+        return from_whole(folder, weights, model["optimizer"], model.get("scaler", {}), order)
+    names = [f"*zero_pp_rank_{rank}_mp_rank_{part:02d}_optim_states.pt" for rank in range(replicas)]
+    ranks = [read_torch_file(find_file(folder, metadata, name))["optimizer_state_dict"] for name in names]
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     saved, scaler = SavedState(folder, shapes, {}), vars(ranks[0].get("loss_scaler", StandIn()))
     if scaler.get("dynamic"):
@@ -114,8 +130,13 @@ def flat_groups(folder: Path, metadata: dict, rank: int, state: dict, model: dic
 
 def load_partition(engine: Any, folder: Path, ranks: Ranks) -> None:
     """Fill a new engine from a checkpoint of any strategy. A collective."""
-    optimizer, step = engine.optimizer, read_metadata(folder)["step"]
+    optimizer, metadata = engine.optimizer, read_metadata(folder)
+    step = metadata["step"]
     with reading(folder, ranks) as saved:
+        if ranks.layout != Layout():
+            from training.deepspeed_parallel import own_part
+
+            saved = own_part(saved, GPTConfig(**metadata["model"]), ranks)
         if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0: not wrapped
             saved.into(engine.module, optimizer)
         elif engine.zero_optimization_partition_weights():

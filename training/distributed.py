@@ -72,16 +72,55 @@ def check_launch() -> int:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How many ranks share one copy of the model, by way of splitting it; the others train on other batches.
+
+    Ranks are numbered with tensor parallelism innermost, then sequence, data, and pipeline outermost.
+    """
+
+    tensor: int = 1
+    sequence: int = 1
+    pipeline: int = 1
+    expert: int = 1  # these share the ranks of data parallelism
+
+    def data(self, world_size: int) -> int:
+        """The number of ranks with batches of their own."""
+        return world_size // (self.tensor * self.sequence * self.pipeline)
+
+    def describe(self, world_size: int) -> str:
+        """ "8 ranks = 2 pipeline x 2 data x 2 tensor"."""
+        sizes = {"pipeline": self.pipeline, "data": self.data(world_size)}
+        sizes |= {"sequence": self.sequence, "tensor": self.tensor}
+        factors = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
+        experts = f", experts on {self.expert} of them" if self.expert > 1 else ""
+        return f"{world_size} ranks = {factors}{experts}"
+
+
+@dataclass(frozen=True)
 class Ranks:
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None  # gloo group for messages between CPUs; None: the default group
+    layout: Layout = Layout()
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_size(self) -> int:
+        return self.layout.data(self.world_size)
+
+    @property
+    def data_rank(self) -> int:
+        """Whose batches this rank has; ranks that share a copy of the model have the same."""
+        return self.rank // (self.layout.tensor * self.layout.sequence) % self.data_size
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.rank // self.layout.tensor % self.layout.sequence
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over all ranks, in place. A collective."""
@@ -156,6 +195,7 @@ def start(
     process_group: bool = False,
     cpu_tensors: bool = False,
     tf32: bool = False,
+    layout: Layout = Layout(),
 ) -> Iterator[Ranks]:
     """Pick this rank's device, join the process group, and leave it at the end.
 
@@ -163,7 +203,7 @@ def start(
     process_group: make one for a single process too; DDP, FSDP2 and DeepSpeed need it.
     cpu_tensors: ranks on GPUs also reduce tensors in host memory, as FSDP2's offloaded gradient norm does.
     """
-    ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()))
+    ranks = Ranks(rank(), local_rank(), world_size(), pick_device(device, local_rank(), world_size()), None, layout)
     set_up(ranks.device, tf32)
     if process_group:  # DeepSpeed reads its device from the environment
         os.environ["DS_ACCELERATOR"] = ranks.device.type

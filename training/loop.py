@@ -83,14 +83,14 @@ def evaluate(trainer: Trainer, batches: Batches, count: int, should_stop: Callab
     ranks = batches.ranks
     sums = torch.zeros(2, device=ranks.device)
     for number, split in enumerate(("train", "val")):
-        for first in ranks.progress(range(0, count, ranks.world_size), f"evaluating {split}"):
-            index = first + ranks.rank
+        for first in ranks.progress(range(0, count, ranks.data_size), f"evaluating {split}"):
+            index = first + ranks.data_rank
             loss = trainer.loss(*batches.evaluation(split, index))
             if index < count:
                 sums[number] += loss
             if should_stop():
                 return {}
-    train_loss, val_loss = (ranks.mean(sums) * ranks.world_size / count).tolist()
+    train_loss, val_loss = (ranks.mean(sums) * ranks.data_size / count).tolist()
     return {"train_loss": train_loss, "val_loss": val_loss}
 
 
@@ -103,5 +103,6 @@ def describe_run(ranks: Ranks, batches: Batches, trainer: Trainer, init: InitSta
         "init_from": init.init_from,
         "strategy": trainer.strategy,
         "world_size": ranks.world_size,
+        "layout": asdict(ranks.layout),
         "dtype": str(trainer.dtype).removeprefix("torch."),
     }

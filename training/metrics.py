@@ -17,7 +17,7 @@ from training.batches import Batches
 from training.checkpoint import write_text
 from training.config import TrainConfig
 from training.devices import peak_flops, peak_memory_bytes, synchronize
-from training.distributed import Ranks
+from training.distributed import Layout, Ranks
 from training.errors import count
 from training.figures import new_figure, plot_losses, read_rows
 from training.init import InitState
@@ -199,10 +199,14 @@ def start_line(cfg: TrainConfig, ranks: Ranks, init: InitState, dtype: torch.dty
     """Model, devices, and tokens per step with all factors, the setting that users of few GPUs most often get wrong."""
     accumulation, sequences, length = cfg.gradient_accumulation_steps, cfg.batch_size, cfg.block_size
     where = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else str(ranks.device)
+    data_ranks, layout = count(ranks.data_size, "rank"), ""
+    if ranks.layout != Layout():
+        data_ranks = count(ranks.data_size, "data-parallel rank")
+        layout = f"; {ranks.layout.describe(ranks.world_size)}"
     return (
-        f"{init.model.parameter_count():,} parameters on {where}, {str(dtype).removeprefix('torch.')}; "
-        f"{accumulation * sequences * length:,} tokens per step = {count(ranks.world_size, 'rank')} x "
-        f"{count(accumulation // ranks.world_size, 'micro-step')} x {count(sequences, 'sequence')} x {length} tokens"
+        f"{init.model.parameter_count():,} parameters on {where}, {str(dtype).removeprefix('torch.')}{layout}; "
+        f"{accumulation * sequences * length:,} tokens per step = {data_ranks} x "
+        f"{count(accumulation // ranks.data_size, 'micro-step')} x {count(sequences, 'sequence')} x {length} tokens"
         + (f"; resuming {init.checkpoint}" if init.checkpoint else "")
         + ("; the first step compiles the model" if cfg.compile else "")
     )
