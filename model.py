@@ -51,6 +51,8 @@ class GPTConfig:
     rope_theta: float = 0.0  # base of rotary position embeddings (Su et al., arXiv:2104.09864); 0: learned positions
     rope_factor: float = 1.0  # Llama 3's stretching of slow rotations: 8 in Llama 3.1
     rope_length: int = 8192  # positions before the stretching
+    n_expert: int = 0  # MLPs per block, of which a router picks some for each token (arXiv:1701.06538); 0: one, for all
+    n_active: int = 2  # experts per token
     tied: bool = True  # whether lm_head shares its matrix with the token embedding
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class GPTConfig:
         """
         looked_up = (0 if self.rope_theta else self.block_size) + (0 if self.tied else self.vocab_size)
         n = self.parameter_count() - looked_up * self.n_embd
+        idle_experts = max(0, self.n_expert - self.n_active)
+        n -= self.n_layer * idle_experts * 3 * self.n_embd * self.n_hidden
         return 6 * n + 12 * self.n_layer * self.n_head * self.head_size * self.block_size
 
 
@@ -168,6 +172,56 @@ class MLP(nn.Module):
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
+class Router(nn.Module):
+    """Scores of the experts for each token, (N, C) -> (N, n_expert)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate = Linear(config.n_embd, config.n_expert, bias=False)
+
+    @property
+    def weight(self) -> Tensor:  # where DeepSpeed's expert parallelism looks for it
+        return self.gate.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x)
+
+
+class Experts(nn.Module):
+    """SwiGLU MLPs, stacked: gates w1 and values w3 (n_expert, n_hidden, C), projections w2 (n_expert, C, n_hidden)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        shape = config.n_expert, config.n_hidden, config.n_embd
+        self.w1, self.w3 = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+        self.w2 = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x (N, C), sorted by expert; counts (n_expert,): the number of rows of each."""
+        w1, w2, w3 = (w.to(x.dtype).mT for w in (self.w1, self.w2, self.w3))
+        multiply = partial(F.grouped_mm, offs=counts.cumsum(0, dtype=torch.int32))
+        return multiply(F.silu(multiply(x, w1)) * multiply(x, w3), w2)
+
+
+class MoE(nn.Module):
+    """Mixture of experts, (B, T, C) -> (B, T, C): each token goes through its n_active best; none is dropped."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.router, self.experts, self.n_active = Router(config), Experts(config), config.n_active
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        scores = self.router(tokens)
+        weights, chosen = F.softmax(scores.float(), dim=-1).topk(self.n_active)  # (N, n_active)
+        weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=scores.size(-1))
+        sorted_y = self.experts(tokens.to(scores.dtype)[order // self.n_active], counts)  # under autocast: its dtype
+        y = torch.empty_like(sorted_y).index_copy(0, order, sorted_y).unflatten(0, chosen.shape)
+        return (y * weights.unsqueeze(-1)).sum(1).type_as(x).view_as(x)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, C) -> (B, T, C)."""
 
@@ -176,7 +230,7 @@ class Block(nn.Module):
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if config.n_expert else MLP(config)
 
     def forward(self, x: Tensor, rotation: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotation, cache)
@@ -326,11 +380,12 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     Raises ValueError for a parameter without a rule below.
     """
     module, kind = ["", *name.split(".")][-2:]
-    stds = dict.fromkeys(("wte", "wpe", "lm_head", "c_attn", "c_fc"), 0.02)
-    stds["c_proj"] = 0.02 / math.sqrt(2 * config.n_layer)  # Radford et al., 2019, section 2.3
-    if kind == "weight" and module in stds:
+    stds = dict.fromkeys(("wte", "wpe", "lm_head", "c_attn", "c_fc", "gate", "w1", "w3"), 0.02)
+    stds |= dict.fromkeys(("c_proj", "w2"), 0.02 / math.sqrt(2 * config.n_layer))  # Radford et al., 2019, section 2.3
+    matrix = kind if module == "experts" else module
+    if matrix in stds and kind != "bias":
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        return torch.normal(0.0, stds[module], shape, generator=generator)
+        return torch.normal(0.0, stds[matrix], shape, generator=generator)
     norms = ("ln_1", "ln_2", "ln_f", "q_norm", "k_norm")
     if kind == "weight" and module in norms:
         return torch.ones(shape)

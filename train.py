@@ -65,6 +65,11 @@ class Trainer:
             self.ddp = DDP(self.model, device_ids=gpus, gradient_as_bucket_view=True)
         if init.checkpoint:
             self.load(init.checkpoint)
+        self.balance: Any = None
+        if cfg.n_expert and cfg.expert_balance:
+            from training.experts import Balance
+
+            self.balance = Balance(self.model, init.model, cfg.expert_balance)
 
     def shard(self) -> None:
         """Each block's parameters are gathered in dtype before it runs; its gradients are reduced in fp32 after it."""
@@ -107,16 +112,18 @@ class Trainer:
                 torch.manual_seed(self.batches.dropout_seed(step, micro_step))
             tokens, targets = self.batches.train(step, micro_step)
             with self.autocast:
-                loss = (self.ddp or self.model)(tokens, targets) / micro_steps
-            self.scaler.scale(loss).backward()
-            mean_loss += loss.detach()
+                loss = (self.ddp or self.model)(tokens, targets)
+            mean_loss += loss.detach() / micro_steps
+            loss = self.balance.add_to(loss) if self.balance else loss
+            self.scaler.scale(loss / micro_steps).backward()
         if self.cfg.grad_clip:
             self.scaler.unscale_(self.optimizer)
             grad_norm = fsdp.full_value(clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
+        metrics = {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
+        return metrics | (self.balance.metrics() if self.balance else {})
 
     def save(self, writer: CheckpointWriter) -> None:
         """Rank 0 writes replicated state; under FSDP2, every rank writes its own shard."""

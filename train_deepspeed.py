@@ -20,17 +20,16 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from model import GPT, Block
+from model import GPT, Block, GPTConfig
 from training import deepspeed_config, deepspeed_engine, distributed, loop, run_folder
 from training.batches import Batches
 from training.checkpoint import Checkpoints, CheckpointWriter
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig, Json, strategy_of
-from training.distributed import Ranks
+from training.distributed import Layout, Ranks
 from training.init import InitState, find_init_state
-from training.optim import make_optimizer, parameter_groups, set_learning_rate
+from training.optim import parameter_groups, set_learning_rate
 
 
 class Trainer:
@@ -44,7 +43,7 @@ class Trainer:
         self.deepspeed, self.strategy = deepspeed, strategy_of(ds)
         self.cfg, self.ranks, self.batches, self.dtype = cfg, ranks, batches, dtype
         self.log = deepspeed_engine.DeepSpeedLog(cfg, ranks)
-        self.grad_norm: Tensor | None = None
+        self.balance: Any = None
         # An op for inference on CPUs: compiling it takes 27 s, and every run would leave 66 MB in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=cfg.verbose)  # uses the existing process group
@@ -52,77 +51,60 @@ class Trainer:
         deepspeed_engine.load(deepspeed, ds, ranks)
         with self.log.section("building the model"):
             self.build(init, ds)
-            self.wrap(ds)
+            self.wrap(ds, init.model)
         if ranks.main:
-            optimizer, scheduler = type(self.engine.basic_optimizer), type(self.scheduler).__name__
-            suffix = f", {scheduler}" if self.scheduler else ""
-            print(f"{self.strategy}: {optimizer.__name__} of {optimizer.__module__.split('.')[0]}{suffix}", flush=True)
+            print(f"{self.strategy}: {deepspeed_engine.describe_optimizer(self.engine)}", flush=True)
         if init.checkpoint:
             self.load(init.checkpoint)
 
     def build(self, init: InitState, config: Json) -> None:
         """Create the model and its initial values; under ZeRO-3, no rank ever holds all of it."""
-        parallel = self.ranks.layout
-        if parallel.pipeline > 1:
-            from training.deepspeed_pipeline import build_pipeline, cut_matrices
+        if self.ranks.layout.pipeline > 1:
+            from training.deepspeed_pipeline import build_pipeline
 
             self.model = build_pipeline(init.model, self.ranks)
         elif self.strategy.startswith("zero3"):
-            with self.deepspeed.zero.Init(config_dict_or_path=config):  # partitions each parameter once it is created
+            group = deepspeed_engine.replica_group(self.ranks)
+            with self.deepspeed.zero.Init(config_dict_or_path=config, data_parallel_group=group):
                 self.model = GPT(init.model)
             self.deepspeed.utils.set_z3_leaf_modules(self.model, [Block])  # gathers a block at once, as FSDP2 does
         else:
             with self.ranks.device:
                 self.model = GPT(init.model)
-        if parallel.sequence > 1:
-            from training.ulysses import split_sequences
-
-            split_sequences(self.model, self.cfg.block_size, self.ranks)
         if not init.checkpoint:
             self.fill(init)
-        if parallel.pipeline > 1 and parallel.tensor > 1:
-            cut_matrices(self.model, init.model, self.ranks)
+        if self.ranks.layout != Layout():
+            from training.deepspeed_parallel import split
+
+            split(self.model, init.model, self.ranks)
         if "activation_checkpointing" in config:
             self.deepspeed.checkpointing.configure(None, deepspeed_config=config)
             self.model.transformer.recompute = self.deepspeed.checkpointing.checkpoint
 
     @torch.no_grad()
     def fill(self, init: InitState) -> None:
-        """One parameter at a time; of a partitioned one, rank 0 has the full value and DeepSpeed distributes it."""
+        """One parameter at a time; DeepSpeed distributes a partitioned one from the first rank."""
         for name, parameter in self.model.named_parameters():
             with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):  # no effect below ZeRO-3
-                if self.ranks.main or not hasattr(parameter, "ds_id"):  # ds_id: it is partitioned
+                first = self.ranks.rank < self.ranks.layout.tensor
+                if first or not hasattr(parameter, "ds_id"):  # ds_id: it is partitioned
                     parameter.copy_(init.value(name, parameter.shape, self.cfg.seed))
 
-    def wrap(self, config: Json) -> None:
+    def wrap(self, config: Json, model_config: GPTConfig) -> None:
         """Give the model to DeepSpeed, which partitions and runs it."""
-        optimizer = None
-        self.model.loss_function = None  # for tensor parallelism, which replaces it
-        if self.cfg.optimizer == "muon" and self.strategy != "zero0":
-            from training.deepspeed_muon import make_muon
-
-            optimizer = make_muon(self.model, self.cfg)
-        elif "optimizer" not in config:
-            optimizer = make_optimizer(self.model, self.cfg)
         self.engine, self.optimizer, _, self.scheduler = self.deepspeed.initialize(
             model=self.model,
             model_parameters=parameter_groups(self.model, self.cfg),
-            optimizer=optimizer,
+            optimizer=deepspeed_engine.own_optimizer(self.model, self.cfg, config),
             config=config,
         )
-        self.unwrapped = isinstance(self.optimizer, torch.optim.Optimizer)  # ZeRO-0 keeps the optimizer as it is
-        if self.unwrapped:
-            self.engine.clip_fp32_gradients = self.clip
-        if config.get("tensor_parallel", {}).get("vocab_parallel_lm_head"):
-            from training.deepspeed_parallel import use_split_loss
+        deepspeed_engine.keep_norm(self.engine)
+        if self.cfg.n_expert and self.cfg.expert_balance:
+            from training.experts import Balance
 
-            use_split_loss(self.model)
+            self.balance = Balance(self.model, model_config, self.cfg.expert_balance)
         if self.cfg.compile:  # the JSON's "compile" block is for DeepSpeed's own compiler
             self.engine.compile() if "compile" in config else self.model.compile_parts()
-
-    def clip(self) -> None:
-        """Replaces ZeRO-0's own clipping, which keeps the norm to itself; computing it again takes 4 % of a step."""
-        self.grad_norm = clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """For evaluation: without dropout. A collective under ZeRO-3, like every forward pass."""
@@ -139,7 +121,7 @@ class Trainer:
         """One update. Returns what the loop logs; loss (this rank's mean) and grad_norm stay on the device."""
         lr = self.engine.get_lr()[0] if self.scheduler else set_learning_rate(self.optimizer, self.cfg, step)
         micro_steps = self.batches.micro_steps
-        mean_loss, self.grad_norm = torch.zeros((), device=self.ranks.device), None
+        mean_loss = torch.zeros((), device=self.ranks.device)
         if self.ranks.layout.pipeline > 1:  # takes all micro-steps at once, and the mean over the data-parallel ranks
             with self.log.section(f"step {step}"):
                 mean_loss = self.engine.train_batch(self.batches.train(step, n) for n in range(micro_steps)).squeeze()
@@ -150,24 +132,19 @@ class Trainer:
             tokens, targets = self.batches.train(step, micro_step)
             with self.log.section(f"step {step}"):
                 loss = self.engine(tokens, targets)
+                mean_loss += loss.detach() / micro_steps
+                loss = self.balance.add_to(loss) if self.balance else loss
                 self.engine.backward(loss)  # divides it by micro_steps, and averages gradients over the ranks
                 self.engine.step()  # clips and updates in the last micro-step only
-            mean_loss += loss.detach() / micro_steps
-        if not self.unwrapped and self.cfg.optimizer != "muon":  # with Muon, its norm is that of the update
-            self.grad_norm = torch.as_tensor(self.engine.get_global_grad_norm())
-        return {"loss": mean_loss, "lr": lr, "grad_norm": self.grad_norm}
+        norm = self.engine.get_global_grad_norm() if self.cfg.optimizer != "muon" else None  # Muon's is of the update
+        metrics = {"loss": mean_loss, "lr": lr, "grad_norm": None if norm is None else torch.as_tensor(norm)}
+        return metrics | (self.balance.metrics() if self.balance else {})
 
     def save(self, writer: CheckpointWriter) -> None:
         """Every rank writes its partition in DeepSpeed's format."""
         step, folder = self.engine.global_steps, writer.folder
         with self.log.section(f"saving step {step}"), deepspeed_engine.writing(self.engine, writer):
-            names = {parameter: name for name, parameter in self.model.named_parameters()}
-            groups = self.optimizer.param_groups if self.unwrapped else []
-            order = [names[parameter] for group in groups for parameter in group["params"]]
-            sub_groups = deepspeed_engine.nvme_sub_groups(self.engine)
-            state = {"step": step, "optimizer_order": order, "sub_groups": sub_groups}
-            if scaler := self.engine.torch_autocast_z0_gradscaler:
-                state["scaler"] = scaler.state_dict()
+            state = {"step": step, **deepspeed_engine.client_state(self.engine)}
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
             if self.engine._config.comms_config.comms_logger_enabled:
                 self.deepspeed.comm.log_summary()

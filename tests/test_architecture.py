@@ -18,7 +18,7 @@ PATHS = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / fo
 FILES = sorted(path.relative_to(ROOT) for path in PATHS)
 SCRIPTS = {path.stem for path in FILES if path.parent == Path()} - {"model"}
 OUTSIDE = ("tests", "data", "launch", "tools")  # these start ranks, or know nothing of them
-LINES = {"train.py": 180, "train_deepspeed.py": 180, "model.py": 340}
+LINES = {"train.py": 180, "train_deepspeed.py": 180, "model.py": 400}
 LINES_PER_FILE, LINES_PER_FUNCTION = 400, 40
 # script: (files, lines) of this repository that one run of it imports
 IMPORTED = {"train.py": (22, 3000), "train_deepspeed.py": (27, 3600)}
@@ -29,6 +29,7 @@ BUILDERS = (
     "hf_trainer.py",
     "benchmark_bare.py",
     "deepspeed_muon.py",
+    "deepspeed_pipeline.py",
 )  # others start no engine and wrap no model
 BASE = {"config", "distributed", "errors"}  # of training/: they import none of the rest of it
 

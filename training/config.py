@@ -34,9 +34,9 @@ KEYS_OF_THE_OTHER_SCRIPT = {
 # Settings of one start of a run, which a resumed run does not take over.
 OF_ONE_START = ("out_dir", "init_from", "resume", "eval_only", "max_minutes", "benchmark", "steps")
 POSITIVE = """eval_interval eval_iters log_interval keep_checkpoints gradient_accumulation_steps batch_size block_size
-    n_layer n_head n_embd learning_rate muon_lr max_iters steps"""
+    n_layer n_head n_embd n_active learning_rate muon_lr max_iters steps"""
 NOT_NEGATIVE = """weight_decay grad_clip warmup_iters lr_decay_iters min_lr seed max_minutes hang_minutes
-    n_hidden n_kv_head head_size rope_theta"""
+    n_hidden n_kv_head head_size rope_theta n_expert expert_balance"""
 MOST = 2**31 - 1  # of every whole number: torch and DeepSpeed keep many in 32 bits
 CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo"), "optimizer": ("adamw", "muon")}
 CHOICES |= {"norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2")}
@@ -105,6 +105,9 @@ class TrainConfig(Settings):
     qk_norm: bool = key(False, "RMSNorm of queries and keys")
     qkv_bias: bool = key(False, "biases of queries, keys and values, if bias is False")
     rope_theta: float = key(0.0, "base of rotary position embeddings, such as 10000; 0: learned position embeddings")
+    n_expert: int = key(0, "experts (SwiGLU MLPs) of each block; 0: one MLP for all tokens")
+    n_active: int = key(2, "experts that each token goes through")
+    expert_balance: float = key(0.01, "weight of the loss that makes the routers use all experts")
     tied: bool = key(True, "one matrix for the token embedding and the output projection")
     activation_checkpointing: bool = key(False, "recompute each block in backward: less memory, a third more compute")
 
@@ -168,6 +171,8 @@ class TrainConfig(Settings):
             yield "benchmark", "cannot resume a run; remove --init_from=resume and --resume"
         if self.n_head > 0 and self.n_embd > 0:
             yield from self.head_problems()
+        if self.n_expert:
+            yield from self.expert_problems()
         if problems := list(self.layout_problems()):
             yield from problems
             return
@@ -176,6 +181,14 @@ class TrainConfig(Settings):
             multiples = " or ".join(str(n * ranks) for n in (micro_steps // ranks, micro_steps // ranks + 1) if n)
             name = "ranks" if ranks == world_size() else "data-parallel ranks"
             yield "gradient_accumulation_steps", f"must be divisible by the number of {name}, {ranks}; set {multiples}"
+
+    def expert_problems(self) -> Iterator[Problem]:
+        if self.mlp != "swiglu" or self.bias:
+            yield "n_expert", "experts are SwiGLU MLPs without biases; set --mlp=swiglu --bias=False"
+        if self.n_active > self.n_expert:
+            yield "n_active", f"must be at most n_expert = {self.n_expert}"
+        if self.optimizer == "muon":
+            yield "optimizer", "experts are stacks of matrices, which Muon does not know; set --optimizer=adamw"
 
     def layout_problems(self) -> Iterator[Problem]:
         """The rules that do not depend on the strategy."""
@@ -187,8 +200,8 @@ class TrainConfig(Settings):
         if min(split.values()) < 1 or ranks % product:
             near = max(n for n in range(1, ranks + 1) if ranks % n == 0 and n <= max(1, product))
             yield next(iter(split)), f"{names} = {product}: must divide the number of ranks, {ranks}, as {near} does"
-        elif layout.data(ranks) * layout.sequence % layout.expert:
-            yield "expert_parallel", f"must divide the {layout.data(ranks)} data-parallel ranks"
+        elif ranks // layout.pipeline % layout.expert:
+            yield "expert_parallel", f"must divide the {ranks // layout.pipeline} ranks of a pipeline stage"
         heads = layout.tensor * layout.sequence
         for name in ("n_kv_head", "n_head"):
             if getattr(self, name) % heads:

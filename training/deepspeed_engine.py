@@ -19,12 +19,14 @@ from typing import Any
 
 import cpuinfo
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torch.utils import cpp_extension
 
 from training.checkpoint import CheckpointWriter
 from training.deepspeed_config import DeepSpeedTrainConfig, Json, describe_json, dotted, nvme_blocks
 from training.distributed import Ranks
 from training.errors import UserError
+from training.optim import make_optimizer
 
 
 def load(deepspeed: ModuleType, config: Json, ranks: Ranks) -> None:
@@ -141,6 +143,8 @@ def writing(engine: Any, writer: CheckpointWriter) -> Iterator[None]:
     """Wrap engine.save_checkpoint, so that `writer` gets the files, and writes them after its barriers."""
 
     def save(state_dict: Any, path: str) -> None:
+        if Path(path).name.startswith("layer_"):  # weights of a stage or an expert, which are with the optimizer's, too
+            return
         writer.write(str(Path(path).relative_to(writer.folder)), state_dict)
 
     engine.checkpoint_engine.save = save
@@ -149,6 +153,52 @@ def writing(engine: Any, writer: CheckpointWriter) -> Iterator[None]:
     rank = torch.distributed.get_rank()
     for path in (writer.folder / "offloaded_tensors" / f"rank{rank:02d}").glob("*"):  # DeepSpeed copied it from NVMe
         writer.add(path)
+
+
+def replica_group(ranks: Ranks) -> Any:
+    """The ranks among which ZeRO partitions, which have the same part of each matrix. None: all ranks."""
+    if ranks.layout.tensor == 1:
+        return None
+    by_group = torch.arange(ranks.world_size).view(-1, ranks.layout.tensor).T
+    return torch.distributed.new_subgroups_by_enumeration(by_group.tolist())[0]
+
+
+def own_optimizer(model: torch.nn.Module, cfg: DeepSpeedTrainConfig, config: Json) -> torch.optim.Optimizer | None:
+    """The optimizer that DeepSpeed gets; None: it makes the one that the JSON names."""
+    if cfg.optimizer == "muon" and describe_json(config)[0] > 0:
+        from training.deepspeed_muon import make_muon
+
+        return make_muon(model, cfg)
+    return None if "optimizer" in config else make_optimizer(model, cfg)
+
+
+def describe_optimizer(engine: Any) -> str:
+    """ "AdamW of torch, WarmupLR"."""
+    optimizer, scheduler = type(engine.basic_optimizer), engine.lr_scheduler
+    suffix = f", {type(scheduler).__name__}" if scheduler else ""
+    return f"{optimizer.__name__} of {optimizer.__module__.split('.')[0]}{suffix}"
+
+
+def keep_norm(engine: Any) -> None:
+    """Let ZeRO-0 keep the gradient norm that it clips by, as the other stages do; computing it again takes 4 %."""
+
+    def clip() -> None:
+        parameters, most = engine.module.parameters(), engine.gradient_clipping()
+        engine._global_grad_norm = clip_grad_norm_(parameters, most)
+
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # it is not wrapped
+        engine.clip_fp32_gradients = clip
+
+
+def client_state(engine: Any) -> dict[str, Any]:
+    """What a checkpoint needs besides DeepSpeed's own state, to be read without DeepSpeed."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    unwrapped = isinstance(engine.optimizer, torch.optim.Optimizer)
+    groups = engine.optimizer.param_groups if unwrapped else []
+    order = [names[parameter] for group in groups for parameter in group["params"]]
+    state = {"optimizer_order": order, "sub_groups": nvme_sub_groups(engine)}
+    scaler = engine.torch_autocast_z0_gradscaler
+    return state | ({"scaler": scaler.state_dict()} if scaler else {})
 
 
 def nvme_sub_groups(engine: Any) -> list[tuple[str, int]]:

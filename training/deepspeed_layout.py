@@ -29,6 +29,8 @@ from training.model_state import (
 
 # Part of a parameter in a rank's flat partition: (name, first element in the parameter, in the partition, elements)
 Slice = tuple[str, int, int, int]
+Pieces = dict[tuple[str, str], dict[int, Tensor]]  # (parameter, kind) -> rank -> its piece of the flat tensor
+EXPERTS = ".experts."
 
 
 class StandIn:
@@ -51,40 +53,45 @@ def open_partitions(folder: Path, metadata: dict[str, Any]) -> SavedState:
     layout = Layout(**metadata.get("layout", {}))
     with safe_globals(STAND_INS):
         if layout == Layout():
-            return open_model_part(folder, metadata, 0, metadata["world_size"])
+            return open_model_part(folder, metadata, layout, 0)[0]
         from training.deepspeed_parallel import join
 
-        replicas = metadata["world_size"] // (layout.tensor * layout.pipeline)
-        parts = [
-            [open_model_part(folder, metadata, stage * layout.tensor + rank, replicas) for rank in range(layout.tensor)]
-            for stage in range(layout.pipeline)
-        ]
+        parts = [open_model_part(folder, metadata, layout, n) for n in range(layout.pipeline * layout.tensor)]
         return join(parts, GPTConfig(**metadata["model"]), layout)
 
 
-def open_model_part(folder: Path, metadata: dict[str, Any], part: int, replicas: int) -> SavedState:
-    """One of the parts into which tensor and pipeline parallelism cut the model; `replicas` ranks have it."""
-    model = read_torch_file(find_file(folder, metadata, f"*mp_rank_{part:02d}_model_states.pt"))
+def open_model_part(folder: Path, metadata: dict[str, Any], layout: Layout, number: int) -> tuple[SavedState, Pieces]:
+    """What a tensor-parallel rank of a pipeline stage has, with all its replicas; and their pieces of experts."""
+    model = read_torch_file(find_file(folder, metadata, f"*mp_rank_{number:02d}_model_states.pt"))
     if metadata["strategy"] == "zero0":
         weights = {name: weight for name, weight in model["module"].items() if name != TIED}
         order = model.get("optimizer_order")
-        return from_whole(folder, weights, model["optimizer"], model.get("scaler", {}), order)
-    names = [f"*zero_pp_rank_{rank}_mp_rank_{part:02d}_optim_states.pt" for rank in range(replicas)]
-    ranks = [read_torch_file(find_file(folder, metadata, name))["optimizer_state_dict"] for name in names]
-    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
-    saved, scaler = SavedState(folder, shapes, {}), vars(ranks[0].get("loss_scaler", StandIn()))
+        return from_whole(folder, weights, model["optimizer"], model.get("scaler", {}), order), {}
+    replicas = range(metadata["world_size"] // (layout.pipeline * layout.tensor))
+    names = [f"*zero_pp_rank_{replica}_mp_rank_{number:02d}_optim_states.pt" for replica in replicas]
+    # by the number of the rank inside its stage
+    ranks = {
+        replica * layout.tensor + number % layout.tensor: read_torch_file(find_file(folder, metadata, name))
+        for replica, name in enumerate(names)
+    }
+    states = {rank: file["optimizer_state_dict"] for rank, file in ranks.items()}
+    first = next(iter(states.values()))
+    shapes = {name: torch.Size(shape) for group in model["param_shapes"] for name, shape in group.items()}
+    saved, scaler = SavedState(folder, shapes, {}), vars(first.get("loss_scaler", StandIn()))
     if scaler.get("dynamic"):
         saved.scaler = {**scaler, "scale": scaler["cur_scale"]}  # the name in torch's GradScaler
-    if "fp32_flat_groups" not in ranks[0]:
-        add_stages_1_and_2(saved, ranks)
+    if "fp32_flat_groups" not in first:
+        by_rank = pieces_of_stages_1_and_2(saved, states)
     else:
-        add_stage_3(saved, ranks, model, metadata)
-    return saved
+        by_rank = pieces_of_stage_3(saved, states, model, metadata, layout)
+    saved.pieces = {key: list(pieces.values()) for key, pieces in by_rank.items()}
+    return saved, {key: pieces for key, pieces in by_rank.items() if EXPERTS in key[0]}
 
 
-def add_stages_1_and_2(saved: SavedState, ranks: list[dict[str, Any]]) -> None:
+def pieces_of_stages_1_and_2(saved: SavedState, ranks: dict[int, dict[str, Any]]) -> Pieces:
     """Each parameter group is one flat tensor, cut into a partition per rank; each rank notes what its own holds."""
-    for state_of_rank in ranks:
+    pieces: Pieces = {}
+    for rank, state_of_rank in ranks.items():
         states = state_of_rank["base_optimizer_state"]["state"]
         saved.step = find_step(states)
         for number, places in enumerate(state_of_rank["param_slice_mappings"]):
@@ -94,25 +101,34 @@ def add_stages_1_and_2(saved: SavedState, ranks: list[dict[str, Any]]) -> None:
             for name, place in places.items():
                 for kind, tensor in flat.items():
                     piece = tensor[place.start : place.start + place.numel]
-                    saved.pieces.setdefault((name, kind), []).append(piece)
+                    pieces.setdefault((name, kind), {})[rank] = piece
                 if momentum is not None:  # has all of each matrix that the partition has a part of
                     end = offset + saved.shapes[name].numel()
-                    saved.pieces.setdefault((name, MOMENTUM_BUFFER), [momentum[offset:end]])
+                    pieces.setdefault((name, MOMENTUM_BUFFER), {rank: momentum[offset:end]})
                     offset = end
+    return pieces
 
 
-def add_stage_3(saved: SavedState, ranks: list[dict[str, Any]], model: dict[str, Any], metadata: dict) -> None:
+def pieces_of_stage_3(
+    saved: SavedState, ranks: dict[int, dict[str, Any]], model: dict[str, Any], metadata: dict, layout: Layout
+) -> Pieces:
     """Each parameter is cut into a piece per rank, the last one padded; a rank's pieces follow one another."""
-    saved.step = find_step(ranks[0]["optimizer_state_dict"]["state"])
-    for rank, state in enumerate(ranks):
+    pieces: Pieces = {}
+    for number, (rank, state) in enumerate(ranks.items()):
+        saved.step = find_step(state["optimizer_state_dict"]["state"])
         groups, start, flat = flat_groups(saved.folder, metadata, rank, state, model), 0, {WEIGHT: torch.empty(0)}
         for name, shape in saved.shapes.items():
             if start == len(flat[WEIGHT]):
                 flat, start = next(groups), 0
-            size = -(-shape.numel() // len(ranks))
+            parts, part = len(ranks), number
+            if EXPERTS in name:  # the tensor-parallel ranks share them, too
+                parts, part = len(ranks) * layout.tensor // layout.expert, rank // layout.expert
+            size = -(-shape.numel() // parts)
+            end = start + min(size, max(0, shape.numel() - part * size))
             for kind, numbers in flat.items():
-                saved.pieces.setdefault((name, kind), []).append(numbers[start : start + size])
+                pieces.setdefault((name, kind), {})[rank] = numbers[start:end]
             start += size
+    return pieces
 
 
 def flat_groups(folder: Path, metadata: dict, rank: int, state: dict, model: dict) -> Iterator[dict[str, Tensor]]:
@@ -182,7 +198,6 @@ def fill_stages_1_and_2(model: Any, optimizer: Any, saved: SavedState) -> None:
 def fill_stage_3(model: Any, optimizer: Any, saved: SavedState) -> None:
     """Each rank holds a part of every parameter, in sub-groups, which are swapped in and out if they are on NVMe."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    rank = torch.distributed.get_rank(optimizer.dp_process_group)
     optimizer.checkpoint_event_prologue()  # partitions small parameters, which are whole; the epilogue gathers them
     for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         swapped = optimizer._swappable_optimizer_subgroup(number)
@@ -191,6 +206,7 @@ def fill_stage_3(model: Any, optimizer: Any, saved: SavedState) -> None:
         slices, offset = [], 0
         for parameter in optimizer.fp16_groups[number]:  # every rank's part has the same size; the last one is padded
             size = parameter.partition_numel()
+            rank = torch.distributed.get_rank(parameter.ds_process_group)
             start = min(rank * size, parameter.ds_numel)
             slices.append((names[parameter], start, offset, min(size, parameter.ds_numel - start)))
             offset += size

@@ -7,6 +7,7 @@ each of its sections.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,18 @@ from torch import Tensor
 from model import GPTConfig
 from training.config import TrainConfig
 from training.deepspeed_json import Json
+from training.deepspeed_layout import EXPERTS, Pieces
 from training.distributed import Layout, Ranks
 from training.model_state import SavedState, model_shapes
+from training.ulysses import split_sequences
 
 Cut = tuple[int, tuple[int, ...]]  # the dimension, and the sizes of its sections
+WHOLE: Cut = (0, ())
 FIRST_BLOCK = "transformer.h.0"
 
 
 def cuts(config: GPTConfig, layout: Layout) -> dict[str, Cut]:
-    """How tensor parallelism cuts parameters; every rank has all of the others, except experts."""
+    """How tensor parallelism cuts parameters; every rank has all of the others, except for experts."""
     heads = tuple(number * config.head_size for number in (config.n_head, config.n_kv_head, config.n_kv_head))
     found: dict[str, Cut] = {}
     for name, shape in model_shapes(config).items():
@@ -64,6 +68,12 @@ def json_blocks(config: GPTConfig, layout: Layout) -> Json:
         partition = {"use_default_specs": False, "layer_specs": partition_specs(config, layout)}
         blocks["tensor_parallel"] = {"autotp_size": layout.tensor, "partition_config": partition}
         blocks["tensor_parallel"]["vocab_parallel_lm_head"] = splits_vocabulary(config, layout)
+    if layout.expert > 1:
+        blocks["expert_parallel"] = {
+            **dict(enabled=True, autoep_size=layout.expert, moe_layer_pattern=r"transformer\.h\.\d+\.mlp"),
+            **dict(router_pattern="router", expert_pattern="experts", expert_w1="w1", expert_w2="w2", expert_w3="w3"),
+            **dict(top_k=config.n_active, route_norm=True),
+        }
     if layout.pipeline > 1:
         interval = int(config.activation_checkpointing)
         blocks["pipeline"] = {"use_reentrant": False, "activation_checkpoint_interval": interval}
@@ -85,6 +95,12 @@ def check(cfg: TrainConfig, ranks: Ranks, config: GPTConfig, stage: int) -> Iter
     if layout.pipeline > 1 and cfg.eval_iters % ranks.data_size:
         rule = f"with {pipeline}, must be divisible by the number of data-parallel ranks, {ranks.data_size}"
         yield f"eval_iters = {cfg.eval_iters}: {rule}"
+    if layout.expert > 1 and config.n_expert % layout.expert:
+        yield f"expert_parallel = {layout.expert}: must divide n_expert = {config.n_expert}"
+    if layout.expert > 1 and layout.tensor > 1 and stage < 3:
+        yield f"expert_parallel = {layout.expert}: with tensor_parallel, needs ZeRO stage 3, stage is {stage}"
+    if config.n_expert and layout.pipeline > 1 and cfg.expert_balance:
+        yield f"expert_balance = {cfg.expert_balance}: with {pipeline}, must be 0, as only the last stage has a loss"
     if layout.tensor > 1 and cfg.optimizer == "muon":
         yield f"tensor_parallel = {layout.tensor}: Muon needs whole matrices; use --optimizer=adamw"
 
@@ -103,51 +119,70 @@ class Lazy:
         return self.make().flatten()
 
 
-def join(stages: list[list[SavedState]], config: GPTConfig, layout: Layout) -> SavedState:
-    """The whole state from those of each pipeline stage's tensor-parallel ranks."""
-    first, by_name = stages[0][0], cuts(config, layout)
-    saved = replace(first, shapes={}, pieces={})
-    for shards in stages:
+def join(parts: list[tuple[SavedState, Pieces]], config: GPTConfig, layout: Layout) -> SavedState:
+    """The whole state from its parts, by pipeline stage and tensor-parallel rank."""
+    by_name = cuts(config, layout)
+    saved = replace(parts[0][0], shapes={}, pieces={})
+    for first in range(0, len(parts), layout.tensor):
+        shards = [shard for shard, _ in parts[first : first + layout.tensor]]
+        experts: Pieces = {}
+        for _, some in parts[first : first + layout.tensor]:
+            for key, by_rank in some.items():
+                experts.setdefault(key, {}).update(by_rank)
         for name, shape in shards[0].shapes.items():
-            whole = list(shape)
-            if name in by_name:
-                whole[by_name[name][0]] *= len(shards)
-            saved.shapes[name] = torch.Size(whole)
+            times = layout.expert if EXPERTS in name else layout.tensor if name in by_name else 1
+            saved.shapes[name] = scaled(shape, by_name.get(name, WHOLE)[0], times)
         for (name, kind), pieces in shards[0].pieces.items():
-            cut = by_name.get(name)
-            if cut:
-                size = saved.shapes[name].numel()
-                pieces = [Lazy(size, lambda n=name, k=kind, s=shards, c=cut: joined([x.whole(n, k) for x in s], c))]
+            if cut := by_name.get(name):
+                pieces = [Lazy(saved.shapes[name].numel(), partial(joined, shards, name, kind, cut))]
+            elif EXPERTS in name:
+                by_rank = experts[name, kind]
+                order = sorted(by_rank, key=lambda rank: (rank % layout.expert, rank))
+                pieces = [by_rank[rank] for rank in order]
             saved.pieces[name, kind] = pieces
     return saved
 
 
-def joined(shards: list[Tensor], cut: Cut) -> Tensor:
+def joined(shards: list[SavedState], name: str, kind: str, cut: Cut) -> Tensor:
     dimension, sections = cut
     sizes = [size // len(shards) for size in sections]
-    parts = zip(*(shard.split(sizes, dimension) for shard in shards), strict=True)
+    parts = zip(*(shard.whole(name, kind).split(sizes, dimension) for shard in shards), strict=True)
     return torch.cat([part for section in parts for part in section], dimension)
 
 
 def own_part(saved: SavedState, config: GPTConfig, ranks: Ranks) -> SavedState:
-    """What this rank has of the whole state."""
-    size = ranks.layout.tensor
-    shapes, pieces = dict(saved.shapes), dict(saved.pieces)
-    for name, cut in cuts(config, ranks.layout).items():
-        shape = list(shapes[name])
-        shape[cut[0]] //= size
-        shapes[name] = torch.Size(shape)
-        for kind in (kind for part, kind in saved.pieces if part == name):
-            make = lambda n=name, k=kind, c=cut: cut_out(saved.whole(n, k), c, ranks.rank % size, size)  # noqa: E731
+    """This rank's part of the whole state."""
+    layout, shapes, pieces = ranks.layout, dict(saved.shapes), dict(saved.pieces)
+    by_name = {name: (cut, layout.tensor, ranks.rank) for name, cut in cuts(config, layout).items()}
+    in_stage = ranks.rank % (ranks.world_size // layout.pipeline)
+    experts = (name for name in shapes if EXPERTS in name)
+    by_name |= {name: ((0, (config.n_expert,)), layout.expert, in_stage) for name in experts}
+    for name, (cut, parts, rank) in by_name.items():
+        shapes[name] = scaled(shapes[name], cut[0], 1 / parts)
+        for kind in (kind for other, kind in saved.pieces if other == name):
+            make = partial(cut_out, saved, name, kind, cut, rank % parts, parts)
             pieces[name, kind] = [Lazy(shapes[name].numel(), make)]
     return replace(saved, shapes=shapes, pieces=pieces)
 
 
-def cut_out(whole: Tensor, cut: Cut, part: int, parts: int) -> Tensor:
+def scaled(shape: torch.Size, dimension: int, factor: float) -> torch.Size:
+    return torch.Size(round(size * factor) if number == dimension else size for number, size in enumerate(shape))
+
+
+def cut_out(saved: SavedState, name: str, kind: str, cut: Cut, part: int, parts: int) -> Tensor:
     dimension, sections = cut
-    return torch.cat([section.chunk(parts, dimension)[part] for section in whole.split(sections, dimension)], dimension)
+    whole = saved.whole(name, kind).split(sections, dimension)
+    return torch.cat([section.chunk(parts, dimension)[part] for section in whole], dimension)
 
 
-def use_split_loss(model: Any) -> None:
-    """Use DeepSpeed's loss, for logits of which each rank has a part of the vocabulary."""
-    model.loss = lambda logits, targets: model.loss_function(logits, shift_labels=targets)
+def split(model: Any, config: GPTConfig, ranks: Ranks) -> None:
+    """Change a new model for what deepspeed.initialize does not do by itself."""
+    if ranks.layout.sequence > 1:
+        split_sequences(model, config.block_size, ranks)
+    if ranks.layout.tensor > 1 and ranks.layout.pipeline > 1:
+        from training.deepspeed_pipeline import cut_matrices
+
+        cut_matrices(model, config, ranks)
+    elif splits_vocabulary(config, ranks.layout):
+        model.loss_function = None  # DeepSpeed's takes its place
+        model.loss = lambda logits, targets: model.loss_function(logits, shift_labels=targets)

@@ -31,6 +31,7 @@ class RotatedBlock(Block):
     """A block with its own rotations, because stages pass on nothing but x."""
 
     first_position = 0
+    rotations: Tensor
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config, layer)

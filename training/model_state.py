@@ -31,7 +31,7 @@ class SavedState:
 
     folder: Path
     shapes: dict[str, torch.Size]  # of every parameter; tied parameters once
-    pieces: dict[tuple[str, str], list[Tensor]]  # (parameter, kind) -> consecutive pieces of the flat tensor
+    pieces: dict[tuple[str, str], list[Any]]  # (parameter, kind) -> consecutive pieces of the flat tensor
     step: float | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
 

@@ -20,18 +20,24 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
 def parameter_groups(model: nn.Module, cfg: TrainConfig) -> list[dict]:
     """Matrices and embeddings have weight decay; biases and norms do not. Tied parameters are listed once.
 
-    With Muon, the matrices inside the blocks are a group of their own, which has "momentum".
+    With Muon, the matrices inside the blocks are a group of their own, which has "momentum"; under expert parallelism,
+    the experts, whose gradients DeepSpeed averages over fewer ranks.
     """
-    hidden, matrices, vectors = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+    hidden, matrices, vectors, experts = (list[nn.Parameter]() for _ in range(4))
+    expert_ranks = cfg.layout().expert
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: ZeRO-3's full shape, the local one is (0,)
         use_muon = cfg.optimizer == "muon" and ".h." in name
-        (vectors if len(shape) < 2 else hidden if use_muon else matrices).append(parameter)
+        split = expert_ranks > 1 and ".experts." in name
+        (vectors if len(shape) < 2 else experts if split else hidden if use_muon else matrices).append(parameter)
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if hidden:
         scale = cfg.muon_lr / cfg.learning_rate
         muon = {"weight_decay": cfg.weight_decay, "momentum": 0.95, "lr": cfg.muon_lr, "lr_scale": scale}
         groups.append({"params": hidden, **muon})
+    if experts:
+        moe = {"moe": True, "name": f"ep_size_{expert_ranks}"}
+        groups.append({"params": experts, "weight_decay": cfg.weight_decay, **moe})
     return groups
 
 

@@ -23,11 +23,12 @@ def split_sequences(model: nn.Module, block_size: int, ranks: Ranks) -> None:
     size = ranks.layout.sequence
     by_group = torch.arange(ranks.world_size).view(-1, size, ranks.layout.tensor).transpose(1, 2).reshape(-1, size)
     group, _ = dist.new_subgroups_by_enumeration(by_group.tolist())
+    first_position = ranks.sequence_rank * block_size // size
     for module in model.modules():
         if isinstance(module, CausalSelfAttention):
             module.attend = partial(attend, group)
         if hasattr(module, "first_position"):
-            module.first_position = ranks.sequence_rank * block_size // size
+            setattr(module, "first_position", first_position)  # noqa: B010 (mypy: modules have parameters only)
 
 
 def attend(group: Any, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
