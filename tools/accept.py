@@ -1,13 +1,11 @@
-"""The acceptance run: one command that says whether this code is right and fast on this machine.
+"""Check that this code is right and fast on this machine, against the CPU and fixed targets (docs/gpu.md).
 
     python -m tools.accept --peer=../nanoGPT
     python -m tools.accept --only=fp32,resume,zero2_124m
     python -m tools.accept --device=cpu
 
-On a GPU, every strategy is compared with the CPU; then speed and memory are measured. With --device=cpu the same stages
-run at tiny size. The command makes its own data set and downloads nothing. A stage that fails does not stop the others;
-Ctrl-C keeps the results so far. Exit status: 0 if all stages passed, 1 if one failed or was not run, 2 for a wrong
-option.
+It downloads nothing. Ctrl-C keeps the results so far. Exit status: 0 if all stages passed, 1 if one failed or was not
+run, 2 for a wrong option.
 """
 
 import json

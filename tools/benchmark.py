@@ -2,14 +2,10 @@
 
     python -m tools.benchmark --compare --strategies=single,ddp,zero2 --ranks=2 config/train_debug.py
     python -m tools.benchmark --strategies=ddp,zero1,zero2,zero3 --gpus=8 --rounds=3 --write=results/mine config/x.py
-    python -m tools.benchmark --strategies=ddp,zero2 --ranks=2 --bare --speed --rounds=3 config/train_debug.py
-    python -m tools.benchmark --strategies=single,ddp --peer=../nanoGPT config/train_debug.py
 
-Every strategy is a real launch with its own processes. They take turns for --rounds rounds, then each runs once more
-with a probe that measures memory, the parts of a step, and a checkpoint. All other arguments go to the train scripts.
-The first strategy that works is the baseline for the others. A strategy that fails becomes a row with the reason;
-Ctrl-C ends the launches and keeps the results so far. Exit status: 0 if all strategies worked and trained the same, 1
-if one did not (the results are written all the same), 2 for a wrong option.
+All other arguments go to the train scripts; docs/benchmark.md says what is measured. A strategy that fails becomes a
+row with the reason; Ctrl-C keeps the results so far. Exit status: 0 if all strategies worked and trained the same, 1 if
+one did not, 2 for a wrong option.
 """
 
 import argparse

@@ -1,11 +1,10 @@
 """Check this machine, or every host of a hostfile, before a long run: what is missing, too small or too slow.
 
-    python -m tools.doctor
     python -m tools.doctor config/train_gpt2.py --out_dir=out-gpt2
     python -m tools.doctor --hostfile=hostfile config/train_gpt2_deepspeed_zero3.py
 
-Recipes and --key=value are those of both train scripts. With them, memory, disks and data are compared with what the
-run needs. Exit status: 0 all checks passed, 1 some failed, 2 wrong option.
+Takes the recipes and --key=value of both train scripts, and compares memory, disks and data with what the run needs;
+without them, only the machine is checked. Exit status: 0 all checks passed, 1 some failed, 2 wrong option.
 """
 
 import json

@@ -1,17 +1,12 @@
-"""Evaluate a model: its loss on a whole validation set, or its accuracy on HellaSwag.
+"""Evaluate a model: its loss on a whole validation set, or its accuracy on HellaSwag (arXiv:1905.07830).
 
     python -m tools.evaluate out-gpt2
     python -m tools.evaluate gpt2 --dataset=shakespeare --json
     python -m launch.ranks 8 -m tools.evaluate out-gpt2 --best --task=hellaswag --file=hellaswag_val.jsonl
 
 RUN is a run folder, whose newest checkpoint is taken, or other weights that tools.convert reads. Every rank holds the
-whole model, and the ranks share the work.
-
-loss: predicts each token of val.bin but the first, from those before it in a window of block_size tokens. Bits per byte
-of the text compare models with different vocabularies; a special token, such as the end of a text, counts 0 bytes.
-
-hellaswag (Zellers et al., arXiv:1905.07830): chooses the ending with the largest log-likelihood (acc), or the largest
-log-likelihood per character (acc_norm). Contexts, endings and both numbers are those of lm-eval-harness.
+whole model, and the ranks share the work. docs/evaluate.md defines the numbers; HellaSwag's are those of
+lm-eval-harness.
 """
 
 import json

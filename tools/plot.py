@@ -3,8 +3,7 @@
     python -m tools.plot out-ddp out-zero2 --x=tokens
     python -m tools.plot out-ddp --metrics=grad_norm,lr,tokens_per_second
 
-Several runs go into one figure, loss_RUN_RUN.png in the current folder; one run into its loss.png. Every number of
---metrics gets a panel below the losses.
+Several runs go into one figure. Every number of --metrics gets a panel below the losses.
 """
 
 from pathlib import Path
