@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from tools import benchmark_launches, benchmark_probe, benchmark_report
-from tools.benchmark_launches import Case, strategy_case
+from tools import benchmark_probe, benchmark_report
+from tools.benchmark import explain, strategy_case
+from tools.benchmark_report import Case
 from training.speed import summarize
 
 STEPS: list[dict[str, Any]] = [
@@ -162,7 +163,7 @@ KILLED = "launch.ranks: rank 0 ended with signal 9 (SIGKILL): killed by hand, or
     ],
 )
 def test_the_reason_of_a_failed_launch(output, status, error):
-    assert benchmark_launches.explain(output, 9).args == (status, error)
+    assert explain(output, 9).args == (status, error)
 
 
 def test_the_command_of_a_launch():

@@ -31,7 +31,7 @@ from data.dataset import open_dataset
 from data.prepare import Writer
 from data.tokenizer import Tokenizer, tokenizer_from
 from launch.machine import free_port
-from tools.benchmark_launches import explain
+from tools.benchmark import explain
 from tools.plan import RecipeConfig
 from tools.plan_formulas import Candidate, Machines
 from tools.terminal import make_parser, underscored

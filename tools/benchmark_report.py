@@ -1,12 +1,12 @@
 """Results of a benchmark: comparable numbers of each strategy, in the terminal, and on a page with figures."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
 
 import numpy as np
 
-from tools.benchmark_launches import Case
 from tools.benchmark_probe import PARTS
 from tools.terminal import align
 from training import figures
@@ -43,8 +43,25 @@ COLUMNS = {  # title -> cell of a row whose bytes are in MB
 # In a terminal, and there with --bare and --compare
 TITLES = ("strategy", "tokens/s", "steps/s, ratio", "GPU peak, MB", "process peak, MB", "loss difference", "verdict")
 BARE = ("strategy", "step, ms", "fastest step / bare", "peak memory / bare", "start / bare", "verdict")
-BARE_RATIOS = {"memory": "peak_memory_bytes", "start": "start_s"}
 COMPARED = ("strategy", "ranks", "loss difference", "gradient norm difference", "verdict")
+
+
+@dataclass
+class Case:
+    """A strategy, or the peer, and what its launches measured."""
+
+    name: str
+    ranks: int
+    launcher: list[str]  # what starts a script on the ranks
+    script: list[str]  # with its arguments
+    peer_folder: Path | None = None  # the checkout of nanoGPT, where it is started
+    ours: bool = True  # not the peer, nor a loop with nothing around it
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.jsonl with their summary, by launch
+    notes: list[dict[str, Any]] = field(default_factory=list)  # the probe's, by rank
+    checkpoint: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    status: str = "ok"  # or "out of memory", "failed", "stopped"
+    error: str | None = None
 
 
 def make_rows(cases: list[Case], dtype: str) -> list[Row]:
@@ -59,8 +76,9 @@ def make_rows(cases: list[Case], dtype: str) -> list[Row]:
             row |= speed(case, base)
             row |= parity(case, base, dtype) if case.ours else {}
         if case.rounds and (bare := bare_loops.get(f"bare {case.name}")):
-            row["bare_step"] = fastest_ms(case) / fastest_ms(bare)
-            row |= {f"bare_{key}": ratio(case, bare, name) for key, name in BARE_RATIOS.items()}
+            fastest, bare_fastest = (min(one["fastest_ms"] for one in each.rounds) for each in (case, bare))
+            row["bare_step"] = fastest / bare_fastest  # other load on the machine only ever slows a step down
+            row |= {"bare_memory": ratio(case, bare, "peak_memory_bytes"), "bare_start": ratio(case, bare, "start_s")}
         if case.notes:
             row |= probed(case.notes)
             row["ceiling_share"] = row["tokens_per_second"] * row["flops_per_token"] / row["ceiling_flops"]
@@ -90,11 +108,6 @@ def speed(case: Case, base: Case) -> Row:
         "start_s": median(one["start_s"] for one in case.rounds),
         "losses": [[row["step"], row["loss"]] for row in case.rounds[0]["rows"]],
     }
-
-
-def fastest_ms(case: Case) -> float:
-    """The fastest step of all rounds: other load on the machine only ever slows a step down."""
-    return min(row["step_ms"] for one in case.rounds for row in one["rows"] if row["step_ms"])
 
 
 def ratio(case: Case, other: Case, name: str) -> float:
