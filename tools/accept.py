@@ -34,7 +34,7 @@ from launch.machine import free_port
 from tools.benchmark import explain
 from tools.plan import RecipeConfig
 from tools.plan_formulas import Candidate, Machines
-from tools.terminal import make_parser, underscored
+from tools.terminal import make_parser
 from training import distributed
 from training.config import ROOT, parse
 from training.errors import UserError
@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="folder for the results; default: results/gpu_NAME, on CPUs none")
     parser.add_argument("--only", default="", help="run only these: comma-separated prefixes of stages or groups")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole run")
-    args = parser.parse_args(underscored(sys.argv[1:]))
+    args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: no GPU is visible; --device=cpu runs the same stages at tiny size")
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""

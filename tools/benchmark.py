@@ -69,11 +69,7 @@ def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[st
 
 
 def peer_case(checkout: Path, cfg: TrainConfig, dataset: Dataset, ranks: int, folder: Path) -> Case:
-    """nanoGPT's train.py in its checkout, where nothing is written; folder: the data folder made for it.
-
-    Its DDP needs GPUs; without them it runs in one process. Its weights and batches are others, so losses are not
-    compared.
-    """
+    """nanoGPT's train.py, in one process where there are no GPUs for its DDP; folder: for the data that it reads."""
     if not (checkout / "configurator.py").is_file():
         raise UserError(f"--peer={checkout}: is not a checkout of nanoGPT: it has no configurator.py")
     if dataset.dtype.itemsize != 2:
@@ -91,7 +87,7 @@ def peer_case(checkout: Path, cfg: TrainConfig, dataset: Dataset, ranks: int, fo
     launcher = ["env", "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-u"]  # no caches in the checkout
     launcher += [str(ROOT / "launch" / "ranks.py"), str(ranks)] if ranks > 1 else []
     script = ["train.py", *(f"--{key}={value}" for key, value in settings.items())]
-    return Case("nanogpt", ranks, launcher, script, checkout, ours=False)
+    return Case("nanogpt", ranks, launcher, script, checkout, ours=False)  # its weights and batches are others
 
 
 def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, folder: Path) -> None:

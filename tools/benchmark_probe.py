@@ -134,11 +134,9 @@ def storages(tree: Any, device: str) -> dict[int, int]:
 
 
 def break_down(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Milliseconds of each part of a step, the mean of the traced steps. events: Chrome's trace format.
+    """Milliseconds of each of PARTS, the mean of the traced steps. events: Chrome's trace format.
 
-    computation: kernels; on CPUs, aten operations of the main thread. communication: collectives, sending or waiting
-    for a slower rank. offload: copies between GPU and host memory. other: the rest, such as reading batches, Python,
-    DeepSpeedCPUAdam, NVMe.
+    communication includes waiting for a slower rank; other includes batches, Python, DeepSpeedCPUAdam and NVMe.
     """
     events = [event for event in events if event.get("ph") == "X"]
     on_gpu = any(event.get("cat") == "kernel" for event in events)

@@ -2,7 +2,6 @@
 
     python -m tools.plan --model=gpt2-xl --gpus=8 --gpu-memory=80
     python -m tools.plan config/train_gpt2.py --gpus=8 --nodes=4 --device=H100 --link=3200 --all
-    python -m tools.plan --model=gpt2-xl --curve=curve.png
     python -m tools.plan config/train_gpt2.py --gpus=2 --measured=benchmark.json --gpu-memory=8
 
 Other --key=value change the recipe, as for the train scripts. Prints the best micro-batch of each strategy, a
@@ -173,8 +172,7 @@ def build_request(argv: list[str]) -> Request:
     recipe = parse(RecipeConfig, recipes, "")
     meta = ROOT / "data" / recipe.dataset / "meta.json"
     known = json.loads(meta.read_text())["vocab_size"] if meta.is_file() else GPT2_VOCABULARY
-    vocab_size = cfg.vocab_size or known
-    model = GPTConfig(*MODELS[cfg.model]) if cfg.model else recipe.model_config(vocab_size)
+    model = GPTConfig(*MODELS[cfg.model]) if cfg.model else recipe.model_config(cfg.vocab_size or known)
     dtype = cfg.dtype or recipe.dtype.replace("auto", "")
     if cfg.measured:  # the options, given after it, replace what was measured
         cfg = parse(PlanConfig, [*read_benchmark(cfg.measured, dtype), *options], "")
