@@ -200,8 +200,7 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     args, arguments = read_options()
-    timed = [*arguments, "--benchmark", f"--steps={args.steps}"]
-    cfg = parse(DeepSpeedTrainConfig, timed, __doc__ or "")
+    cfg = parse(DeepSpeedTrainConfig, [*arguments, "--benchmark", f"--steps={args.steps}"], __doc__ or "")
     gpus = torch.cuda.device_count() if cfg.device != "cpu" else 0
     if args.hostfile:
         args.ranks = sum(len(host.slots) for host in hosts.read_hostfile(args.hostfile))
