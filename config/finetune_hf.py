@@ -6,17 +6,10 @@
 #   python -m tools.convert out-finetune-hf finetuned --to=hf                    for transformers, with its tokenizer
 # The loss it reaches depends on the text. With a network, --init_from may also be a name on the hub,
 # but the text is prepared with a folder.
-
+from config.finetune_shakespeare import *
 out_dir = 'out-finetune-hf'
 init_from = 'HuggingFaceTB/SmolLM2-135M'
 dataset = 'mine'
-gradient_accumulation_steps = 32
-batch_size = 1
-block_size = 1024
-activation_checkpointing = True
 learning_rate = 2e-5
-decay_lr = False
 max_iters = 100
 eval_interval = 20
-eval_iters = 40
-always_save_checkpoint = False

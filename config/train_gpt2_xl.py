@@ -1,10 +1,8 @@
 # GPT-2 xl, 1558M parameters, on OpenWebText. OpenAI's weights of this size reach val loss 2.54 (nanoGPT's README).
 #   ./launch_traditional_ddp.sh 8 config/train_gpt2_xl.py         GPUs with 80 GB
 #   With 40 GB: ./launch_fsdp.sh, --batch_size=2 --gradient_accumulation_steps=240 --activation_checkpointing=True
-from config.train_gpt2 import *
+from config.train_gpt2_medium import *  # 80 * 6 * 1024 = 491,520 tokens per step, too
 out_dir = 'out-gpt2-xl'
-gradient_accumulation_steps = 80
-batch_size = 6  # 80 * 6 * 1024 = 491,520 tokens per step, as for 124M
 n_layer = 48
 n_head = 25
 n_embd = 1600
