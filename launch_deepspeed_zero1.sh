@@ -1,4 +1,3 @@
 #!/usr/bin/env bash
 # Train with DeepSpeed ZeRO-1: optimizer states are partitioned.
-source "$(dirname "$0")/launch/common.sh"
-launch_deepspeed zero1 "$@"
+source "$(dirname "$0")/launch/train.sh" zero1 "$@"

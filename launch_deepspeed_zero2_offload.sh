@@ -1,4 +1,3 @@
 #!/usr/bin/env bash
 # Train with DeepSpeed ZeRO-2: optimizer states and gradients are partitioned, the optimizer runs on the CPU.
-source "$(dirname "$0")/launch/common.sh"
-launch_deepspeed zero2_offload "$@"
+source "$(dirname "$0")/launch/train.sh" zero2_offload "$@"

@@ -1,4 +1,3 @@
 #!/usr/bin/env bash
 # Train with DeepSpeed ZeRO-3: optimizer states, gradients and parameters are partitioned.
-source "$(dirname "$0")/launch/common.sh"
-launch_deepspeed zero3 "$@"
+source "$(dirname "$0")/launch/train.sh" zero3 "$@"

@@ -1,4 +1,3 @@
 #!/usr/bin/env bash
 # Train with DeepSpeed ZeRO-3: all of the model state is partitioned and kept in host memory.
-source "$(dirname "$0")/launch/common.sh"
-launch_deepspeed zero3_offload "$@"
+source "$(dirname "$0")/launch/train.sh" zero3_offload "$@"

@@ -68,18 +68,3 @@ launch() {
         fail "$n ranks: must be a whole number, at least 1 (a config ends in .py, an option begins with --)"
     exec "$python" -m launch.ranks "${n:-auto}" "$@"
 }
-
-# launch_training SCRIPT CONFIG [N] [ARGUMENTS]: all of a launch script that trains.
-launch_training() {
-    usage "${3:-}" "[N] [config/x.py ...] [--key=value ...]" \
-        "N ranks on this machine; default: one per GPU, or 2 CPU ranks. HOSTFILE=FILE before it: on all hosts of that file." \
-        "Default config: $2. Keys: python $1 --help"
-    environment requirements.txt
-    launch "$@"
-}
-
-# launch_deepspeed STRATEGY [N] [ARGUMENTS]: all of a launch_deepspeed_*.sh.
-launch_deepspeed() {
-    local setting=--deepspeed_config=deepspeed_configs/$1_config.json
-    launch_training train_deepspeed.py "config/train_gpt2_deepspeed_$1.py" "${@:2}"
-}
