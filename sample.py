@@ -116,12 +116,9 @@ def main() -> None:
         model.compile()
     torch.manual_seed(cfg.seed)
     tokens = torch.tensor(ids, dtype=torch.long, device=device).repeat(cfg.num_samples, 1)
-
-    def choose(logits: Tensor) -> Tensor:
-        return choose_token(logits, cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.vocab_size)
-
+    options = (cfg.temperature, cfg.top_k, cfg.top_p, tokenizer.vocab_size)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        samples = model.generate(tokens, cfg.max_new_tokens, choose)
+        samples = model.generate(tokens, cfg.max_new_tokens, lambda logits: choose_token(logits, *options))
     for sample in samples.tolist():
         print(tokenizer.decode(sample), "---------------", sep="\n")
 

@@ -18,9 +18,9 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 class HFTokenizer(BPETokenizer):
     """folder: where the file is, which is needed to prepare data and to sample text, but not to train."""
 
-    def __init__(self, vocab_size: int, end_of_text: int | None, sha256: str, folder: Path):
-        self.name, self.vocab_size, self.end_of_text = FILE, vocab_size, end_of_text
-        self.sha256, self.path = sha256, folder / FILE
+    def __init__(self, description: dict[str, Any], folder: Path):
+        self.name, self.vocab_size, self.end_of_text = FILE, description["vocab_size"], description.get("end_of_text")
+        self.description, self.path = description, folder / FILE
 
     @cached_property
     def encoding(self) -> Any:
@@ -30,7 +30,7 @@ class HFTokenizer(BPETokenizer):
         if not self.path.is_file():
             raise DataError(f"{self.path} is missing; copy it there from the data set or the model's folder")
         content = self.path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.sha256:
+        if hashlib.sha256(content).hexdigest() != self.description["sha256"]:
             raise DataError(f"{self.path} is another tokenizer than that of the data; copy the right one there")
         return tokenizers.Tokenizer.from_buffer(content)
 
@@ -45,10 +45,6 @@ class HFTokenizer(BPETokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def describe(self) -> dict[str, Any]:
-        about = {"vocab_size": self.vocab_size, "end_of_text": self.end_of_text, "sha256": self.sha256}
-        return {"name": self.name, **about}
 
 
 def from_model(folder: Path) -> HFTokenizer:
@@ -65,4 +61,5 @@ def from_model(folder: Path) -> HFTokenizer:
         end = json.loads(config.read_bytes()).get("eos_token")
     end = encoding.token_to_id(end["content"] if isinstance(end, dict) else end) if end else None
     size = 1 + max(encoding.get_vocab(with_added_tokens=True).values())
-    return HFTokenizer(size, end, hashlib.sha256(content).hexdigest(), folder)
+    about = {"vocab_size": size, "end_of_text": end, "sha256": hashlib.sha256(content).hexdigest()}
+    return HFTokenizer({"name": FILE, **about}, folder)

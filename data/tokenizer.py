@@ -69,6 +69,7 @@ class BPETokenizer:
     def __init__(self, name: str):
         self.end_of_text: int | None
         self.name, (self.vocab_size, self.end_of_text) = name, TIKTOKEN[name]
+        self.description: dict[str, Any] = {"name": name}
 
     @cached_property
     def encoding(self) -> Any:
@@ -89,7 +90,7 @@ class BPETokenizer:
         return self.encoding.decode([int(i) for i in ids])
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name}
+        return self.description
 
 
 Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer
@@ -111,7 +112,7 @@ def tokenizer_from(description: dict[str, Any], folder: Path = Path()) -> Tokeni
     if name == "tokenizer.json":
         from data.hf_tokenizer import HFTokenizer  # few runs need it
 
-        return HFTokenizer(description["vocab_size"], description.get("end_of_text"), description["sha256"], folder)
+        return HFTokenizer(description, folder)
     names = ["byte", "char", *TIKTOKEN]
     raise DataError(f"unknown tokenizer {name!r}{did_you_mean(name, names) or f'; choose from {names}'}")
 

@@ -3,9 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-say() { echo "${0##*/}: $*" >&2; }
-
-fail() { say "$@"; exit 2; }
+fail() { echo "${0##*/}: $*" >&2; exit 2; }
 
 # usage ARGUMENT SYNOPSIS [LINE...]: for -h and --help, print how to call the script, its first comment, and the lines.
 usage() {
@@ -25,7 +23,7 @@ environment() {
         fail "Python 3.10 or newer with venv is missing; sudo apt-get install python3 python3-venv"
     # .venv/installed holds the lines of all requirements files that it was made from.
     if grep -qvxFf .venv/installed "$@" 2>/dev/null || ! has_packages .venv/bin/python "$@"; then
-        say "installing the packages of $* into .venv: some GB, some minutes, this once"
+        echo "${0##*/}: installing the packages of $* into .venv: some GB, some minutes, this once" >&2
         [[ -e .venv/installed ]] || "$python" -m venv --clear .venv
         rm -f .venv/installed # an interrupted installation starts again from scratch
         .venv/bin/python -m pip install -qq --disable-pip-version-check "${@/#/--requirement=}" ||

@@ -65,15 +65,14 @@ def main(argv: list[str]) -> int:
 
 def group_variables(parser: argparse.ArgumentParser, args: argparse.Namespace, count: int) -> dict[str, Any]:
     """Variables of the process group: for --nnodes and so on, or for this machine alone."""
-    options = (args.nnodes, args.node_rank, args.master_addr, args.master_port)
-    if options == (None,) * 4:
-        port = free_port(host="127.0.0.1")
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "FIRST_RANK": 0}
-    if None in options or not 0 <= args.node_rank < args.nnodes:
+    options = [args.nnodes, args.node_rank, args.master_addr, args.master_port]
+    if options == [None] * 4:
+        options = [1, 0, "127.0.0.1", free_port(host="127.0.0.1")]
+    nodes, node, address, port = options
+    if None in options or not 0 <= node < nodes:
         example = "--nnodes=2 --node_rank=0 --master_addr=HOST --master_port=29500"
         parser.error(f"several machines need all of {example}, and --node_rank from 0, below --nnodes")
-    address = {"MASTER_ADDR": args.master_addr, "MASTER_PORT": args.master_port}
-    return {**address, "WORLD_SIZE": args.nnodes * count, "FIRST_RANK": args.node_rank * count}
+    return {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": nodes * count, "FIRST_RANK": node * count}
 
 
 def catch_signals() -> list[int]:
