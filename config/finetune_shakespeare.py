@@ -4,7 +4,6 @@
 #   python train.py config/finetune_shakespeare.py --init_from=gpt2       124M, on any machine
 #   ./launch_deepspeed_zero3.sh 8 config/finetune_shakespeare.py          gpt2-xl, partitioned over smaller GPUs
 # Without a network, set --init_from to a folder with the weights (config.json, model.safetensors).
-
 out_dir = 'out-shakespeare'
 init_from = 'gpt2-xl'
 dataset = 'shakespeare'

@@ -2,7 +2,6 @@
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py
 # Val loss reaches about 1.47 after 2,000 steps; after that it overfits. README.md has a smaller model for a CPU.
-
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
