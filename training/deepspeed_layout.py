@@ -14,17 +14,8 @@ from torch.serialization import safe_globals
 
 from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Ranks
-from training.model_state import (
-    MOMENTUM_BUFFER,
-    TIED,
-    WEIGHT,
-    SavedState,
-    find_step,
-    fresh_state,
-    from_whole,
-    moments,
-    reading,
-)
+from training.fsdp import WEIGHT
+from training.model_state import MOMENTUM_BUFFER, TIED, SavedState, find_step, fresh_state, from_whole, moments, reading
 
 # Part of a parameter in a rank's flat partition: (name, first element in the parameter, in the partition, elements)
 Slice = tuple[str, int, int, int]

@@ -223,13 +223,12 @@ def stack_summary(text: str) -> str:
     """Where the main thread is stuck, or the collective in which it waits, and the line of this repository above it."""
     main_thread = text.split("(most recent call first):")[-1]  # the last one, innermost frame first
     stack = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', main_thread) or [("", "", "?")]
-    own = [
-        f"{Path(f).name}:{line}" for f, line, _ in stack if Path(f).is_relative_to(ROOT) and "site-packages" not in f
-    ]
+    frames = [frame for frame in stack if Path(frame[0]).is_relative_to(ROOT) and "site-packages" not in frame[0]]
     collectives = [name for file, _, name in stack if COLLECTIVES in file and not name.startswith(("_", "wrapper"))]
     file, _, function = stack[0]
     state = "waiting" if COLLECTIVES in file or function in WAITING else "stuck"
-    return f"{state} in {(collectives or [function])[0]}" + (f" ({own[0]})" if own else "")
+    place = f" ({Path(frames[0][0]).name}:{frames[0][1]})" if frames else ""
+    return f"{state} in {(collectives or [function])[0]}{place}"
 
 
 class Stragglers:
