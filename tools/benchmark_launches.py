@@ -22,9 +22,8 @@ from data.dataset import open_dataset
 from training.config import ROOT, PlainTrainConfig, TrainConfig
 from training.errors import UserError
 from training.figures import read_rows
-from training.metrics import WARM_UP_STEPS
+from training.metrics import WARM_UP_STEPS, summarize
 from training.run_folder import OUT_OF_MEMORY
-from training.speed import summarize
 from training.strategies import find_strategy
 
 # A step as nanoGPT and the bare loop print it, the latter with its peak memory; and as all scripts begin to.
