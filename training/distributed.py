@@ -94,29 +94,26 @@ class Ranks:
         value /= self.world_size
         return dist.all_reduce(value, async_op=True) if self.world_size > 1 else None
 
-    def gather(self, numbers: list[float]) -> list[list[float]]:
-        """Every rank's numbers, by rank. A collective between CPUs, so it does not wait for the device."""
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        if self.world_size == 1:
-            return [mine.tolist()]
-        all_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(all_ranks, mine, group=self.control)
-        return [row.tolist() for row in all_ranks]
-
     def start_max(self, numbers: torch.Tensor) -> dist.Work | None:
         """Start to replace numbers by their maximum over all ranks; wait() for it. A collective between CPUs."""
         return dist.all_reduce(numbers, ReduceOp.MAX, self.control, async_op=True) if self.world_size > 1 else None
 
     def share(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. A collective. It travels as JSON: unpickling would run what a stranger sends."""
+        """Every rank's value, by rank. A collective between CPUs, so it does not wait for the device.
+
+        The value travels as JSON, because unpickling would run what a stranger sends.
+        """
         if self.world_size == 1:
             return [value]
         text = json.dumps(value).encode()
-        lengths = [int(length) for (length,) in self.gather([len(text)])]
-        mine = torch.frombuffer(bytearray(text.ljust(max(lengths))), dtype=torch.uint8)
-        all_ranks = [torch.empty_like(mine) for _ in lengths]
-        dist.all_gather(all_ranks, mine, group=self.control)
-        return [json.loads(row.numpy().tobytes()) for row in all_ranks]
+        longest = int(max(self.gather(torch.tensor([len(text)]))))
+        rows = self.gather(torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8))
+        return [json.loads(row.numpy().tobytes()) for row in rows]
+
+    def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(rows, mine, group=self.control)
+        return rows
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Raise UserError on all ranks where any of them has other facts than rank 0. A collective."""

@@ -126,8 +126,7 @@ class RunControl:
 
     def raise_not_finite(self, numbers: "StepNumbers") -> None:
         loss, norm = numbers.read()
-        losses = [row[0] for row in self.ranks.gather([loss])]
-        bad = {rank: loss for rank, loss in enumerate(losses) if not math.isfinite(loss)}
+        bad = {rank: loss for rank, loss in enumerate(self.ranks.share(loss)) if not math.isfinite(loss)}
         where = ", ".join(f"{loss} on rank {rank}" for rank, loss in bad.items()) or "finite on every rank"
         intact = self.checkpoints.intact()
         restart = f"resume from {intact[-1]} with --init_from=resume and" if intact else "start again with"
@@ -255,7 +254,7 @@ class Stragglers:
         step_seconds = (time.monotonic() - last_time) / (step - last_step)
         seconds = time_matmul(self.ranks.device, self.dtype, self.size, self.repeats)
         pause = seconds * (self.repeats + 1) / PROBE_SHARE / step_seconds  # in steps; one more repeat warms up
-        values = self.ranks.gather([1e3 * seconds * self.repeats, self.batches.mean_ms(), pause])
+        values = self.ranks.share([1e3 * seconds * self.repeats, self.batches.mean_ms(), pause])
         self.history = [*self.history, values][-PROBE_HISTORY:]
         self.next_step = step + math.ceil(values[0][-1])  # rank 0's, so that all ranks measure at the same step
         self.measured = step, time.monotonic()
