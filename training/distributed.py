@@ -83,19 +83,13 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over all ranks, in place. A collective."""
-        if work := self.start_mean(value):
-            work.wait()
-        return value
-
     def start_mean(self, value: torch.Tensor) -> dist.Work | None:
-        """The same, but a rank that needs the mean must wait() for it, and others only keep `value`."""
+        """Start to replace value by its mean over all ranks. A rank that needs it calls wait(); all keep `value`."""
         value /= self.world_size
         return dist.all_reduce(value, async_op=True) if self.world_size > 1 else None
 
     def start_max(self, numbers: torch.Tensor) -> dist.Work | None:
-        """Start to replace numbers by their maximum over all ranks; wait() for it. A collective between CPUs."""
+        """Start to replace numbers by their maximum over all ranks. A collective between CPUs."""
         return dist.all_reduce(numbers, ReduceOp.MAX, self.control, async_op=True) if self.world_size > 1 else None
 
     def share(self, value: Any) -> list[Any]:
