@@ -213,10 +213,7 @@ class PlainTrainConfig(TrainConfig):
 
 
 def parse(cls: type[T], argv: list[str], usage: str) -> T:
-    """argv (config files and --key=value, in order) -> cls; --help prints the keys and exits with 0.
-
-    Raises ConfigError with every problem: unknown keys, wrong types, and what cls.problems() yields.
-    """
+    """argv (config files and --key=value, in order) -> cls. Raises ConfigError, which lists every problem."""
     if "-h" in argv or "--help" in argv:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
         print(help_text(cls, usage))

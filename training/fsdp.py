@@ -23,14 +23,11 @@ def shard_mesh(cfg: PlainTrainConfig, ranks: Ranks) -> DeviceMesh:
 
 
 def local_part(tensor: Any) -> tuple[Tensor, int]:
-    """This rank's part of a parameter or optimizer state, and the index of its first element in the flat tensor.
-
-    FSDP2 shards the first dimension as torch.chunk does: the last ranks may have fewer rows, or none.
-    """
+    """This rank's part of a parameter or optimizer state, and the index of its first element in the flat tensor."""
     if not hasattr(tensor, "to_local"):  # avoids importing DTensor, which takes half a second
         return tensor, 0
     shard = tensor.device_mesh["shard"]
-    rows = -(-tensor.size(0) // shard.size())
+    rows = -(-tensor.size(0) // shard.size())  # as in torch.chunk: the last ranks may have fewer, or none
     first = min(shard.get_local_rank() * rows, tensor.size(0))
     return tensor.to_local(), first * math.prod(tensor.shape[1:])
 

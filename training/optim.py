@@ -18,10 +18,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
 
 
 def parameter_groups(model: nn.Module, cfg: TrainConfig) -> list[dict]:
-    """Matrices and embeddings have weight decay; biases and norms do not. Tied parameters are listed once.
-
-    With Muon, the matrices inside the blocks are a group of their own, which has "momentum".
-    """
+    """Matrices have weight decay, biases and norms do not; with Muon, those inside the blocks also have "momentum"."""
     hidden, matrices, vectors = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: ZeRO-3's full shape, the local one is (0,)

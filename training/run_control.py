@@ -1,7 +1,7 @@
-"""Run control: what the ranks tell each other between steps, hang detection with stack traces, and stragglers.
+"""Run control: requests to stop or save, NaN and inf losses, hang detection with stack traces, and stragglers.
 
 After every step the ranks share four numbers in one asynchronous all-reduce between CPUs, and act on the result a step
-later: a request to stop or save reaches all ranks at the same step, and a NaN or inf loss is reported with its rank.
+later, so that all act at the same step.
 """
 
 import faulthandler
@@ -231,10 +231,9 @@ def stack_summary(text: str) -> str:
 
 
 class Stragglers:
-    """Finds slow ranks. A step takes as long as its slowest rank's, so by step time all ranks look alike.
+    """Finds slow ranks. By step time all ranks look alike, so each is timed at what it does alone.
 
-    Each rank is therefore timed at what it does alone: a matmul of fixed size (a hot GPU, a host with other work), and
-    reading its batches (a slow disk).
+    That is a matmul of fixed size (a hot GPU, a host with other work), and reading its batches (a slow disk).
     """
 
     def __init__(self, ranks: Ranks, batches: Batches, dtype: torch.dtype):
