@@ -1,7 +1,4 @@
-"""DeepSpeed's JSON: literals become settings, "auto" comes from them; what contradicts them or cannot work is rejected.
-
-"auto" has the meaning that the Hugging Face Trainer gives it, so the same files work there.
-"""
+"""DeepSpeed's JSON: literals become settings; "auto" is resolved as in the Hugging Face Trainer; checks."""
 
 import json
 import os
@@ -98,11 +95,9 @@ def strategy_of(config: Json) -> str:
 
 
 def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: Json) -> tuple[Json, torch.dtype]:
-    """The JSON that deepspeed.initialize gets, with values for "auto", and the run's dtype.
-
-    Raises ConfigError with every problem. An AdamW block applies only if training/optim.py builds AdamW, too.
-    """
+    """The JSON that deepspeed.initialize gets, and the run's dtype. Raises ConfigError with every problem."""
     config, problems = json.loads(json.dumps(config)), []
+    # An AdamW block applies only if training/optim.py builds AdamW, too.
     if type(make_optimizer(torch.nn.Linear(1, 1), cfg)) is not torch.optim.AdamW:
         config.pop("optimizer", None)
     dtype = pick_dtype(cfg.dtype, ranks.device)

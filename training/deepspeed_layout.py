@@ -1,7 +1,6 @@
 """How ZeRO lays out the model state: reading its checkpoints without DeepSpeed, and filling an engine from any.
 
-Each rank fills its own partition from any checkpoint. DeepSpeed's own load_checkpoint runs any code in a file, and
-reads only what the same stage wrote on as many ranks; its universal checkpoints need a conversion.
+DeepSpeed's load_checkpoint runs any code in a file, and reads only what the same stage wrote on as many ranks.
 """
 
 from collections.abc import Iterator

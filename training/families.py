@@ -1,7 +1,4 @@
-"""Hugging Face's families that model.py computes: their config.json as a GPTConfig and back, and their parameter names.
-
-A parameter of ours may be several of theirs, whose rows follow one another: c_attn holds queries, keys and values.
-"""
+"""Hugging Face's families that model.py computes: their config.json as a GPTConfig and back, their parameters."""
 
 import re
 from typing import Any
@@ -123,7 +120,7 @@ def to_huggingface(config: GPTConfig) -> Json:
 
 
 def their_parameters(name: str, config: GPTConfig) -> dict[str, int | None]:
-    """Their names of our parameter, in the order of its rows, and the number of rows of each; None: all."""
+    """Their parameters that follow one another in ours, as q, k and v do in c_attn: name -> rows; None: all rows."""
     if is_gpt2(config):
         return {name: None}
     module, _, kind = name.rpartition(".")

@@ -193,10 +193,7 @@ class Metrics:
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of the train rows that are timed, because a step now and then waits for something else.
-
-    Milliseconds per step, tokens/s over all ranks, mfu (None where the device's peak is unknown), bytes of rank 0.
-    """
+    """Medians of the timed train rows: tokens/s are those of all ranks, bytes of rank 0; mfu is None where unknown."""
     timed = [row for row in rows if row["step_ms"]]  # a row is the mean of the steps since the row before
     times = [row["step_ms"] for row in timed]
     return {

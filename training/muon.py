@@ -1,7 +1,4 @@
-"""Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): momentum whose update is made orthogonal.
-
-It is for the matrices inside the blocks. Embeddings, lm_head, norms and biases stay with AdamW.
-"""
+"""Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): momentum whose update is made orthogonal."""
 
 import math
 from typing import Any
