@@ -157,9 +157,9 @@ def own_swap_folders(config: Json, ranks: Ranks) -> Iterator[None]:
     DeepSpeed leaves its files there, and copies all files that it finds there into every checkpoint.
     """
     folders = {block["nvme_path"] for block in nvme_blocks(config) if ranks.local_rank == 0}
-    with ranks.together():
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    ranks.share(None)  # ranks wait until the folders of their node are empty
     try:
         yield
     finally:

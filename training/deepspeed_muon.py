@@ -9,12 +9,12 @@ from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from torch import nn
 
 from training.config import TrainConfig
-from training.muon import muon_update
+from training.muon import nesterov, orthogonalize
 from training.optim import parameter_groups
 
 
 def make_muon(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    original_muon.muon_update = muon_update
+    original_muon.muon_update = lambda grad, momentum, beta, **_: orthogonalize(nesterov(grad, momentum, beta))
     adamw = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "eps": 1e-8}
     groups = []
     for group in parameter_groups(model, cfg):

@@ -24,12 +24,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     return (scale * (x.mT if tall else x)).to(matrix.dtype)
 
 
-def muon_update(grad: Tensor, momentum: Tensor, beta: float, **_: Any) -> Tensor:
-    """The update of a whole matrix; changes momentum. DeepSpeed calls it with more arguments, all of them defaults."""
-    return orthogonalize(nesterov(grad, momentum, beta))
-
-
 def nesterov(grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
+    """The momentum to make orthogonal; changes `momentum`."""
     momentum.lerp_(grad, 1 - beta)
     return grad.lerp(momentum, beta)
 
