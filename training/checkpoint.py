@@ -37,8 +37,6 @@ Checksum = tuple[int, str]  # a file's size in bytes, and its CRC-32 in hexadeci
 
 
 class Checkpoints:
-    """The checkpoints of a run folder."""
-
     def __init__(self, out_dir: str, ranks: Ranks = SINGLE_PROCESS, keep: int = 2):
         self.out_dir, self.keep, self.ranks = Path(out_dir), keep, ranks
         self.folder = self.out_dir / "checkpoints"

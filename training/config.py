@@ -48,8 +48,6 @@ def key(default: Any, meaning: str, section: str = "") -> Any:
 
 
 class Settings:
-    """What `parse` asks of a dataclass of settings."""
-
     @classmethod
     def inherited(cls, values: dict[str, Any], places: dict[str, str]) -> Iterator[Setting]:
         """Settings that replace defaults, depending on the values that are set; places: key -> where it is set."""

@@ -29,8 +29,6 @@ FROM_SETTINGS = {
 
 @dataclass(frozen=True)
 class DeepSpeedTrainConfig(TrainConfig):
-    """Settings of train_deepspeed.py."""
-
     deepspeed_config: str = key("deepspeed_configs/zero2_config.json", "DeepSpeed's own settings", "DeepSpeed")
     nvme_path: str = key("", "folder on a local NVMe disk of each node, for NVMe offload; empty: the JSON's nvme_path")
     verbose: bool = key(False, "print DeepSpeed's messages instead of writing them to out_dir/deepspeed.log")
@@ -179,7 +177,6 @@ def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
 
 
 def adapt(config: Json, device: torch.device) -> None:
-    """Adapt the JSON to this code and the machine."""
     zero = config.get("zero_optimization", {})
     if device.type == "cpu":
         zero["overlap_comm"] = False  # a CPU has no second stream; ZeRO-2 goes from 0.90 to 1.02 of DDP's speed
@@ -197,7 +194,6 @@ def adapt(config: Json, device: torch.device) -> None:
 
 
 def nvme_blocks(config: Json) -> list[Json]:
-    """The offload blocks whose device is NVMe."""
     blocks = [dotted(config, f"zero_optimization.offload_{part}") or {} for part in ("optimizer", "param")]
     return [block for block in blocks if block.get("device") == "nvme"]
 

@@ -143,7 +143,6 @@ class Metrics:
         self.say(f"{self.step_label(step)} train loss {losses['train_loss']:.4f} val loss {losses['val_loss']:.4f}")
 
     def say(self, text: str) -> None:
-        """Print a line from rank 0."""
         if self.ranks.main:
             print(text, flush=True)
 
