@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, median_low
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -64,7 +63,7 @@ class RunControl:
             signal.signal(signum, self.handle_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)  # launch/ranks.py blocks SIGUSR1 during start-up
 
-    def handle_signal(self, signum: int, _: FrameType | None) -> None:
+    def handle_signal(self, signum: int, _: object) -> None:
         now = time.monotonic()
         if signum == signal.SIGINT and self.signal and now > self.signal_time + 1:
             raise KeyboardInterrupt  # second request: stop immediately
