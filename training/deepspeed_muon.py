@@ -1,7 +1,4 @@
-"""DeepSpeed's Muon, whose ZeRO stages put whole matrices together, with the groups and the arithmetic of ours.
-
-DeepSpeed's own iterations are in half precision and compiled, and its split by name would give wte and wpe to Muon.
-"""
+"""DeepSpeed's Muon with our groups and arithmetic: its own iterates in half precision, and would take wte and wpe."""
 
 import torch
 from deepspeed.runtime.zero.muon import original_muon

@@ -93,10 +93,7 @@ class Ranks:
         return dist.all_reduce(numbers, ReduceOp.MAX, self.control, async_op=True) if self.world_size > 1 else None
 
     def share(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. A collective between CPUs, so it does not wait for the device.
-
-        The value travels as JSON, because unpickling would run what a stranger sends.
-        """
+        """Every rank's value, by rank. A collective between CPUs, in JSON: unpickling would run a stranger's code."""
         if self.world_size == 1:
             return [value]
         text = json.dumps(value).encode()

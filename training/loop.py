@@ -74,8 +74,7 @@ def train(
 def evaluate(trainer: Trainer, batches: Batches, count: int, should_stop: Callable[[], bool]) -> dict[str, float]:
     """The losses in nats per token over `count` batches of each split; {} if asked to stop meanwhile. A collective.
 
-    All ranks take equally many forward passes, some of which are not counted: under ZeRO-3 and FSDP2 each is a
-    collective.
+    All ranks take equally many forward passes, because each is a collective under ZeRO-3 and FSDP2.
     """
     ranks = batches.ranks
     sums = torch.zeros(2, device=ranks.device)
