@@ -1,4 +1,4 @@
-"""What surrounds a DeepSpeed engine: its C++ ops, log file, checkpoint files, and swap folders. Does not import it."""
+"""What surrounds a DeepSpeed engine: C++ ops, log file, checkpoint files, swap folders. Does not import DeepSpeed."""
 
 import fcntl
 import functools

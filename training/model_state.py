@@ -90,7 +90,7 @@ def moments(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
-    """Open a checkpoint of any strategy; metadata: its checkpoint.json. Raises CheckpointError if its files differ."""
+    """Open a checkpoint of any strategy; metadata: its checkpoint.json. Raises CheckpointError if they do not match."""
     if metadata["strategy"] == "fsdp":
         saved = from_shards(folder, metadata)
     elif metadata["strategy"].startswith("zero"):
