@@ -60,7 +60,7 @@ def evaluate_loss(model: GPT, dataset: Dataset, ranks: Ranks, batch_size: int) -
             raise DataError(f"{path} contains id {ids.max()}, outside its vocabulary; prepare it again")
         tokens = torch.from_numpy(ids.astype(np.int64)).to(ranks.device)
         nats += model(tokens[:-1].view(-1, length), tokens[1:].view(-1, length)).item() * (last - first)
-    loss = sum(sums[0] for sums in ranks.gather([nats])) / count
+    loss = sum(ranks.share(nats)) / count
     if not dataset.val_bytes and ranks.main:  # prepared by nanoGPT or an earlier version
         try:
             dataset = replace(dataset, val_bytes=count_bytes(dataset.tokenizer, np.fromfile(path, dataset.dtype)))

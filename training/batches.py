@@ -1,8 +1,7 @@
-"""Batches: each one a pure function of (seed, step, micro_step, rank), whatever the number of ranks.
+"""Batches: each one a pure function of (seed, step, micro_step, rank). Evaluation has its own fixed batches.
 
-One generator keyed by (seed, step) draws the sequence starts of a step's whole global batch, and each rank takes its
-part. So every strategy on any number of ranks sees the same global batches, and a resumed run the same as one that
-never stopped. Evaluation has its own fixed batches.
+A generator keyed by (seed, step) draws the sequence starts of the global batch, and each rank takes its part. So the
+global batches are the same under every strategy, on any number of ranks, and in a resumed run.
 """
 
 import os

@@ -37,17 +37,12 @@ Checksum = tuple[int, str]  # a file's size in bytes, and its CRC-32 in hexadeci
 
 
 class Checkpoints:
-    """The checkpoints of a run folder."""
-
     def __init__(self, out_dir: str, ranks: Ranks = SINGLE_PROCESS, keep: int = 2):
         self.out_dir, self.keep, self.ranks = Path(out_dir), keep, ranks
         self.folder = self.out_dir / "checkpoints"
 
     def finish(self, unfinished: Path, metadata: dict[str, Any], checksums: dict[str, Checksum], best: bool) -> None:
-        """Turn the files of a folder, which are synced to disk, into a checkpoint; called by rank 0.
-
-        The order makes a kill harmless at any moment: first the folder gets its name, then `latest` names it.
-        """
+        """Turn a folder of synced files into a checkpoint, on rank 0. A kill is harmless: `latest` names it last."""
         name = unfinished.name.removeprefix(UNFINISHED)
         sizes, crcs = ({name: checksums[name][part] for name in sorted(checksums)} for part in (0, 1))
         metadata = {"format": FORMAT, **metadata, "files": sizes, "crc32": crcs}
@@ -90,8 +85,7 @@ class Checkpoints:
     def usable(self, fall_back: bool) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint, every byte of which was checked, and its metadata; None: there is none. A collective.
 
-        fall_back: take the one before where it is damaged. Raises UserError where ranks see different checkpoints, and
-        CheckpointError where none can be used; nothing is changed.
+        fall_back: if it is damaged, take the one before. Raises UserError if none can be used, or if ranks differ.
         """
         with self.ranks.together():
             finished = self.finished()
@@ -185,14 +179,11 @@ class CheckpointWriter:
 
 
 class Saver:
-    """Saves checkpoints: at once, or by a thread per rank from a copy in host memory, while training continues.
-
-    The threads agree through a process group of their own, so that a checkpoint is complete or absent.
-    """
+    """Saves checkpoints: at once, or by a thread per rank from a copy in host memory, while training continues."""
 
     def __init__(self, checkpoints: Checkpoints, background: bool = False):
         self.checkpoints, self.ranks, self.background = checkpoints, checkpoints.ranks, background
-        self.writing_ranks = self.ranks
+        self.writing_ranks = self.ranks  # the threads have a process group of their own
         if background and self.ranks.world_size > 1:
             self.writing_ranks = replace(self.ranks, control=dist.new_group(backend="gloo"))
         self.thread: threading.Thread | None = None
@@ -200,10 +191,9 @@ class Saver:
 
     @contextmanager
     def writing(self, metadata: dict[str, Any], best: bool) -> Iterator[CheckpointWriter]:
-        """Every rank writes its files; once all have, they are the checkpoint of metadata["step"].
+        """Every rank names its files; once all are written, they are the checkpoint of metadata["step"].
 
-        Raises CheckpointError on every rank where any rank could not write; earlier checkpoints stay untouched. In the
-        background, that error is only reported, and training continues until the next save.
+        Raises CheckpointError on every rank if any could not write. In the background, it is only printed (see `wait`).
         """
         self.wait()
         unfinished = self.checkpoints.folder / f"{UNFINISHED}step_{metadata['step']:06d}"

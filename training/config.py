@@ -48,8 +48,6 @@ def key(default: Any, meaning: str, section: str = "") -> Any:
 
 
 class Settings:
-    """What `parse` asks of a dataclass of settings."""
-
     @classmethod
     def inherited(cls, values: dict[str, Any], places: dict[str, str]) -> Iterator[Setting]:
         """Settings that replace defaults, depending on the values that are set; places: key -> where it is set."""
@@ -255,10 +253,7 @@ class PlainTrainConfig(TrainConfig):
 
 
 def parse(cls: type[T], argv: list[str], usage: str) -> T:
-    """argv (config files and --key=value, in order) -> cls; --help prints the keys and exits with 0.
-
-    Raises ConfigError with every problem: unknown keys, wrong types, and what cls.problems() yields.
-    """
+    """argv (config files and --key=value, in order) -> cls. Raises ConfigError, which lists every problem."""
     if "-h" in argv or "--help" in argv:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
         print(help_text(cls, usage))

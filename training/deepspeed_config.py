@@ -1,7 +1,4 @@
-"""DeepSpeed's JSON: literals become settings, "auto" comes from them; what contradicts them or cannot work is rejected.
-
-"auto" has the meaning that the Hugging Face Trainer gives it, so the same files work there.
-"""
+"""DeepSpeed's JSON: literals become settings; "auto" is resolved as in the Hugging Face Trainer; checks."""
 
 import json
 import os
@@ -32,8 +29,6 @@ FROM_SETTINGS = {
 
 @dataclass(frozen=True)
 class DeepSpeedTrainConfig(TrainConfig):
-    """Settings of train_deepspeed.py."""
-
     deepspeed_config: str = key("deepspeed_configs/zero2_config.json", "DeepSpeed's own settings", "DeepSpeed")
     nvme_path: str = key("", "folder on a local NVMe disk of each node, for NVMe offload; empty: the JSON's nvme_path")
     tensor_parallel: int = key(1, "ranks of a node that share each matrix")
@@ -101,11 +96,9 @@ def strategy_of(config: Json) -> str:
 
 
 def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: Json) -> tuple[Json, torch.dtype]:
-    """The JSON that deepspeed.initialize gets, with values for "auto", and the run's dtype.
-
-    Raises ConfigError with every problem. An AdamW block applies only if training/optim.py builds AdamW, too.
-    """
+    """The JSON that deepspeed.initialize gets, and the run's dtype. Raises ConfigError with every problem."""
     config, problems = json.loads(json.dumps(config)), []
+    # An AdamW block applies only if training/optim.py builds AdamW, too.
     if type(make_optimizer(torch.nn.Linear(1, 1), cfg)) is not torch.optim.AdamW:
         config.pop("optimizer", None)
     dtype = pick_dtype(cfg.dtype, ranks.device)
@@ -194,7 +187,6 @@ def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
 
 
 def adapt(config: Json, device: torch.device) -> None:
-    """Adapt the JSON to this code and the machine."""
     zero = config.get("zero_optimization", {})
     if device.type == "cpu":
         zero["overlap_comm"] = False  # a CPU has no second stream; ZeRO-2 goes from 0.90 to 1.02 of DDP's speed
@@ -212,7 +204,6 @@ def adapt(config: Json, device: torch.device) -> None:
 
 
 def nvme_blocks(config: Json) -> list[Json]:
-    """The offload blocks whose device is NVMe."""
     blocks = [dotted(config, f"zero_optimization.offload_{part}") or {} for part in ("optimizer", "param")]
     return [block for block in blocks if block.get("device") == "nvme"]
 

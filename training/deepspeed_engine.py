@@ -1,7 +1,4 @@
-"""What surrounds a DeepSpeed engine: its C++ ops, log file, checkpoint files, and swap folders on NVMe.
-
-The DeepSpeed module is passed in by train_deepspeed.py: importing this module does not import it.
-"""
+"""What surrounds a DeepSpeed engine: C++ ops, log file, checkpoint files, swap folders. Does not import DeepSpeed."""
 
 import fcntl
 import functools
@@ -30,10 +27,7 @@ from training.optim import make_optimizer
 
 
 def load(deepspeed: ModuleType, config: Json, ranks: Ranks) -> None:
-    """Compile and load the ops of a run; the first rank of each node compiles, the others wait. A collective.
-
-    Raises UserError with what to install.
-    """
+    """Load a run's ops; the first rank of each node compiles, the others wait. A collective. Raises UserError."""
     logging.getLogger(cpp_extension.__name__).setLevel(logging.ERROR)  # a page about compilers other than g++
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)  # DeepSpeed calls it several times, 1.1 s each
     if ops := needed(config, ranks.device.type):
@@ -108,10 +102,7 @@ def reason(op: str, error: Exception, device: str) -> str:
 
 
 class DeepSpeedLog:
-    """Writes DeepSpeed's messages, breakdowns and profiles to out_dir/deepspeed.log; --verbose prints them.
-
-    Create it after DeepSpeed is imported, when its logger exists.
-    """
+    """Writes DeepSpeed's messages and profiles to out_dir/deepspeed.log. Create it after DeepSpeed is imported."""
 
     def __init__(self, cfg: DeepSpeedTrainConfig, ranks: Ranks):
         to_file = ranks.main and not (cfg.verbose or cfg.eval_only)
@@ -213,13 +204,12 @@ def nvme_sub_groups(engine: Any) -> list[tuple[str, int]]:
 def own_swap_folders(config: Json, ranks: Ranks) -> Iterator[None]:
     """Empty this run's swap folders on NVMe at the start, and remove them at the end; config: resolved.
 
-    DeepSpeed swaps into one folder whichever run it is, leaves its files there, and copies all files that it finds
-    there into every checkpoint: two runs at a time would read each other's optimizer states.
+    DeepSpeed leaves its files there, and copies all files that it finds there into every checkpoint.
     """
     folders = {block["nvme_path"] for block in nvme_blocks(config) if ranks.local_rank == 0}
-    with ranks.together():
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    ranks.share(None)  # ranks wait until the folders of their node are empty
     try:
         yield
     finally:

@@ -1,7 +1,6 @@
 """How ZeRO lays out the model state: reading its checkpoints without DeepSpeed, and filling an engine from any.
 
-Each rank fills its own partition from any checkpoint. DeepSpeed's own load_checkpoint runs any code in a file, and
-reads only what the same stage wrote on as many ranks; its universal checkpoints need a conversion.
+DeepSpeed's load_checkpoint runs any code in a file, and reads only what the same stage wrote on as many ranks.
 """
 
 from collections.abc import Iterator
@@ -15,17 +14,8 @@ from torch.serialization import safe_globals
 from model import GPTConfig
 from training.checkpoint import find_file, read_metadata, read_torch_file
 from training.distributed import Layout, Ranks
-from training.model_state import (
-    MOMENTUM_BUFFER,
-    TIED,
-    WEIGHT,
-    SavedState,
-    find_step,
-    fresh_state,
-    from_whole,
-    moments,
-    reading,
-)
+from training.fsdp import WEIGHT
+from training.model_state import MOMENTUM_BUFFER, TIED, SavedState, find_step, fresh_state, from_whole, moments, reading
 
 # Part of a parameter in a rank's flat partition: (name, first element in the parameter, in the partition, elements)
 Slice = tuple[str, int, int, int]

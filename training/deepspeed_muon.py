@@ -1,7 +1,4 @@
-"""DeepSpeed's Muon, whose ZeRO stages put whole matrices together, with the groups and the arithmetic of ours.
-
-DeepSpeed's own iterations are in half precision and compiled, and its split by name would give wte and wpe to Muon.
-"""
+"""DeepSpeed's Muon with our groups and arithmetic: its own iterates in half precision, and would take wte and wpe."""
 
 import torch
 from deepspeed.runtime.zero.muon import original_muon
@@ -9,12 +6,12 @@ from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from torch import nn
 
 from training.config import TrainConfig
-from training.muon import muon_update
+from training.muon import nesterov, orthogonalize
 from training.optim import parameter_groups
 
 
 def make_muon(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    original_muon.muon_update = muon_update
+    original_muon.muon_update = lambda grad, momentum, beta, **_: orthogonalize(nesterov(grad, momentum, beta))
     adamw = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "eps": 1e-8}
     groups = []
     for group in parameter_groups(model, cfg):

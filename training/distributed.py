@@ -122,40 +122,28 @@ class Ranks:
     def sequence_rank(self) -> int:
         return self.rank // self.layout.tensor % self.layout.sequence
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over all ranks, in place. A collective."""
-        if work := self.start_mean(value):
-            work.wait()
-        return value
-
     def start_mean(self, value: torch.Tensor) -> dist.Work | None:
-        """The same, but a rank that needs the mean must wait() for it, and others only keep `value`."""
+        """Start to replace value by its mean over all ranks. A rank that needs it calls wait(); all keep `value`."""
         value /= self.world_size
         return dist.all_reduce(value, async_op=True) if self.world_size > 1 else None
 
-    def gather(self, numbers: list[float]) -> list[list[float]]:
-        """Every rank's numbers, by rank. A collective between CPUs, so it does not wait for the device."""
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        if self.world_size == 1:
-            return [mine.tolist()]
-        all_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(all_ranks, mine, group=self.control)
-        return [row.tolist() for row in all_ranks]
-
     def start_max(self, numbers: torch.Tensor) -> dist.Work | None:
-        """Start to replace numbers by their maximum over all ranks; wait() for it. A collective between CPUs."""
+        """Start to replace numbers by their maximum over all ranks. A collective between CPUs."""
         return dist.all_reduce(numbers, ReduceOp.MAX, self.control, async_op=True) if self.world_size > 1 else None
 
     def share(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. A collective. It travels as JSON: unpickling would run what a stranger sends."""
+        """Every rank's value, by rank. A collective between CPUs, in JSON: unpickling would run a stranger's code."""
         if self.world_size == 1:
             return [value]
         text = json.dumps(value).encode()
-        lengths = [int(length) for (length,) in self.gather([len(text)])]
-        mine = torch.frombuffer(bytearray(text.ljust(max(lengths))), dtype=torch.uint8)
-        all_ranks = [torch.empty_like(mine) for _ in lengths]
-        dist.all_gather(all_ranks, mine, group=self.control)
-        return [json.loads(row.numpy().tobytes()) for row in all_ranks]
+        longest = int(max(self.gather(torch.tensor([len(text)]))))
+        rows = self.gather(torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8))
+        return [json.loads(row.numpy().tobytes()) for row in rows]
+
+    def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(rows, mine, group=self.control)
+        return rows
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Raise UserError on all ranks where any of them has other facts than rank 0. A collective."""
@@ -239,10 +227,7 @@ def set_up(device: torch.device, tf32: bool) -> None:
 
 
 def leave_out_compiler() -> None:
-    """Keep torch's compiler unloaded: importing it takes each rank 1 s and 65 MB, and under DeepSpeed 2 s.
-
-    Optimizers load it only to exclude their methods from compilation, DeepSpeed to decorate functions of its own.
-    """
+    """Keep torch's compiler, which optimizers and DeepSpeed load to decorate functions, unloaded: 1 to 2 s, 65 MB."""
 
     def unchanged(function: Callable | None = None, *_: Any, **__: Any) -> Callable:
         return unchanged if function is None else function  # a decorator, with or without arguments
@@ -278,10 +263,8 @@ def join(ranks: Ranks, backend: str, timeout: timedelta, cpu_tensors: bool) -> R
 
 
 def local_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
-    """Store of ranks that share one machine, which then accept connections from this machine only.
-
-    By default torch's store listens on every network, and gloo on that of the host name. None: torchrun has a store.
-    """
+    """Store of one machine's ranks; None: torchrun has one. They accept no connections from elsewhere."""
+    # torch's own store would listen on every network, and gloo on that of the host name
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if ranks.world_size == 1:
         return dist.HashStore()

@@ -1,7 +1,4 @@
-"""Hugging Face's families that model.py computes: their config.json as a GPTConfig and back, and their parameter names.
-
-A parameter of ours may be several of theirs, whose rows follow one another: c_attn holds queries, keys and values.
-"""
+"""Hugging Face's families that model.py computes: their config.json as a GPTConfig and back, their parameters."""
 
 import re
 from typing import Any
@@ -42,9 +39,8 @@ def from_huggingface(theirs: Json) -> GPTConfig:
     """Their config.json as ours. Raises ConfigError for a model that our GPT would compute differently."""
     family = str(theirs.get("model_type"))
     if family not in FAMILIES:
-        raise ConfigError(
-            f"model_type = {family!r}: must be one of {', '.join(FAMILIES)}{did_you_mean(family, FAMILIES)}"
-        )
+        hint = did_you_mean(family, FAMILIES)
+        raise ConfigError(f"model_type = {family!r}: must be one of {', '.join(FAMILIES)}{hint}")
     require(theirs, GPT2_FIXED if family == "gpt2" else LLAMA_FIXED)
     names = (GPT2_SIZES if family == "gpt2" else LLAMA_SIZES).values()
     if problems := check_types(theirs, {name: float if name == "rms_norm_eps" else int for name in names}):
@@ -110,13 +106,10 @@ def to_huggingface(config: GPTConfig) -> Json:
     about = {"model_type": family, "tie_word_embeddings": config.tied}
     if family == "gpt2":
         about |= {theirs: getattr(config, ours) for ours, theirs in GPT2_SIZES.items()} | GPT2_FIXED
-        about |= {
-            "layer_norm_epsilon": config.norm_eps,
-            "n_inner": config.n_hidden,
-            "architectures": ["GPT2LMHeadModel"],
-        }
+        about |= {"layer_norm_epsilon": config.norm_eps, "n_inner": config.n_hidden}
         about["activation_function"] = next(theirs for theirs, ours in GELU.items() if ours == config.gelu)
-        return about | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+        about |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+        return about | {"architectures": ["GPT2LMHeadModel"]}
     about |= {theirs: getattr(config, ours) for ours, theirs in LLAMA_SIZES.items()} | {"head_dim": config.head_size}
     about |= {"hidden_act": "silu", "rope_theta": config.rope_theta}
     if config.rope_factor != 1:
@@ -127,7 +120,7 @@ def to_huggingface(config: GPTConfig) -> Json:
 
 
 def their_parameters(name: str, config: GPTConfig) -> dict[str, int | None]:
-    """Their names of our parameter, in the order of its rows, and the number of rows of each; None: all."""
+    """Their parameters that follow one another in ours, as q, k and v do in c_attn: name -> rows; None: all rows."""
     if is_gpt2(config):
         return {name: None}
     module, _, kind = name.rpartition(".")

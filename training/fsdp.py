@@ -23,14 +23,11 @@ def shard_mesh(cfg: PlainTrainConfig, ranks: Ranks) -> DeviceMesh:
 
 
 def local_part(tensor: Any) -> tuple[Tensor, int]:
-    """This rank's part of a parameter or optimizer state, and the index of its first element in the flat tensor.
-
-    FSDP2 shards the first dimension as torch.chunk does: the last ranks may have fewer rows, or none.
-    """
+    """This rank's part of a parameter or optimizer state, and the index of its first element in the flat tensor."""
     if not hasattr(tensor, "to_local"):  # avoids importing DTensor, which takes half a second
         return tensor, 0
     shard = tensor.device_mesh["shard"]
-    rows = -(-tensor.size(0) // shard.size())
+    rows = -(-tensor.size(0) // shard.size())  # as in torch.chunk: the last ranks may have fewer, or none
     first = min(shard.get_local_rank() * rows, tensor.size(0))
     return tensor.to_local(), first * math.prod(tensor.shape[1:])
 
@@ -48,13 +45,12 @@ def save_shard(
     mesh: DeviceMesh = next(iter(parameters.values())).device_mesh
     if "replicate" in (mesh.mesh_dim_names or ()) and mesh.get_local_rank("replicate"):
         return
-    state: dict[str, Any] = {"shapes": {name: tuple(parameter.shape) for name, parameter in parameters.items()}}
-    state[WEIGHT] = {name: local_part(parameter)[0] for name, parameter in parameters.items()}
-    step = None
+    shard: dict[str, Any] = {"shapes": {}, "step": None, "scaler": scaler.state_dict()}
     for name, parameter in parameters.items():
-        for kind, value in optimizer.state[parameter].items():
+        shard["shapes"][name] = tuple(parameter.shape)
+        for kind, value in {WEIGHT: parameter, **optimizer.state[parameter]}.items():
             if kind == "step":
-                step = float(value)
+                shard["step"] = float(value)
             else:
-                state.setdefault(kind, {})[name] = local_part(value)[0]
-    writer.write(f"shard_{mesh.get_local_rank('shard'):04d}.pt", {**state, "step": step, "scaler": scaler.state_dict()})
+                shard.setdefault(kind, {})[name] = local_part(value)[0]
+    writer.write(f"shard_{mesh.get_local_rank('shard'):04d}.pt", shard)

@@ -8,8 +8,6 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """Data-sheet numbers of one GPU."""
-
     half: float  # TFLOP/s of dense matmuls in bfloat16 and float16
     tf32: float  # TFLOP/s in float32 on tensor cores (TF32); where there is no TF32, the same as fp32
     fp32: float  # TFLOP/s in full float32

@@ -34,10 +34,7 @@ class Trainer(Protocol):
 def train(
     cfg: TrainConfig, ranks: Ranks, batches: Batches, trainer: Trainer, checkpoints: Checkpoints, init: InitState
 ) -> None:
-    """Train from init.step to max_iters (a benchmark: to cfg.steps). Steps are numbered by the updates before them.
-
-    Raises Stopped on all ranks where the run was asked to stop.
-    """
+    """Train from init.step on; steps are numbered by the updates before them. Raises Stopped if the run is to stop."""
     metrics = Metrics(cfg, ranks, batches, init, trainer.dtype)
     control = RunControl(cfg, ranks, checkpoints, trainer.dtype)
     saver = Saver(checkpoints, cfg.async_save)
@@ -75,10 +72,9 @@ def train(
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, batches: Batches, count: int, should_stop: Callable[[], bool]) -> dict[str, float]:
-    """{"train_loss", "val_loss"} in nats per token, over the same `count` batches of each split every time.
+    """The losses in nats per token over `count` batches of each split; {} if asked to stop meanwhile. A collective.
 
-    A collective; {} if the run was asked to stop meanwhile. All ranks take equally many forward passes, because a rank
-    with fewer would leave the others waiting under ZeRO-3 and FSDP2; passes beyond `count` are not counted.
+    All ranks take equally many forward passes, because each is a collective under ZeRO-3 and FSDP2.
     """
     ranks = batches.ranks
     sums = torch.zeros(2, device=ranks.device)
@@ -90,7 +86,8 @@ def evaluate(trainer: Trainer, batches: Batches, count: int, should_stop: Callab
                 sums[number] += loss
             if should_stop():
                 return {}
-    train_loss, val_loss = (ranks.mean(sums) * ranks.data_size / count).tolist()
+    copies = ranks.world_size // ranks.data_size  # ranks with the same batch
+    train_loss, val_loss = (sum(losses) / copies / count for losses in zip(*ranks.share(sums.tolist()), strict=True))
     return {"train_loss": train_loss, "val_loss": val_loss}
 
 

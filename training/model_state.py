@@ -1,7 +1,6 @@
 """The model state in a checkpoint, in fp32, whichever strategy wrote it; read without DeepSpeed.
 
-Files are memory-mapped, and a rank reads only the parts it needs of each parameter and optimizer state. So a
-checkpoint of any strategy and number of ranks loads into any other, and no rank holds more than its own share.
+Files are memory-mapped, and a rank reads only the parts it needs, so it never holds more than its own share.
 """
 
 import time
@@ -91,10 +90,7 @@ def moments(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
-    """Open a checkpoint of any strategy; metadata: its checkpoint.json. Reads the files that it lists, and no other.
-
-    Raises CheckpointError if a file holds anything but tensors and plain data, or other tensors than metadata says.
-    """
+    """Open a checkpoint of any strategy; metadata: its checkpoint.json. Raises CheckpointError if they do not match."""
     if metadata["strategy"] == "fsdp":
         saved = from_shards(folder, metadata)
     elif metadata["strategy"].startswith("zero"):
@@ -122,8 +118,8 @@ def from_whole(
 ) -> SavedState:
     """Parameters and optimizer states that are stored whole.
 
-    optimizer: states by parameter name, or an optimizer's own state_dict, which numbers its parameters. order: their
-    names by number; None: AdamW's of earlier versions and of nanoGPT, matrices first, then vectors.
+    optimizer: states by parameter name, or a state_dict, which numbers the parameters. order: their names by number;
+    None: matrices first, then vectors, as nanoGPT and earlier versions have them.
     """
     shapes = {name: weight.shape for name, weight in weights.items()}
     pieces = {(name, WEIGHT): [weight.detach().flatten()] for name, weight in weights.items()}
@@ -160,10 +156,7 @@ def model_shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def check_parameters(saved: SavedState, config: GPTConfig) -> SavedState:
-    """Return saved with its parameters in the model's order.
-
-    Raises CheckpointError if parameters are missing, unknown, incomplete or of another shape than config says.
-    """
+    """Return saved with its parameters in the model's order. Raises CheckpointError if they do not match config."""
     try:
         expected = model_shapes(config)
     except (TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:

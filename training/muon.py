@@ -1,7 +1,4 @@
-"""Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): momentum whose update is made orthogonal.
-
-It is for the matrices inside the blocks. Embeddings, lm_head, norms and biases stay with AdamW.
-"""
+"""Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): momentum whose update is made orthogonal."""
 
 import math
 from typing import Any
@@ -27,12 +24,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     return (scale * (x.mT if tall else x)).to(matrix.dtype)
 
 
-def muon_update(grad: Tensor, momentum: Tensor, beta: float, **_: Any) -> Tensor:
-    """The update of a whole matrix; changes momentum. DeepSpeed calls it with more arguments, all of them defaults."""
-    return orthogonalize(nesterov(grad, momentum, beta))
-
-
 def nesterov(grad: Tensor, momentum: Tensor, beta: float) -> Tensor:
+    """The momentum to make orthogonal; changes `momentum`."""
     momentum.lerp_(grad, 1 - beta)
     return grad.lerp(momentum, beta)
 
@@ -77,14 +70,12 @@ def orthogonalize_shards(matrices: list[DTensor]) -> None:
         batch = matrices[start : start + ranks]
         local = [matrix.to_local() for matrix in batch]
         sizes = [part.numel() for part in local] + [0] * (ranks - len(batch))  # that this rank sends to each
-        mine = torch.empty(
-            batch[rank].shape if rank < len(batch) else (0, 1), dtype=local[0].dtype, device=local[0].device
-        )
+        mine = local[0].new_empty(batch[rank].shape if rank < len(batch) else (0, 1))
         parts = [part.numel() for part in mine.chunk(ranks)] if mine.numel() else []
         parts += [0] * (ranks - len(parts))  # that it gets from each
         dist.all_to_all_single(mine.view(-1), torch.cat([part.flatten() for part in local]), parts, sizes, group)
         mine = orthogonalize(mine).contiguous() if mine.numel() else mine
-        back = torch.empty(sum(sizes), dtype=mine.dtype, device=mine.device)
+        back = mine.new_empty(sum(sizes))
         dist.all_to_all_single(back, mine.view(-1), sizes, parts, group)
         for part, update in zip(local, back.split(sizes), strict=False):
             part.copy_(update.view_as(part))

@@ -18,10 +18,9 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
 
 
 def parameter_groups(model: nn.Module, cfg: TrainConfig) -> list[dict]:
-    """Matrices and embeddings have weight decay; biases and norms do not. Tied parameters are listed once.
+    """Matrices have weight decay, biases and norms do not.
 
-    With Muon, the matrices inside the blocks are a group of their own, which has "momentum"; under expert parallelism,
-    the experts, whose gradients DeepSpeed averages over fewer ranks.
+    With Muon, matrices inside the blocks also have "momentum"; DeepSpeed averages experts' gradients over fewer ranks.
     """
     hidden, matrices, vectors, experts = (list[nn.Parameter]() for _ in range(4))
     expert_ranks = cfg.layout().expert

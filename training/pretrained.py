@@ -33,10 +33,8 @@ def open_weights(source: str) -> tuple[GPTConfig, SavedState]:
     config = read_config(folder / "config.json")
     tensors, saved = read_weights(folder), SavedState(folder, {}, {})
     if is_gpt2(config):  # OpenAI's own files leave out the first word
-        tensors = {
-            name if name == TIED else f"transformer.{name.removeprefix('transformer.')}": t
-            for name, t in tensors.items()
-        }
+        short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        tensors = {name if name == TIED else f"transformer.{name}": tensor for name, tensor in short.items()}
     for name in model_shapes(config):
         parts = [tensors.pop(part) for part in their_parameters(name, config) if part in tensors]
         if parts:

@@ -1,7 +1,7 @@
-"""Run control: what the ranks tell each other between steps, hang detection with stack traces, and stragglers.
+"""Run control: requests to stop or save, NaN and inf losses, hang detection with stack traces, and stragglers.
 
 After every step the ranks share four numbers in one asynchronous all-reduce between CPUs, and act on the result a step
-later: a request to stop or save reaches all ranks at the same step, and a NaN or inf loss is reported with its rank.
+later, so that all act at the same step.
 """
 
 import faulthandler
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, median_low
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -64,7 +63,7 @@ class RunControl:
             signal.signal(signum, self.handle_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)  # launch/ranks.py blocks SIGUSR1 during start-up
 
-    def handle_signal(self, signum: int, _: FrameType | None) -> None:
+    def handle_signal(self, signum: int, _: object) -> None:
         now = time.monotonic()
         if signum == signal.SIGINT and self.signal and now > self.signal_time + 1:
             raise KeyboardInterrupt  # second request: stop immediately
@@ -126,8 +125,7 @@ class RunControl:
 
     def raise_not_finite(self, numbers: "StepNumbers") -> None:
         loss, norm = numbers.read()
-        losses = [row[0] for row in self.ranks.gather([loss])]
-        bad = {rank: loss for rank, loss in enumerate(losses) if not math.isfinite(loss)}
+        bad = {rank: loss for rank, loss in enumerate(self.ranks.share(loss)) if not math.isfinite(loss)}
         where = ", ".join(f"{loss} on rank {rank}" for rank, loss in bad.items()) or "finite on every rank"
         intact = self.checkpoints.intact()
         restart = f"resume from {intact[-1]} with --init_from=resume and" if intact else "start again with"
@@ -223,20 +221,18 @@ def stack_summary(text: str) -> str:
     """Where the main thread is stuck, or the collective in which it waits, and the line of this repository above it."""
     main_thread = text.split("(most recent call first):")[-1]  # the last one, innermost frame first
     stack = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', main_thread) or [("", "", "?")]
-    own = [
-        f"{Path(f).name}:{line}" for f, line, _ in stack if Path(f).is_relative_to(ROOT) and "site-packages" not in f
-    ]
+    frames = [frame for frame in stack if Path(frame[0]).is_relative_to(ROOT) and "site-packages" not in frame[0]]
     collectives = [name for file, _, name in stack if COLLECTIVES in file and not name.startswith(("_", "wrapper"))]
     file, _, function = stack[0]
     state = "waiting" if COLLECTIVES in file or function in WAITING else "stuck"
-    return f"{state} in {(collectives or [function])[0]}" + (f" ({own[0]})" if own else "")
+    place = f" ({Path(frames[0][0]).name}:{frames[0][1]})" if frames else ""
+    return f"{state} in {(collectives or [function])[0]}{place}"
 
 
 class Stragglers:
-    """Finds slow ranks. A step takes as long as its slowest rank's, so by step time all ranks look alike.
+    """Finds slow ranks. By step time all ranks look alike, so each is timed at what it does alone.
 
-    Each rank is therefore timed at what it does alone: a matmul of fixed size (a hot GPU, a host with other work), and
-    reading its batches (a slow disk).
+    That is a matmul of fixed size (a hot GPU, a host with other work), and reading its batches (a slow disk).
     """
 
     def __init__(self, ranks: Ranks, batches: Batches, dtype: torch.dtype):
@@ -256,7 +252,7 @@ class Stragglers:
         step_seconds = (time.monotonic() - last_time) / (step - last_step)
         seconds = time_matmul(self.ranks.device, self.dtype, self.size, self.repeats)
         pause = seconds * (self.repeats + 1) / PROBE_SHARE / step_seconds  # in steps; one more repeat warms up
-        values = self.ranks.gather([1e3 * seconds * self.repeats, self.batches.mean_ms(), pause])
+        values = self.ranks.share([1e3 * seconds * self.repeats, self.batches.mean_ms(), pause])
         self.history = [*self.history, values][-PROBE_HISTORY:]
         self.next_step = step + math.ceil(values[0][-1])  # rank 0's, so that all ranks measure at the same step
         self.measured = step, time.monotonic()

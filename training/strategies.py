@@ -85,10 +85,9 @@ def model_state_bytes(
 ) -> ModelState:
     """(2 + 2 + K) bytes per parameter, K = 12, divided as the stage says (ZeRO, arXiv:1910.02054, section 3.1).
 
-    strategy: any name that begins with single, ddp, fsdp, or zero and a stage. ranks: those that share one copy.
-    In fp32 and under autocast (stage 0 and FSDP2), parameters and gradients take 4 bytes each and Adam's moments 8;
-    DeepSpeed keeps its own fp32 copy of the parameters, 4 more. fp32_accumulation: gradients are accumulated in 4
-    bytes, which stage 1 keeps in addition to its 2.
+    ranks: those that share one copy. In fp32 and under autocast (stage 0 and FSDP2), parameters and gradients take 4
+    bytes each and Adam's moments 8; DeepSpeed's own fp32 copy of the parameters takes 4 more. fp32_accumulation:
+    gradients are accumulated in 4 bytes, which stage 1 keeps in addition to its 2.
     """
     zero = strategy.startswith("zero")
     stage = int(strategy[4]) if zero else 3 if strategy.startswith("fsdp") else 0
