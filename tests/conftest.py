@@ -77,7 +77,8 @@ def copy(tmp_path) -> Path:
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     folder = tmp_path / "copy"
     for name in names:
-        if not name.startswith(("tests/", "results/", "docs/")) and (ROOT / name).is_file():
+        needed = not name.startswith(("tests/", "results/", "docs/")) or name == "tests/acceptance.py"
+        if needed and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     return folder

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests import acceptance as accept
+from tests.acceptance import Acceptance, Stage
 from tests.running import ROOT, command, message, run, start_process, started_with
-from tools import accept
-from tools.accept import Acceptance, Stage
 from training.errors import UserError
 
 PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}

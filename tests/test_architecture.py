@@ -27,7 +27,7 @@ README_LINES = 220
 BUILDERS = (
     "train_deepspeed.py",
     "hf_trainer.py",
-    "benchmark_bare.py",
+    "bare_loop.py",
     "deepspeed_muon.py",
     "deepspeed_pipeline.py",
 )  # others start no engine and wrap no model

@@ -53,7 +53,7 @@ PEER_KEYS = """gradient_accumulation_steps batch_size block_size n_layer n_head 
 
 
 def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[str], bare: bool = False) -> Case:
-    """launcher: for several ranks; arguments: for the train scripts. bare: by tools.benchmark_bare instead of them."""
+    """launcher: for several ranks; arguments: for the train scripts. bare: by tests.bare_loop instead of them."""
     strategy, ranks = find_strategy(name), 1 if name == "single" else ranks
     if bare and not re.fullmatch("single|ddp|fsdp|zero[0-3]", name):
         raise UserError(f"--bare: has no loop for {name}; use single, ddp, fsdp or zero0 to zero3")
@@ -62,7 +62,7 @@ def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[st
         plain = PlainTrainConfig.__dataclass_fields__
         arguments = [a for a in arguments if not a.startswith("--") or a[2:].partition("=")[0] in plain]
     launcher = ["-m", "launch.ranks", "1"] if ranks == 1 else launcher
-    script = ["-m", "tools.benchmark_bare", name] if bare else [strategy.script]
+    script = ["-m", "tests.bare_loop", name] if bare else [strategy.script]
     case_name = f"bare {name}" if bare else name
     return Case(case_name, ranks, [sys.executable, *launcher], [*script, *arguments, *own], ours=not bare)
 

@@ -1,6 +1,6 @@
 """A training loop with nothing around it, which tools.benchmark --bare times beside this code's.
 
-    python -m launch.ranks 2 -m tools.benchmark_bare zero2 config/train_debug.py --steps=30
+    python -m launch.ranks 2 -m tests.bare_loop zero2 config/train_debug.py --steps=30
 
 The same model, settings, optimizer and DeepSpeed JSON, with nanoGPT's way of reading batches, and a line for each step
 as nanoGPT prints it; no checks, other logs or checkpoints.
