@@ -172,19 +172,12 @@ class MLP(nn.Module):
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
-class Router(nn.Module):
-    """Scores of the experts for each token, (N, C) -> (N, n_expert)."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.gate = Linear(config.n_embd, config.n_expert, bias=False)
+class Router(nn.ModuleDict):
+    """Has `gate`, which scores the experts, (N, C) -> (N, n_expert). DeepSpeed's router has the same names."""
 
     @property
-    def weight(self) -> Tensor:  # where DeepSpeed's expert parallelism looks for it
-        return self.gate.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gate(x)
+    def weight(self) -> Tensor:
+        return self["gate"].weight  # type: ignore[return-value]
 
 
 class Experts(nn.Module):
@@ -208,11 +201,12 @@ class MoE(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.router, self.experts, self.n_active = Router(config), Experts(config), config.n_active
+        self.router = Router({"gate": Linear(config.n_embd, config.n_expert, bias=False)})
+        self.experts, self.n_active = Experts(config), config.n_active
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)
-        scores = self.router(tokens)
+        scores = self.router["gate"](tokens)
         weights, chosen = F.softmax(scores.float(), dim=-1).topk(self.n_active)  # (N, n_active)
         weights = weights / weights.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)

@@ -86,8 +86,7 @@ class Trainer:
         """One parameter at a time; DeepSpeed distributes a partitioned one from the first rank."""
         for name, parameter in self.model.named_parameters():
             with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):  # no effect below ZeRO-3
-                first = self.ranks.rank < self.ranks.layout.tensor
-                if first or not hasattr(parameter, "ds_id"):  # ds_id: it is partitioned
+                if self.ranks.rank < self.ranks.layout.tensor or not hasattr(parameter, "ds_id"):  # ds_id: partitioned
                     parameter.copy_(init.value(name, parameter.shape, self.cfg.seed))
 
     def wrap(self, config: Json, model_config: GPTConfig) -> None:

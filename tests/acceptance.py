@@ -28,7 +28,7 @@ from training.config import ROOT, parse
 from training.errors import UserError
 from training.figures import read_run
 from training.gpus import find_device
-from training.metrics import summarize
+from training.speed import summarize
 from training.strategies import find_strategy
 
 TINY = " --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --compile=False"  # sizes on CPUs

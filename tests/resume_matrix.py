@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tests.running import ROOT, TINY, losses, run, strategy_settings
 from tests.words import words
-from training import checkpoint
+from training import model_state
 from training.checkpoint import Checkpoints, Saver
 from training.distributed import SINGLE_PROCESS
 from training.run_folder import environment
@@ -81,12 +81,12 @@ class Matrix:
     def forgotten(self) -> Cell:
         """One process goes on without its moments."""
         path, about = Checkpoints(str(self.folder(SINGLE) / "half")).newest()
-        state = checkpoint.read_torch_file(path / "optimizer.pt")
+        state = model_state.read_torch_file(path / "optimizer.pt")
         for moments in state["optimizer"].values():
             moments |= {kind: torch.zeros_like(value) for kind, value in moments.items()}
         forgotten = Checkpoints(str(self.folder(SINGLE) / "forgotten"))
         with Saver(forgotten).writing({**about, "files": {}, "crc32": {}}, best=False) as written:
-            written.write("model.pt", checkpoint.read_torch_file(path / "model.pt"))
+            written.write("model.pt", model_state.read_torch_file(path / "model.pt"))
             written.write("optimizer.pt", state)
         shutil.copy(self.folder(SINGLE) / "half" / "metrics.jsonl", forgotten.out_dir)
         return self.cell(SINGLE, SINGLE, {"single": SINGLE}, "forgotten")

@@ -7,7 +7,7 @@ import pytest
 from tools import benchmark_probe, benchmark_report
 from tools.benchmark import explain, strategy_case
 from tools.benchmark_report import Case
-from training.metrics import summarize
+from training.speed import summarize
 
 STEPS: list[dict[str, Any]] = [
     {"step": n, "loss": 5 - n / 10, "grad_norm": 1.0, "mfu": None, "peak_memory_bytes": 9} for n in range(6)

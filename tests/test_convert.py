@@ -13,8 +13,9 @@ from tests.checkpoints import BYTES, SMALL, STEPS, assert_same, nanogpt_file, ru
 from tests.running import difference, run, train, zero_json
 from tools.convert import WRITERS, compare_tensors, convert
 from tools.convert_read import open_source
-from training.checkpoint import Checkpoints, read_torch_file
+from training.checkpoint import Checkpoints
 from training.errors import UserError
+from training.model_state import read_torch_file
 
 WEIGHTS_ONLY = ("safetensors", "hf")
 

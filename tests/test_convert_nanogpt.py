@@ -19,10 +19,10 @@ from tests.running import losses, train, zero_json
 from tools.convert import convert
 from tools.convert_read import open_source
 from training.batches import Batches
-from training.checkpoint import Checkpoints, read_torch_file
+from training.checkpoint import Checkpoints
 from training.config import TrainConfig
 from training.distributed import SINGLE_PROCESS
-from training.model_state import open_state
+from training.model_state import open_state, read_torch_file
 
 NANOGPT = Path(os.environ.get("NANOGPT") or "nowhere")
 pytestmark = pytest.mark.skipif(not (NANOGPT / "model.py").is_file(), reason="NANOGPT names no checkout of nanoGPT")

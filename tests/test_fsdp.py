@@ -8,7 +8,7 @@ import torch
 
 from tests.checkpoints import weights
 from tests.running import TINY, difference, losses, message, run, train, zero_json
-from training import checkpoint
+from training import model_state
 from training.checkpoint import Checkpoints
 from training.model_state import open_state
 
@@ -66,7 +66,7 @@ def test_bf16_stays_near_ddp(tmp_path, data):
     train(fsdp, data, ranks=2, **settings)
     assert 0 < difference(ddp, fsdp) < 0.02
     newest = Checkpoints(str(fsdp)).intact()[-1] / "shard_0000.pt"
-    assert {tensor.dtype for tensor in checkpoint.read_torch_file(newest)["weight"].values()} == {torch.float32}
+    assert {tensor.dtype for tensor in model_state.read_torch_file(newest)["weight"].values()} == {torch.float32}
 
 
 def test_what_fsdp_cannot_do_is_said(tmp_path, data):

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model import GPT, GPTConfig
 from tests.checkpoints import greedy
 from tests.running import TINY, difference, losses, message, run, train, zero_json
-from training import checkpoint, pretrained
+from training import model_state, pretrained
 from training.config import TrainConfig, parse
 from training.errors import UserError
 
@@ -63,7 +63,7 @@ def test_an_older_file_with_masks_works_too(gpt2, tmp_path):
 def test_fine_tuning_starts_at_the_weights_with_a_shorter_context(gpt2, data, tmp_path):
     folder, theirs = gpt2
     train(tmp_path, data, init_from=folder, block_size=32, max_iters=2, learning_rate=1e-9)
-    saved = checkpoint.read_torch_file(tmp_path / "checkpoints" / "step_000002" / "model.pt")
+    saved = model_state.read_torch_file(tmp_path / "checkpoints" / "step_000002" / "model.pt")
     assert saved["transformer.wpe.weight"].shape == (32, 32)
     torch.testing.assert_close(saved["transformer.wte.weight"], theirs.transformer.wte.weight, rtol=0, atol=1e-6)
     output = train(tmp_path, data, init_from="resume", block_size=32, max_iters=3)

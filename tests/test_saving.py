@@ -10,7 +10,7 @@ import torch
 
 from tests.checkpoints import metadata
 from tests.running import TINY, command, difference, message, rows, run, start_process, train, wait_for_step, zero_json
-from training import checkpoint
+from training import model_state
 from training.checkpoint import Checkpoints, Saver, find_corruption, find_damage, read_metadata
 from training.errors import CheckpointError
 from training.model_state import open_state
@@ -54,7 +54,7 @@ def test_a_copy_is_written_not_what_became_of_it(tmp_path):
         weights += 1
     saver.wait(last=True)
     for step, path in enumerate(Checkpoints(str(tmp_path)).intact(), 2):
-        found = checkpoint.read_torch_file(path / "model.pt")
+        found = model_state.read_torch_file(path / "model.pt")
         assert torch.equal(found["weights"], torch.full((2**22,), step - 1.0))
         assert found["tied"].data_ptr() == found["weights"].data_ptr()  # written once
 

@@ -24,8 +24,9 @@ from tests.running import (
     zero_json,
 )
 from tests.test_changes import LION
-from training.checkpoint import Checkpoints, read_torch_file
+from training.checkpoint import Checkpoints
 from training.deepspeed_layout import STAND_INS, StandIn
+from training.model_state import read_torch_file
 
 SHORT: dict[str, Any] = {"max_iters": 6, "lr_decay_iters": 6, "warmup_iters": 2, "gradient_accumulation_steps": 4}
 SHORT["log_interval"] = 1

@@ -34,8 +34,9 @@ from training.deepspeed_config import DeepSpeedTrainConfig
 from training.distributed import run
 from training.errors import UserError
 from training.figures import read_rows
-from training.metrics import WARM_UP_STEPS, summarize
+from training.metrics import WARM_UP_STEPS
 from training.run_folder import OUT_OF_MEMORY
+from training.speed import summarize
 from training.strategies import find_strategy, strategies
 
 # Settings of --compare: correct strategies then differ by rounding only. The learning rate is small, because unstable

@@ -5,7 +5,6 @@ out_dir/latest, out_dir/best        text: step_000500
 """
 
 import copy
-import fnmatch
 import json
 import os
 import re
@@ -281,24 +280,6 @@ def checksum(path: Path) -> Checksum:
         while chunk := file.read(2**24):
             crc = zlib.crc32(chunk, crc)
         return file.tell(), f"{crc:08x}"
-
-
-def find_file(folder: Path, metadata: dict[str, Any], pattern: str) -> Path:
-    """The first file of a checkpoint that matches, of those that its checkpoint.json lists: others are never read."""
-    if not (names := fnmatch.filter(metadata["files"], pattern)):
-        raise CheckpointError(f"{folder}: {METADATA} lists no {pattern}; use another checkpoint")
-    return folder / min(names)
-
-
-def read_torch_file(path: Path, mmap: bool = True) -> Any:
-    """Read a torch.save file to the CPU; runs no code in it. Raises CheckpointError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # unpickling arbitrary bytes raises anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it contains {unsafe[1]}; only tensors and plain data are loaded"
-        raise CheckpointError(f"{path} cannot be read: {reason}") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -169,45 +169,17 @@ class TrainConfig(Settings):
             yield "benchmark", "cannot resume a run; remove --init_from=resume and --resume"
         if self.n_head > 0 and self.n_embd > 0:
             yield from self.head_problems()
-        if self.n_expert:
-            yield from self.expert_problems()
-        if problems := list(self.layout_problems()):
-            yield from problems
-            return
+        if self.n_expert or self.layout() != Layout():
+            from training import layout  # most runs do without it
+
+            if problems := list(layout.problems(self)):
+                yield from problems
+                return
         ranks, micro_steps = self.layout().data(world_size()), self.gradient_accumulation_steps
         if micro_steps > 0 and micro_steps % ranks:
             multiples = " or ".join(str(n * ranks) for n in (micro_steps // ranks, micro_steps // ranks + 1) if n)
             name = "ranks" if ranks == world_size() else "data-parallel ranks"
             yield "gradient_accumulation_steps", f"must be divisible by the number of {name}, {ranks}; set {multiples}"
-
-    def expert_problems(self) -> Iterator[Problem]:
-        if self.mlp != "swiglu" or self.bias:
-            yield "n_expert", "experts are SwiGLU MLPs without biases; set --mlp=swiglu --bias=False"
-        if self.n_active > self.n_expert:
-            yield "n_active", f"must be at most n_expert = {self.n_expert}"
-        if self.optimizer == "muon":
-            yield "optimizer", "experts are stacks of matrices, which Muon does not know; set --optimizer=adamw"
-
-    def layout_problems(self) -> Iterator[Problem]:
-        """The rules that do not depend on the strategy."""
-        layout, ranks = self.layout(), world_size()
-        split = {f"{name}_parallel": size for name, size in vars(layout).items() if size != 1}
-        names, product = " x ".join(split), math.prod(size for name, size in split.items() if name[0] != "e")
-        if not split:
-            return
-        if min(split.values()) < 1 or ranks % product:
-            near = max(n for n in range(1, ranks + 1) if ranks % n == 0 and n <= max(1, product))
-            yield next(iter(split)), f"{names} = {product}: must divide the number of ranks, {ranks}, as {near} does"
-        elif ranks // layout.pipeline % layout.expert:
-            yield "expert_parallel", f"must divide the {ranks // layout.pipeline} ranks of a pipeline stage"
-        heads = layout.tensor * layout.sequence
-        for name in ("n_kv_head", "n_head"):
-            if getattr(self, name) % heads:
-                yield name, f"must be divisible by tensor_parallel x sequence_parallel = {heads}"
-        if self.block_size % layout.sequence:
-            yield "block_size", f"must be divisible by sequence_parallel = {layout.sequence}"
-        if self.dropout:
-            yield "dropout", f"must be 0 with {names}: ranks that share a sequence would draw other masks than one rank"
 
     def head_problems(self) -> Iterator[Problem]:
         if self.n_embd % self.n_head and not self.head_size:

@@ -12,10 +12,21 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from model import GPTConfig
-from training.checkpoint import find_file, read_metadata, read_torch_file
+from training.checkpoint import read_metadata
 from training.distributed import Layout, Ranks
 from training.fsdp import WEIGHT
-from training.model_state import MOMENTUM_BUFFER, TIED, SavedState, find_step, fresh_state, from_whole, moments, reading
+from training.model_state import (
+    MOMENTUM_BUFFER,
+    TIED,
+    SavedState,
+    find_file,
+    find_step,
+    fresh_state,
+    from_whole,
+    moments,
+    read_torch_file,
+    reading,
+)
 
 # Part of a parameter in a rank's flat partition: (name, first element in the parameter, in the partition, elements)
 Slice = tuple[str, int, int, int]

@@ -95,8 +95,6 @@ def check(cfg: TrainConfig, ranks: Ranks, config: GPTConfig, stage: int) -> Iter
     if layout.pipeline > 1 and cfg.eval_iters % ranks.data_size:
         rule = f"with {pipeline}, must be divisible by the number of data-parallel ranks, {ranks.data_size}"
         yield f"eval_iters = {cfg.eval_iters}: {rule}"
-    if layout.expert > 1 and config.n_expert % layout.expert:
-        yield f"expert_parallel = {layout.expert}: must divide n_expert = {config.n_expert}"
     if layout.expert > 1 and layout.tensor > 1 and stage < 3:
         yield f"expert_parallel = {layout.expert}: with tensor_parallel, needs ZeRO stage 3, stage is {stage}"
     if config.n_expert and layout.pipeline > 1 and cfg.expert_balance:

@@ -87,14 +87,6 @@ class Layout:
         """The number of ranks with batches of their own."""
         return world_size // (self.tensor * self.sequence * self.pipeline)
 
-    def describe(self, world_size: int) -> str:
-        """ "8 ranks = 2 pipeline x 2 data x 2 tensor"."""
-        sizes = {"pipeline": self.pipeline, "data": self.data(world_size)}
-        sizes |= {"sequence": self.sequence, "tensor": self.tensor}
-        factors = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
-        experts = f", experts on {self.expert} of them" if self.expert > 1 else ""
-        return f"{world_size} ranks = {factors}{experts}"
-
 
 @dataclass(frozen=True)
 class Ranks:

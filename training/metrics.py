@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -163,20 +162,11 @@ class Metrics:
             plot_losses(figure.add_subplot(), [self.path.parent])
             figure.savefig(self.path.with_name("loss.png"))
             if self.cfg.benchmark:
-                self.say_speed()
+                from training.speed import summarize_benchmark
+
+                self.say(summarize_benchmark(self.path))
             elif self.first_step + self.steps >= self.end:
                 self.say_end(best_val_loss)
-
-    def say_speed(self) -> None:
-        """Write speed.json, and print its main numbers."""
-        speed = summarize([row for _, row in read_rows(self.path) if row["kind"] == "train"])
-        write_text(self.path.with_name("speed.json"), json.dumps(speed, indent=1) + "\n")
-        mfu = "unknown" if speed["mfu"] is None else f"{speed['mfu']:.1%}"
-        self.say(
-            f"{speed['steps_timed']} steps timed: median {speed['step_ms']:,.1f} ms ({speed['fastest_ms']:,.1f} to "
-            f"{speed['slowest_ms']:,.1f}), {speed['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, "
-            f"peak memory of rank 0 {speed['peak_memory_bytes'] / 1e9:,.2f} GB"
-        )
 
     def say_end(self, best_val_loss: float) -> None:
         out, step = self.cfg.out_dir, self.first_step + self.steps
@@ -189,21 +179,6 @@ class Metrics:
         self.say(f"{text}; everything is in {out}, the loss curve in {self.path.with_name('loss.png')}")
         self.say(f"  sample:   python sample.py --out_dir={out}")
         self.say(f"  continue: {script} --init_from=resume --out_dir={out} --max_iters={2 * step}")
-
-
-def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of the timed train rows: tokens/s are those of all ranks, bytes of rank 0; mfu is None where unknown."""
-    timed = [row for row in rows if row["step_ms"]]  # a row is the mean of the steps since the row before
-    times = [row["step_ms"] for row in timed]
-    return {
-        "steps_timed": timed[-1]["step"] - rows[0]["step"] + 1 - WARM_UP_STEPS,
-        "step_ms": median(times),
-        "tokens_per_second": median(row["tokens_per_second"] for row in timed),
-        "fastest_ms": min(times),
-        "slowest_ms": max(times),
-        "mfu": timed[0]["mfu"] and median(row["mfu"] for row in timed),
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
-    }
 
 
 def abbreviate(number: float) -> str:
@@ -225,8 +200,9 @@ def start_line(cfg: TrainConfig, ranks: Ranks, init: InitState, dtype: torch.dty
     where = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else str(ranks.device)
     data_ranks, layout = count(ranks.data_size, "rank"), ""
     if ranks.layout != Layout():
-        data_ranks = count(ranks.data_size, "data-parallel rank")
-        layout = f"; {ranks.layout.describe(ranks.world_size)}"
+        from training.layout import describe
+
+        data_ranks, layout = count(ranks.data_size, "data-parallel rank"), f"; {describe(ranks)}"
     return (
         f"{init.model.parameter_count():,} parameters on {where}, {str(dtype).removeprefix('torch.')}{layout}; "
         f"{accumulation * sequences * length:,} tokens per step = {data_ranks} x "

@@ -3,10 +3,12 @@
 Files are memory-mapped, and a rank reads only the parts it needs, so it never holds more than its own share.
 """
 
+import fnmatch
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from data.dataset import Dataset
 from model import GPT, GPTConfig
-from training.checkpoint import find_file, read_metadata, read_torch_file
+from training.checkpoint import METADATA, read_metadata
+from training.config import TrainConfig
 from training.distributed import Ranks
 from training.errors import CheckpointError, count
 from training.fsdp import WEIGHT, local_part
+from training.init import InitState
 
 TIED = "lm_head.weight"  # the same parameter as the embedding
 MOMENTUM_BUFFER = "momentum_buffer"  # Muon's state of a parameter
@@ -101,6 +106,49 @@ def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
         weights, state = (read_torch_file(find_file(folder, metadata, f"{n}.pt")) for n in ("model", "optimizer"))
         saved = from_whole(folder, weights, state["optimizer"], state["scaler"])
     return check_parameters(saved, GPTConfig(**metadata["model"]))
+
+
+def init_from_checkpoint(cfg: TrainConfig, folder: Path, metadata: dict[str, Any], dataset: Dataset) -> InitState:
+    """Raises CheckpointError where the checkpoint does not fit the data set or the settings."""
+    saved, current, ids = metadata["tokenizer"], dataset.tokenizer.describe(), metadata["vocab_size"]
+    if saved != current:
+        raise CheckpointError(
+            f"{folder} was trained with tokenizer {saved['name']!r} ({ids} ids), which is not that of "
+            f"dataset = {cfg.dataset!r} ({current['name']!r}, {dataset.vocab_size} ids); use the run's own data set"
+        )
+    if (optimizer := metadata.get("optimizer", cfg.optimizer)) != cfg.optimizer:
+        rule = f"holds the state of {optimizer}, but optimizer = {cfg.optimizer!r}"
+        raise CheckpointError(f"{folder} {rule}; resume with --optimizer={optimizer}")
+    model = GPTConfig(**metadata["model"])
+    own: dict[str, Any] = {"dropout": cfg.dropout, "activation_checkpointing": cfg.activation_checkpointing}
+    # a run that started from pretrained weights has their shape, whatever the settings say
+    wanted, keys = cfg.model_config(dataset.vocab_size), ["block_size"]
+    if metadata["init_from"] == "scratch":
+        keys = [k for k in asdict(model).keys() & vars(cfg).keys() if k not in own]
+    if different := [k for k in sorted(keys) if getattr(wanted, k) != getattr(model, k)]:
+        fixes = [f"--{k}={getattr(model, k)} (not {getattr(wanted, k)})" for k in different]
+        raise CheckpointError(f"{folder} is of another model; resume it with {', '.join(fixes)}")
+    kept: dict[str, Any] = {key: metadata[key] for key in ("init_from", "step", "best_val_loss")}
+    evaluated = metadata.get("evaluated", True)
+    return InitState(model=replace(model, **own), checkpoint=folder, evaluated=evaluated, **kept)
+
+
+def find_file(folder: Path, metadata: dict[str, Any], pattern: str) -> Path:
+    """The first file of a checkpoint that matches, of those that its checkpoint.json lists: others are never read."""
+    if not (names := fnmatch.filter(metadata["files"], pattern)):
+        raise CheckpointError(f"{folder}: {METADATA} lists no {pattern}; use another checkpoint")
+    return folder / min(names)
+
+
+def read_torch_file(path: Path, mmap: bool = True) -> Any:
+    """Read a torch.save file to the CPU; runs no code in it. Raises CheckpointError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # unpickling arbitrary bytes raises anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it contains {unsafe[1]}; only tensors and plain data are loaded"
+        raise CheckpointError(f"{path} cannot be read: {reason}") from None
 
 
 @contextmanager

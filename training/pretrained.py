@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import GPTConfig
-from training.checkpoint import read_torch_file
 from training.config import TrainConfig
 from training.errors import CheckpointError, ConfigError, UserError
 from training.families import from_huggingface, is_gpt2, is_transposed, their_parameters
-from training.model_state import TIED, WEIGHT, SavedState, check_parameters, model_shapes
+from training.model_state import TIED, WEIGHT, SavedState, check_parameters, model_shapes, read_torch_file
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
