@@ -376,8 +376,8 @@ def initial_value(name: str, shape: torch.Size, config: GPTConfig, seed: int) ->
     module, kind = ["", *name.split(".")][-2:]
     stds = dict.fromkeys(("wte", "wpe", "lm_head", "c_attn", "c_fc", "gate", "w1", "w3"), 0.02)
     stds |= dict.fromkeys(("c_proj", "w2"), 0.02 / math.sqrt(2 * config.n_layer))  # Radford et al., 2019, section 2.3
-    matrix = kind if module == "experts" else module
-    if matrix in stds and kind != "bias":
+    matrix = kind if module == "experts" else module if kind == "weight" else ""
+    if matrix in stds:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         return torch.normal(0.0, stds[matrix], shape, generator=generator)
     norms = ("ln_1", "ln_2", "ln_f", "q_norm", "k_norm")

@@ -126,9 +126,9 @@ def test_help_whose_reader_has_gone_ends_without_a_traceback(script):
 
 
 ABOVE_0 = "eval_interval eval_iters log_interval keep_checkpoints gradient_accumulation_steps batch_size block_size"
-ABOVE_0 += " n_layer n_head n_embd learning_rate muon_lr max_iters steps"
+ABOVE_0 += " n_layer n_head n_embd n_active learning_rate muon_lr max_iters steps sequence_parallel"
 FROM_0 = "weight_decay grad_clip warmup_iters lr_decay_iters min_lr seed max_minutes hang_minutes"
-FROM_0 += " n_hidden n_kv_head head_size rope_theta"
+FROM_0 += " n_hidden n_kv_head head_size rope_theta n_expert expert_balance"
 RANGES = {
     **dict.fromkeys(ABOVE_0.split(), ("0", "must be above 0")),
     **dict.fromkeys(FROM_0.split(), ("-1", "must not be negative")),

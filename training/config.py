@@ -169,7 +169,7 @@ class TrainConfig(Settings):
             yield "benchmark", "cannot resume a run; remove --init_from=resume and --resume"
         if self.n_head > 0 and self.n_embd > 0:
             yield from self.head_problems()
-        if self.n_expert or self.layout() != Layout():
+        if self.n_expert > 0 or self.layout() != Layout():
             from training import layout  # most runs do without it
 
             if problems := list(layout.problems(self)):

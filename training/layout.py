@@ -1,6 +1,5 @@
 """Rules and words of the ways to split a model over ranks, and of experts; only runs that use them import it."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +11,11 @@ def problems(cfg: Any) -> Iterator[tuple[str, str]]:
     """Rules that do not depend on the ZeRO stage. cfg: TrainConfig, which imports this module."""
     layout, ranks = cfg.layout(), world_size()
     sizes = {f"{name}_parallel": size for name, size in vars(layout).items() if size != 1}
-    names, product = " x ".join(sizes), math.prod(sizes.values()) // layout.expert
-    if min(sizes.values(), default=1) < 1 or ranks % product:
+    names, product = " x ".join(sizes), layout.tensor * layout.sequence * layout.pipeline
+    if negative := [name for name, size in sizes.items() if size < 1]:
+        yield from ((name, "must be above 0") for name in negative)
+        return
+    if ranks % product:
         near = max(n for n in range(1, ranks + 1) if ranks % n == 0 and n <= max(1, product))
         yield next(iter(sizes)), f"{names} = {product}: must divide the number of ranks, {ranks}, as {near} does"
     elif ranks // layout.pipeline % layout.expert:
