@@ -35,7 +35,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"pipeline": {"stages": 2}},
-        "pipeline: not supported, as this code has data parallelism only (use ZeRO-3); remove",
+        "pipeline: not supported, as it follows from the model (set --pipeline_parallel=N); remove",
     ),
     (
         {"checkpoint": {"load_universal": True, "tag_validation": "Fail", "use_node_local_storage": False}},
