@@ -1,5 +1,6 @@
 """Tensor, pipeline, sequence and expert parallelism: the losses of one process, whatever layout goes on from which."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,11 @@ import pytest
 
 from tests.running import difference, losses, train, zero_json
 from training.checkpoint import Checkpoints, read_metadata
-from training.distributed import Layout
+from training.config import parse
+from training.deepspeed_config import DeepSpeedTrainConfig
+from training.deepspeed_parallel import check
+from training.distributed import SINGLE_PROCESS, Layout
+from training.errors import ConfigError
 
 SHAPE = {"n_layer": 4, "n_head": 8, "n_embd": 32}
 RUN: dict[str, Any] = {"gradient_accumulation_steps": 4, "lr_decay_iters": 30, "log_interval": 1, **SHAPE}
@@ -50,3 +55,63 @@ def test_any_layout_goes_on_from_any_other(tmp_path, data, chain, model):
         assert read_metadata(Checkpoints(str(folder)).newest()[0])["layout"] == vars(Layout(**layout))
     assert len(losses(folder)) == 3 * len(chain)
     assert difference(whole, folder) <= 1e-5 and difference(whole, folder, "grad_norm") <= 1e-5
+
+
+SWIGLU = "--mlp=swiglu --bias=False --n_expert=4"
+REFUSED = {  # on 4 ranks
+    "--tensor_parallel=3": "must divide the number of ranks, 4, as 2 does",
+    "--tensor_parallel=0": "must be above 0",
+    "--tensor_parallel=4 --pipeline_parallel=2": "tensor_parallel x pipeline_parallel = 8 must divide the number",
+    "--tensor_parallel=4 --n_head=6 --n_embd=384": "must be divisible by tensor_parallel x sequence_parallel = 4",
+    "--sequence_parallel=2 --n_kv_head=1": "must be divisible by tensor_parallel x sequence_parallel = 2",
+    "--sequence_parallel=2 --block_size=33": "must be divisible by sequence_parallel = 2",
+    "--pipeline_parallel=2 --dropout=0.1": "must be 0 with pipeline_parallel: ranks that share a sequence would draw",
+    "--expert_parallel=2": "needs a model with experts; set --n_expert",
+    f"--expert_parallel=4 {SWIGLU} --n_expert=6": "must divide n_expert = 6",
+    f"--expert_parallel=4 --pipeline_parallel=2 {SWIGLU}": "must divide the 2 ranks of a pipeline stage",
+    "--n_expert=4": "experts are SwiGLU MLPs without biases; set --mlp=swiglu --bias=False",
+    f"{SWIGLU} --n_active=5": "must be at most n_expert = 4",
+    f"{SWIGLU} --optimizer=muon": "experts are stacks of matrices, which Muon does not know; set --optimizer=adamw",
+}
+REFUSED_BY_STAGE = [  # also on 4 ranks
+    ("--tensor_parallel=2", 0, "tensor_parallel = 2: needs ZeRO stage 1 or higher"),
+    ("--pipeline_parallel=2", 2, "pipeline_parallel = 2: needs ZeRO stage 1, stage is 2"),
+    ("--pipeline_parallel=4 --n_layer=3", 1, "pipeline_parallel = 4: needs as many blocks, n_layer = 3"),
+    ("--pipeline_parallel=2 --eval_iters=3", 1, "eval_iters = 3: with pipeline_parallel = 2, must be divisible"),
+    ("--tensor_parallel=2 --optimizer=muon", 1, "tensor_parallel = 2: Muon needs whole matrices"),
+    (
+        f"--expert_parallel=2 --tensor_parallel=2 {SWIGLU}",
+        2,
+        "expert_parallel = 2: with tensor_parallel, needs ZeRO stage 3",
+    ),
+    (
+        f"--expert_parallel=2 --pipeline_parallel=2 {SWIGLU}",
+        1,
+        "expert_balance = 0.01: with pipeline_parallel = 2, must be 0",
+    ),
+]
+
+
+@pytest.fixture
+def four_ranks(monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def settings(words: str) -> DeepSpeedTrainConfig:
+    return parse(DeepSpeedTrainConfig, ["--dropout=0.0", *words.split()], "")
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_layout_that_cannot_be_is_refused(four_ranks, words):
+    with pytest.raises(ConfigError) as refusal:
+        settings(words)
+    assert str(refusal.value).startswith("1 problem") and REFUSED[words] in str(refusal.value)
+
+
+@pytest.mark.parametrize("words, stage, expected", REFUSED_BY_STAGE)
+def test_a_layout_that_deepspeed_would_train_wrongly_is_refused(four_ranks, words, stage, expected):
+    cfg = settings(words)
+    ranks = replace(SINGLE_PROCESS, world_size=4, layout=cfg.layout())
+    (problem,) = check(cfg, ranks, cfg.model_config(257), stage)
+    assert problem.startswith(expected)

@@ -17,8 +17,10 @@ def problems(cfg: Any) -> Iterator[tuple[str, str]]:
         return
     if ranks % product:
         near = max(n for n in range(1, ranks + 1) if ranks % n == 0 and n <= max(1, product))
-        yield next(iter(sizes)), f"{names} = {product}: must divide the number of ranks, {ranks}, as {near} does"
-    elif ranks // layout.pipeline % layout.expert:
+        together = f"{names} = {product} " if len(sizes) > 1 else ""
+        yield next(iter(sizes)), f"{together}must divide the number of ranks, {ranks}, as {near} does"
+        return
+    if ranks // layout.pipeline % layout.expert:
         yield "expert_parallel", f"must divide the {ranks // layout.pipeline} ranks of a pipeline stage"
     heads = layout.tensor * layout.sequence
     for name in ("n_kv_head", "n_head"):
@@ -28,7 +30,9 @@ def problems(cfg: Any) -> Iterator[tuple[str, str]]:
         yield "block_size", f"must be divisible by sequence_parallel = {layout.sequence}"
     if cfg.dropout and sizes:
         yield "dropout", f"must be 0 with {names}: ranks that share a sequence would draw other masks than one rank"
-    if cfg.n_expert % layout.expert or (layout.expert > 1 and not cfg.n_expert):
+    if layout.expert > 1 and not cfg.n_expert:
+        yield "expert_parallel", "needs a model with experts; set --n_expert"
+    elif cfg.n_expert % layout.expert:
         yield "expert_parallel", f"must divide n_expert = {cfg.n_expert}"
     if cfg.n_expert and (cfg.mlp != "swiglu" or cfg.bias):
         yield "n_expert", "experts are SwiGLU MLPs without biases; set --mlp=swiglu --bias=False"
