@@ -45,7 +45,7 @@ class Trainer:
         with torch.device("meta") if self.strategy == "fsdp" else ranks.device:
             self.model = GPT(init.model)
         if cfg.sequence_parallel > 1:
-            from training.ulysses import split_sequences
+            from training.parallel import split_sequences
 
             split_sequences(self.model, cfg.block_size, ranks)
         if cfg.compile:  # in place: parameter names stay the same
@@ -67,7 +67,7 @@ class Trainer:
             self.load(init.checkpoint)
         self.balance: Any = None
         if cfg.n_expert and cfg.expert_balance:
-            from training.experts import Balance
+            from training.parallel import Balance
 
             self.balance = Balance(self.model, init.model, cfg.expert_balance)
 

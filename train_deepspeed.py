@@ -99,7 +99,7 @@ class Trainer:
         )
         deepspeed_engine.keep_norm(self.engine)
         if self.cfg.n_expert and self.cfg.expert_balance:
-            from training.experts import Balance
+            from training.parallel import Balance
 
             self.balance = Balance(self.model, model_config, self.cfg.expert_balance)
         if self.cfg.compile:  # the JSON's "compile" block is for DeepSpeed's own compiler

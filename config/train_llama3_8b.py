@@ -1,7 +1,5 @@
 # The shape of Llama 3 8B (Dubey et al., arXiv:2407.21783): 8.0B parameters, from random weights.
-#   ./launch_fsdp.sh 8 config/train_llama3_8b.py
-#   ./launch_deepspeed_zero3.sh 8 config/train_llama3_8b.py
-#   ./launch_deepspeed_zero3_offload.sh 8 config/train_llama3_8b.py
+#   ./launch_fsdp.sh 8 config/train_llama3_8b.py    or ./launch_deepspeed_zero3.sh, ./launch_deepspeed_zero3_offload.sh
 # python -m tools.plan config/train_llama3_8b.py --vocab_size=128256 --device=H100 --gpus=8
 # Predicted for 8 H100: FSDP2 74 GB each and 68,000 tokens/s, ZeRO-3 74 and 68,000, offloaded 56 and 41,000.
 # Val loss at this size: not measured.

@@ -31,7 +31,7 @@ BUILDERS = (
     "deepspeed_muon.py",
     "deepspeed_pipeline.py",
 )  # others start no engine and wrap no model
-BASE = {"config", "distributed", "errors", "layout"}  # of training/: they import none of the rest of it
+BASE = {"config", "distributed", "errors", "parallel"}  # of training/: they import none of the rest of it
 
 
 def tree(path: Path) -> ast.Module:

@@ -32,7 +32,7 @@ class Lion(torch.optim.Optimizer):
 ADAMW = (
     "    return make(parameter_groups(model, cfg), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)\n"
 )
-MLP, STDS = "        self.mlp = MLP(config)\n", "    stds = dict.fromkeys("
+MLP, STDS = "        self.mlp = MoE(config) if config.n_expert else MLP(config)\n", "    stds = dict.fromkeys("
 LAYER_SCALE = [  # Touvron et al., arXiv:2103.17239
     (MLP, f"{MLP}        self.scale = nn.Parameter(torch.empty(config.n_embd))\n"),
     ("return x + self.mlp(self.ln_2(x))", "return x + self.scale * self.mlp(self.ln_2(x))"),

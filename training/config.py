@@ -27,8 +27,9 @@ Setting = tuple[str, Any, str]  # key, value, and the place where it is set
 COMMAND_LINE = "command line"  # a place; its values are text, still to be converted to the key's type
 
 FSDP_KEYS = ("strategy", "reshard_after_forward", "shard_ranks", "cpu_offload")  # the first one enables the others
+DEEPSPEED_KEYS = ("deepspeed_config", "tensor_parallel", "pipeline_parallel", "expert_parallel")
 KEYS_OF_THE_OTHER_SCRIPT = {
-    "deepspeed_config": "train_deepspeed.py and ./launch_deepspeed_*.sh",
+    **dict.fromkeys(DEEPSPEED_KEYS, "train_deepspeed.py and ./launch_deepspeed_*.sh"),
     **dict.fromkeys(FSDP_KEYS, "train.py and ./launch_fsdp.sh"),
 }
 # Settings of one start of a run, which a resumed run does not take over.
@@ -170,9 +171,9 @@ class TrainConfig(Settings):
         if self.n_head > 0 and self.n_embd > 0:
             yield from self.head_problems()
         if self.n_expert > 0 or self.layout() != Layout():
-            from training import layout  # most runs do without it
+            from training import parallel  # most runs do without it
 
-            if problems := list(layout.problems(self)):
+            if problems := list(parallel.problems(self)):
                 yield from problems
                 return
         ranks, micro_steps = self.layout().data(world_size()), self.gradient_accumulation_steps

@@ -19,7 +19,7 @@ from training.deepspeed_json import Json
 from training.deepspeed_layout import EXPERTS, Pieces
 from training.distributed import Layout, Ranks
 from training.model_state import SavedState, model_shapes
-from training.ulysses import split_sequences
+from training.parallel import split_sequences
 
 Cut = tuple[int, tuple[int, ...]]  # the dimension, and the sizes of its sections
 WHOLE: Cut = (0, ())

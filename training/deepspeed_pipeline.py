@@ -42,22 +42,13 @@ class RotatedBlock(Block):
         return super().forward(x, self.rotations[:, start : start + x.size(1)])
 
 
-def project(wte: nn.Embedding, x: Tensor) -> Tensor:
-    """The output projection with the embedding's matrix: logits (B, T, V)."""
-    return F.linear(x, wte.weight)
-
-
-def loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
 def build_pipeline(config: GPTConfig, ranks: Ranks) -> PipelineModule:
     """This rank's stage, with as many parameters as the others; uninitialized."""
     layout, matrix = ranks.layout, (config.vocab_size, config.n_embd)
     embedding, head = LayerSpec(nn.Embedding, *matrix), LayerSpec(Linear, *reversed(matrix), bias=False)
     if config.tied:
         embedding = TiedLayerSpec("wte", nn.Embedding, *matrix)
-        head = TiedLayerSpec("wte", nn.Embedding, *matrix, forward_fn=project)
+        head = TiedLayerSpec("wte", nn.Embedding, *matrix, forward_fn=lambda wte, x: F.linear(x, wte.weight))
     layers: dict[str, Any] = {"transformer.wte": embedding}
     if not config.rope_theta:
         layers["transformer.wpe"] = LayerSpec(Positions, config.block_size, config.n_embd)
@@ -66,6 +57,7 @@ def build_pipeline(config: GPTConfig, ranks: Ranks) -> PipelineModule:
     layers |= {"transformer.ln_f": make_norm(config), "lm_head": head}
     replicas = ranks.world_size // (layout.pipeline * layout.tensor)
     topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=replicas)
+    loss = lambda logits, targets: cross_entropy(logits.flatten(0, 1), targets.flatten())  # noqa: E731
     model = PipelineModule(list(layers.values()), topology=topology, loss_fn=loss)
     rename(model, list(layers))
     return model

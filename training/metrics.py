@@ -200,7 +200,7 @@ def start_line(cfg: TrainConfig, ranks: Ranks, init: InitState, dtype: torch.dty
     where = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else str(ranks.device)
     data_ranks, layout = count(ranks.data_size, "rank"), ""
     if ranks.layout != Layout():
-        from training.layout import describe
+        from training.parallel import describe
 
         data_ranks, layout = count(ranks.data_size, "data-parallel rank"), f"; {describe(ranks)}"
     return (
