@@ -199,7 +199,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 # Files that take longest, in the order in which they start, and those of them whose tests need not share a worker.
 LONG = ["benchmark", "guides", "changes", "accept", "fork_server", "stragglers", "fsdp", "hosts", "stopping", "readme"]
-LONG += ["examples", "zero", "zero_runs", "deepspeed_errors", "doctor", "crossing", "kill", "launch", "runs"]
+LONG += ["examples", "zero", "zero_runs", "layouts", "deepspeed_errors", "doctor", "crossing", "kill", "launch", "runs"]
 SPREAD = {*LONG[LONG.index("hosts") :]} - {"examples", "doctor"}
 # For --quick: the files whose tests run, and which of their tests, as a pattern.
 QUICK = {
