@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, CrossEntropy, GPTConfig, initial_value
+from model import GPT, CrossEntropy, GPTConfig, MoE, initial_value
 from sample import SampleConfig, choose_token
 from tests.checkpoints import greedy, initialized
 
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=2, n_embd=32, bias=True)
 LLAMA = replace(SMALL, bias=False, norm="rmsnorm", mlp="swiglu", n_hidden=88, n_head=4, head_size=8, n_kv_head=2)
 LLAMA = replace(LLAMA, rope_theta=10000.0, tied=False)
+MOE = replace(LLAMA, n_expert=4, n_hidden=24)
 QWEN3 = replace(LLAMA, head_size=12, qk_norm=True, qkv_bias=True, tied=True, mlp="relu2")
 
 
@@ -121,6 +122,36 @@ def test_the_model_counts_its_own_parameters_and_flops(config):
     counted = counter.get_total_flops() / tokens
     # PyTorch counts the attention of some devices only
     assert config.flops_per_token() in (counted + 6 * small, counted + 6 * small + attention)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_of_experts_is_the_weighted_sum_of_each_tokens_experts(dtype):
+    model = make(MOE).requires_grad_(False)
+    moe: MoE = model.transformer.h[1].mlp
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    moe.router["gate"].weight.mul_(20)  # experts that differ
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = moe(x)
+    probabilities = F.softmax(x.flatten(0, 1) @ moe.router.weight.T, dim=-1)
+    expected = torch.zeros(32, 32)
+    for token, row in enumerate(x.flatten(0, 1)):
+        best = sorted(range(4), key=lambda expert: -probabilities[token, expert])[:2]
+        for expert in best:
+            w1, w2, w3 = (w[expert] for w in (moe.experts.w1, moe.experts.w2, moe.experts.w3))
+            share = probabilities[token, expert] / probabilities[token, best].sum()
+            expected[token] += share * (w2 @ (F.silu(w1 @ row) * (w3 @ row)))
+    assert found.dtype == x.dtype and expected.abs().max() > 1e-3
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(
+        found.flatten(0, 1), expected, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 0.05)
+    )
+
+
+def test_the_flops_of_experts_are_those_of_the_active_ones():
+    dense = replace(MOE, n_expert=0, n_hidden=2 * MOE.n_hidden)
+    router = 6 * MOE.n_layer * MOE.n_expert * MOE.n_embd
+    assert MOE.flops_per_token() == dense.flops_per_token() + router
+    assert MOE.parameter_count() > 1.2 * dense.parameter_count()
 
 
 def test_gpt2s_sizes_are_those_of_its_paper():
