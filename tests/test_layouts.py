@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.running import difference, losses, train, zero_json
@@ -13,6 +14,7 @@ from training.deepspeed_config import DeepSpeedTrainConfig
 from training.deepspeed_parallel import check
 from training.distributed import SINGLE_PROCESS, Layout
 from training.errors import ConfigError
+from training.model_state import open_state
 
 SHAPE = {"n_layer": 4, "n_head": 8, "n_embd": 32}
 RUN: dict[str, Any] = {"gradient_accumulation_steps": 4, "lr_decay_iters": 30, "log_interval": 1, **SHAPE}
@@ -115,3 +117,16 @@ def test_a_layout_that_deepspeed_would_train_wrongly_is_refused(four_ranks, word
     ranks = replace(SINGLE_PROCESS, world_size=4, layout=cfg.layout())
     (problem,) = check(cfg, ranks, cfg.model_config(257), stage)
     assert problem.startswith(expected)
+
+
+def test_ranks_share_the_vocabulary_where_it_divides(tmp_path, make_data):
+    """Embedding, logits and loss: of a part of the ids on each rank, tied and untied."""
+    data = make_data(np.random.default_rng(0).zipf(1.5, 4000) % 64, 64)
+    for number, model in enumerate(({"bias": True}, LLAMA)):
+        folders = [tmp_path / f"{number}-{ranks}" for ranks in (1, 2)]
+        train(folders[0], data, **{**RUN, **model, "max_iters": 8})
+        tensor = {"tensor_parallel": 2, "deepspeed_config": zero_json("zero1")}
+        train(folders[1], data, ranks=2, **{**RUN, **model, "max_iters": 8, **tensor})
+        state = open_state(*Checkpoints(str(folders[1])).newest())
+        assert state.shapes["transformer.wte.weight"][0] == 64
+        assert difference(*folders) <= 1e-5 and difference(*folders, "grad_norm") <= 1e-5
