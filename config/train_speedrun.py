@@ -2,6 +2,7 @@
 # QK-norm, ReLU squared, a head of its own, and Muon for the matrices inside the blocks.
 #   ./launch_traditional_ddp.sh 8 config/train_speedrun.py
 #   ./launch_fsdp.sh 8 config/train_speedrun.py
+# At 10M parameters it reaches GPT-2's loss with 0.14 to 0.16 of the tokens (results/speedrun). At 124M: not measured.
 from config.train_gpt2 import *
 out_dir = 'out-speedrun'
 norm = 'rmsnorm'
