@@ -18,8 +18,15 @@ from training.model_state import open_state
 
 SHAPE = {"n_layer": 4, "n_head": 8, "n_embd": 32}
 RUN: dict[str, Any] = {"gradient_accumulation_steps": 4, "lr_decay_iters": 30, "log_interval": 1, **SHAPE}
-LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "n_hidden": 48, "n_kv_head": 4, "rope_theta": 1e4, "tied": False}
-LLAMA |= {"qk_norm": True}
+LLAMA: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "n_hidden": 48,
+    "n_kv_head": 4,
+    "rope_theta": 1e4,
+    "tied": False,
+}
+LLAMA |= {"qk_norm": True, "tied": False}
 # 3 steps each, from what the one before it has written: (ranks, ZeRO stage or "" for train.py, layout)
 DENSE = [
     *[(0, "", {}), (2, "1", {"tensor": 2}), (4, "1", {"pipeline": 2, "tensor": 2}), (2, "", {"sequence": 2})],
@@ -122,11 +129,12 @@ def test_a_layout_that_deepspeed_would_train_wrongly_is_refused(four_ranks, word
 def test_ranks_share_the_vocabulary_where_it_divides(tmp_path, make_data):
     """Embedding, logits and loss: of a part of the ids on each rank, tied and untied."""
     data = make_data(np.random.default_rng(0).zipf(1.5, 4000) % 64, 64)
-    for number, model in enumerate(({"bias": True}, LLAMA)):
-        folders = [tmp_path / f"{number}-{ranks}" for ranks in (1, 2)]
-        train(folders[0], data, **{**RUN, **model, "max_iters": 8})
+    models: list[dict[str, Any]] = [{"bias": True}, LLAMA]
+    for number, model in enumerate(models):
+        single, split = tmp_path / f"{number}-1", tmp_path / f"{number}-2"
+        train(single, data, **{**RUN, **model, "max_iters": 8})
         tensor = {"tensor_parallel": 2, "deepspeed_config": zero_json("zero1")}
-        train(folders[1], data, ranks=2, **{**RUN, **model, "max_iters": 8, **tensor})
-        state = open_state(*Checkpoints(str(folders[1])).newest())
+        train(split, data, ranks=2, **{**RUN, **model, "max_iters": 8, **tensor})
+        state = open_state(*Checkpoints(str(split)).newest())
         assert state.shapes["transformer.wte.weight"][0] == 64
-        assert difference(*folders) <= 1e-5 and difference(*folders, "grad_norm") <= 1e-5
+        assert difference(single, split) <= 1e-5 and difference(single, split, "grad_norm") <= 1e-5
