@@ -4,8 +4,9 @@ Importing torch and DeepSpeed takes every rank seconds, and the tests start hund
 starts one process that imports the modules once. `ForkServer.popen(...)` is `subprocess.Popen(...)` for commands of the
 form `[sys.executable, "script.py", ...]`; the server forks, and the child becomes that command: its arguments,
 environment, working directory, session, signals and standard streams are those of a new process, and it imports this
-repository's modules anew. `python -m launch.ranks` forks its ranks in the same way, so that its own code starts,
-watches and ends them, and so do `python -m tools.benchmark` with its launches and DeepSpeed's launcher.
+repository's modules anew, but for `OWN`, which every run needs. `python -m launch.ranks` forks its ranks in the same
+way, so that its own code starts, watches and ends them, and so do `python -m tools.benchmark` with its launches and
+DeepSpeed's launcher.
 
 A command is executed as usual if it is not a Python script, or if it sets an environment variable that libraries may
 read when they are imported (any but those of `FORKED`).
@@ -45,6 +46,12 @@ FORKED = re.compile(
 )
 # Modules that start other processes, which are then forked, too.
 FORKING = ("launch.ranks", "tools.accept", "tools.benchmark", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+# Modules of this repository that keep nothing from the moment of their import, for commands in its root.
+OWN = ["model", "data.dataset", "data.tokenizer"]
+OWN += [f"training.{name}" for name in ("batches", "checkpoint", "config", "devices", "distributed", "errors")]
+OWN += [f"training.{name}" for name in ("figures", "fsdp", "init", "optim")]
+OWN_MODULES: dict[str, types.ModuleType] = {}
+ROOT = Path(__file__).parent.parent
 ROOM = "ROOM"  # a variable of the server whose place in memory takes a child's environment, for /proc/PID/environ
 ROOM_BYTES = 2**15
 MESSAGE_BYTES = 2**17  # more than a command and its environment
@@ -264,6 +271,8 @@ def become(command: list[str], cwd: Any, env: dict[str, str] | None, streams: li
     else:
         sys.path[:] = [str(Path(words[0]).resolve().parent), *PATH]
         sys.argv = words
+    if sys.path[0] == str(ROOT):
+        sys.modules.update(OWN_MODULES)
     leave(run_main(words[0], words[1] if words[0] == "-m" else ""))
 
 
@@ -332,9 +341,14 @@ def main(connection: int, modules: list[str]) -> NoReturn:
     for name in modules:
         importlib.import_module(name)
     del os.environ["DS_ACCELERATOR"]
+    KEPT.update(sys.modules)
+    sys.path.insert(0, str(ROOT))
+    for name in OWN:
+        importlib.import_module(name)
+    OWN_MODULES.update({name: module for name, module in sys.modules.items() if name not in KEPT and is_own(module)})
+    del sys.path[0]
     tasks = Path("/proc/self/task")
     assert not tasks.exists() or len(list(tasks.iterdir())) == 1, "an import has started threads: a fork loses them"
-    KEPT.update(sys.modules)
     PATH.extend(sys.path)
     SET_BY_IMPORTS.update(os.environ.items() - SERVER_ENVIRONMENT.items())
     gc.collect()
