@@ -49,7 +49,7 @@ FORKING = ("launch.ranks", "tools.accept", "tools.benchmark", "deepspeed.launche
 # Modules of this repository that keep nothing from the moment of their import, for commands in its root.
 OWN = ["model", "data.dataset", "data.tokenizer"]
 OWN += [f"training.{name}" for name in ("batches", "checkpoint", "config", "devices", "distributed", "errors")]
-OWN += [f"training.{name}" for name in ("figures", "fsdp", "init", "optim")]
+OWN += [f"training.{name}" for name in ("deepspeed_config", "figures", "fsdp", "init", "optim", "run_folder")]
 OWN_MODULES: dict[str, types.ModuleType] = {}
 ROOT = Path(__file__).parent.parent
 ROOM = "ROOM"  # a variable of the server whose place in memory takes a child's environment, for /proc/PID/environ

@@ -105,11 +105,12 @@ def move_aside(folder: Path) -> None:
 
 def environment(ranks: Ranks) -> dict[str, Any]:
     """Code, versions and devices that the numbers in metrics.jsonl were measured with."""
+    commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]],  # python -m puts a full path there
-        "git_commit": git("rev-parse", "HEAD") or None,
-        "git_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "git_commit": commit.removesuffix("-dirty") or None,
+        "git_changes": commit.endswith("-dirty"),
         **versions(),
         "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else processor(),
         "world_size": ranks.world_size,
