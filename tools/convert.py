@@ -14,7 +14,9 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tiktoken.load
 import torch
@@ -38,7 +40,7 @@ from training.model_state import TIED, WEIGHT, SavedState, model_shapes
 from training.optim import make_optimizer
 from training.pretrained import WEIGHTS
 
-WEIGHTS_ONLY = ("safetensors", "hf")  # without optimizer states, and of any dtype
+WEIGHTS_ONLY = ("safetensors", "hf", "hf-mistral")  # without optimizer states, and of any dtype
 MAX_SHARD_BYTES = 5 * 10**9  # of a file of weights in hf, one of which is in memory
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 GPT2_TOKENIZER = {"vocab.json": f"{OPENAI}/encoder.json", "merges.txt": f"{OPENAI}/vocab.bpe"}
@@ -178,10 +180,12 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype).contiguous()
 
 
-def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
+def write_huggingface(
+    saved: SavedState, metadata: Metadata, target: Path, dtype: str, as_mistral: bool = False
+) -> list[str]:
     """Write a folder for AutoModelForCausalLM and AutoTokenizer."""
     config = GPTConfig(**metadata["model"])
-    about = to_huggingface(config)
+    about = to_huggingface(config, as_mistral)
     target.mkdir()
     write_shards(saved, config, target, getattr(torch, dtype))
     tokenizer, padding = metadata["tokenizer"], list(range(metadata["vocab_size"], config.vocab_size))
@@ -238,7 +242,8 @@ def write_tokenizer(metadata: Metadata, folder: Path, block_size: int) -> list[s
     return []
 
 
-WRITERS = {"safetensors": write_weights, "hf": write_huggingface, "nanogpt": write_nanogpt, "train": write_run}
+WRITERS: dict[str, Any] = {"safetensors": write_weights, "hf": write_huggingface}
+WRITERS |= {"hf-mistral": partial(write_huggingface, as_mistral=True), "nanogpt": write_nanogpt, "train": write_run}
 
 
 def main() -> None:

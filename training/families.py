@@ -100,9 +100,11 @@ def family_of(config: GPTConfig) -> str:
     raise ConfigError(f"no family of transformers computes {shown} and the rest of it; --to=safetensors can store it")
 
 
-def to_huggingface(config: GPTConfig) -> Json:
+def to_huggingface(config: GPTConfig, as_mistral: bool = False) -> Json:
     """Our config as their config.json. Raises ConfigError if no family computes it."""
     family = family_of(config)
+    if as_mistral and family != "llama":
+        raise ConfigError(f"--to=hf-mistral: this model computes as a {family}; write --to=hf")
     about = {"model_type": family, "tie_word_embeddings": config.tied}
     if family == "gpt2":
         about |= {theirs: getattr(config, ours) for ours, theirs in GPT2_SIZES.items()} | GPT2_FIXED
@@ -115,6 +117,8 @@ def to_huggingface(config: GPTConfig) -> Json:
     if config.rope_factor != 1:
         length = {"factor": config.rope_factor, "original_max_position_embeddings": config.rope_length}
         about["rope_scaling"] = {**LLAMA3_ROPE, **length}
+    if as_mistral:  # a Llama by another name, if it has no window
+        return about | {"model_type": "mistral", "sliding_window": None, "architectures": ["MistralForCausalLM"]}
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     return about | {"architectures": [f"{name}ForCausalLM"]}
 
