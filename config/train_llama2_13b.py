@@ -1,8 +1,7 @@
-# The shape of Llama 2 13B (Touvron et al., arXiv:2307.09288): 13.0B parameters, from random weights.
+# The shape of Llama 2 13B (Touvron et al., arXiv:2307.09288): 13.0B parameters. Val loss: not measured.
 #   ./launch_fsdp.sh 8 config/train_llama2_13b.py    or ./launch_deepspeed_zero3.sh, ./launch_deepspeed_zero3_offload.sh
 # python -m tools.plan config/train_llama2_13b.py --vocab_size=32000 --device=H100 --gpus=8
 # Predicted for 8 H100: FSDP2 68 GB each and 45,000 tokens/s, ZeRO-3 69 and 45,000, offloaded 75 and 26,000.
-# Val loss at this size: not measured.
 from config.train_llama2_7b import *
 out_dir = 'out-llama2-13b'
 n_layer = 40

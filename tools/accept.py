@@ -4,8 +4,7 @@
     python -m tools.accept --only=fp32,resume,zero2_124m
     python -m tools.accept --device=cpu
 
-It downloads nothing. Ctrl-C keeps the results so far. Exit status: 0 if all stages passed, 1 if one failed or was not
-run, 2 for a wrong option.
+Ctrl-C keeps the results so far. Exit status: 0 if all stages passed, 1 if one failed or was not run.
 """
 
 from functools import partial

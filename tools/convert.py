@@ -180,12 +180,10 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype).contiguous()
 
 
-def write_huggingface(
-    saved: SavedState, metadata: Metadata, target: Path, dtype: str, as_mistral: bool = False
-) -> list[str]:
+def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype: str, mistral=False) -> list[str]:
     """Write a folder for AutoModelForCausalLM and AutoTokenizer."""
     config = GPTConfig(**metadata["model"])
-    about = to_huggingface(config, as_mistral)
+    about = to_huggingface(config, mistral)
     target.mkdir()
     write_shards(saved, config, target, getattr(torch, dtype))
     tokenizer, padding = metadata["tokenizer"], list(range(metadata["vocab_size"], config.vocab_size))
@@ -243,7 +241,7 @@ def write_tokenizer(metadata: Metadata, folder: Path, block_size: int) -> list[s
 
 
 WRITERS: dict[str, Any] = {"safetensors": write_weights, "hf": write_huggingface}
-WRITERS |= {"hf-mistral": partial(write_huggingface, as_mistral=True), "nanogpt": write_nanogpt, "train": write_run}
+WRITERS |= {"hf-mistral": partial(write_huggingface, mistral=True), "nanogpt": write_nanogpt, "train": write_run}
 
 
 def main() -> None:

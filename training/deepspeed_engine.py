@@ -165,17 +165,15 @@ def own_optimizer(model: torch.nn.Module, cfg: DeepSpeedTrainConfig, config: Jso
 
 def describe_optimizer(engine: Any) -> str:
     """ "AdamW of torch, WarmupLR"."""
-    optimizer, scheduler = type(engine.basic_optimizer), engine.lr_scheduler
-    suffix = f", {type(scheduler).__name__}" if scheduler else ""
-    return f"{optimizer.__name__} of {optimizer.__module__.split('.')[0]}{suffix}"
+    optimizer, suffix = type(engine.basic_optimizer), f", {type(engine.lr_scheduler).__name__}"
+    return f"{optimizer.__name__} of {optimizer.__module__.split('.')[0]}{suffix if engine.lr_scheduler else ''}"
 
 
 def keep_norm(engine: Any) -> None:
     """Let ZeRO-0 keep the gradient norm that it clips by, as the other stages do; computing it again takes 4 %."""
 
     def clip() -> None:
-        parameters, most = engine.module.parameters(), engine.gradient_clipping()
-        engine._global_grad_norm = clip_grad_norm_(parameters, most)
+        engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
 
     if isinstance(engine.optimizer, torch.optim.Optimizer):  # it is not wrapped
         engine.clip_fp32_gradients = clip
@@ -184,8 +182,7 @@ def keep_norm(engine: Any) -> None:
 def client_state(engine: Any) -> dict[str, Any]:
     """What a checkpoint needs besides DeepSpeed's own state, to be read without DeepSpeed."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    unwrapped = isinstance(engine.optimizer, torch.optim.Optimizer)
-    groups = engine.optimizer.param_groups if unwrapped else []
+    groups = engine.optimizer.param_groups if isinstance(engine.optimizer, torch.optim.Optimizer) else []
     order = [names[parameter] for group in groups for parameter in group["params"]]
     state = {"optimizer_order": order, "sub_groups": nvme_sub_groups(engine)}
     scaler = engine.torch_autocast_z0_gradscaler

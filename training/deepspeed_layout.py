@@ -70,12 +70,9 @@ def open_model_part(folder: Path, metadata: dict[str, Any], layout: Layout, numb
         return from_whole(folder, weights, model["optimizer"], model.get("scaler", {}), order), {}
     replicas = range(metadata["world_size"] // (layout.pipeline * layout.tensor))
     names = [f"*zero_pp_rank_{replica}_mp_rank_{number:02d}_optim_states.pt" for replica in replicas]
-    # by the number of the rank inside its stage
-    ranks = {
-        replica * layout.tensor + number % layout.tensor: read_torch_file(find_file(folder, metadata, name))
-        for replica, name in enumerate(names)
-    }
-    states = {rank: file["optimizer_state_dict"] for rank, file in ranks.items()}
+    files = [read_torch_file(find_file(folder, metadata, name)) for name in names]
+    numbers = range(number % layout.tensor, len(files) * layout.tensor, layout.tensor)  # of the ranks in their stage
+    states = {rank: file["optimizer_state_dict"] for rank, file in zip(numbers, files, strict=True)}
     first = next(iter(states.values()))
     shapes = {name: torch.Size(shape) for group in model["param_shapes"] for name, shape in group.items()}
     saved, scaler = SavedState(folder, shapes, {}), vars(first.get("loss_scaler", StandIn()))

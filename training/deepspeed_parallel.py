@@ -22,7 +22,6 @@ from training.model_state import SavedState, model_shapes
 from training.parallel import split_sequences
 
 Cut = tuple[int, tuple[int, ...]]  # the dimension, and the sizes of its sections
-WHOLE: Cut = (0, ())
 FIRST_BLOCK = "transformer.h.0"
 
 
@@ -129,7 +128,7 @@ def join(parts: list[tuple[SavedState, Pieces]], config: GPTConfig, layout: Layo
                 experts.setdefault(key, {}).update(by_rank)
         for name, shape in shards[0].shapes.items():
             times = layout.expert if EXPERTS in name else layout.tensor if name in by_name else 1
-            saved.shapes[name] = scaled(shape, by_name.get(name, WHOLE)[0], times)
+            saved.shapes[name] = scaled(shape, by_name.get(name, (0,))[0], times)
         for (name, kind), pieces in shards[0].pieces.items():
             if cut := by_name.get(name):
                 pieces = [Lazy(saved.shapes[name].numel(), partial(joined, shards, name, kind, cut))]

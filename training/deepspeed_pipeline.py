@@ -80,9 +80,8 @@ def cut_matrices(model: PipelineModule, config: GPTConfig, ranks: Ranks) -> None
     """Tensor parallelism inside a stage, which DeepSpeed's engine cannot do but its parts can."""
     groups._TENSOR_MODEL_PARALLEL_GROUP = group = model._grid.get_slice_parallel_group()
     set_autotp_mode(training=True)  # without it, these layers have no gradients
-    specs = {"use_default_specs": False, "layer_specs": partition_specs(config, ranks.layout)}
-    kinds = nn.Linear, nn.Embedding
-    plan = AutoTPConfig.from_dict(specs)
+    specs = partition_specs(config, ranks.layout)
+    plan, kinds = AutoTPConfig.from_dict({"use_default_specs": False, "layer_specs": specs}), (nn.Linear, nn.Embedding)
     cutter = AutoTP(model, (), "", None, kinds, None, training_mode=True, partition_config=plan)
     cutter.set_tensor_parallel_config(ranks.layout.tensor, group)
     cutter.update_linear_policies()

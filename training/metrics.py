@@ -21,7 +21,6 @@ from training.distributed import Layout, Ranks
 from training.errors import count
 from training.figures import new_figure, plot_losses, read_rows
 from training.init import InitState
-from training.run_control import Stragglers
 
 BEFORE_THE_UPDATE = ("eval", "save")  # rows of a step that stay valid when the run resumes at that step
 WARM_UP_STEPS = 3  # not timed: a process's first steps compile, allocate and fill caches
@@ -30,7 +29,11 @@ WARM_UP_STEPS = 3  # not timed: a process's first steps compile, allocate and fi
 class Metrics:
     def __init__(self, cfg: TrainConfig, ranks: Ranks, batches: Batches, init: InitState, dtype: torch.dtype):
         self.cfg, self.ranks, self.tokens_per_step = cfg, ranks, batches.tokens_per_step
-        self.stragglers, self.dataset = Stragglers(ranks, batches, dtype), batches.dataset
+        self.dataset, self.stragglers = batches.dataset, None
+        if ranks.world_size > 1:
+            from training.stragglers import Stragglers
+
+            self.stragglers = Stragglers(ranks, batches, dtype)
         self.peak_flops = (peak_flops(ranks.device, dtype) or 0) * ranks.world_size  # 0: unknown
         self.flops_per_step = init.model.flops_per_token() * self.tokens_per_step
         self.path = Path(cfg.out_dir) / "metrics.jsonl"
@@ -96,7 +99,7 @@ class Metrics:
             if work:
                 work.wait()
             self.write_step(step, self.logged)
-        if by_rank := self.stragglers.measure(step):
+        if self.stragglers and (by_rank := self.stragglers.measure(step)):
             self.write({"kind": "ranks", "step": step, **by_rank})
             for line in self.stragglers.newly_slow():
                 self.say(f"step {step}: {line}")

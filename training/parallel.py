@@ -1,9 +1,9 @@
 """Splitting a model over ranks, in both scripts: the rules, sequence parallelism, and the load balance of experts.
 
 Under sequence parallelism (DeepSpeed-Ulysses, arXiv:2309.14509), each rank has a part of the positions of a sequence.
-Only attention needs the others: around it, the ranks of a group trade all heads of some positions for some heads of all
-positions. Nothing else changes, as the mean of the gradients over all ranks, which DDP, FSDP2 and ZeRO take anyway, is
-the gradient of the mean loss. DeepSpeed is not told, because its own way drops gradients under ZeRO-1 and 2.
+Only attention needs the others: around it, ranks trade all heads of some positions for some heads of all. The mean of
+the gradients over all ranks, which DDP, FSDP2 and ZeRO take anyway, is the gradient of the mean loss. DeepSpeed is not
+told, because its own way drops gradients under ZeRO-1 and 2.
 """
 
 from collections.abc import Iterator

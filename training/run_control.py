@@ -1,4 +1,4 @@
-"""Run control: requests to stop or save, NaN and inf losses, hang detection with stack traces, and stragglers.
+"""Run control: requests to stop or save, NaN and inf losses, and hang detection with stack traces.
 
 After every step the ranks share four numbers in one asynchronous all-reduce between CPUs, and act on the result a step
 later, so that all act at the same step.
@@ -9,23 +9,19 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median, median_low
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.batches import Batches
 from training.checkpoint import Checkpoints
 from training.config import ROOT, TrainConfig
-from training.devices import time_matmul
 from training.distributed import Ranks
 from training.errors import HUNG, Stopped, UserError
 
@@ -37,13 +33,6 @@ COLLECTIVES = "torch/distributed/"  # in the path of the files that hold them
 WAITING = ("act", "_engine_run_backward")  # a backward pass may wait for collectives in other threads
 POLL_SECONDS = 0.5  # the watchdog looks at the clock this often
 REPORT_SECONDS = 5.0  # all live ranks time out within this, because their clocks started at the same collective
-PROBE_SHARE = 0.01  # measuring the ranks takes at most this share of the time, and is part of step_ms
-PROBE_HISTORY = 5  # a rank is judged by the median of the last five: a slow moment is not a slow node
-SLOWER_MS = 1.0  # at least this much above the median rank
-# Size of the square matrices, repeats, and the ratio to the median rank from which a rank counts as slow. The matmuls
-# take 2 ms in bf16 on an H100, and 5 ms in fp32 on a core; CPUs are shared and noisy.
-PROBES = {"cuda": (4096, 10, 1.2), "cpu": (512, 1, 3.0)}
-RANK_METRICS = {"matmul_ms": "its matmul takes", "data_ms": "reading its batches takes"}
 
 
 class RunControl:
@@ -227,47 +216,3 @@ def stack_summary(text: str) -> str:
     state = "waiting" if COLLECTIVES in file or function in WAITING else "stuck"
     place = f" ({Path(frames[0][0]).name}:{frames[0][1]})" if frames else ""
     return f"{state} in {(collectives or [function])[0]}{place}"
-
-
-class Stragglers:
-    """Finds slow ranks. By step time all ranks look alike, so each is timed at what it does alone.
-
-    That is a matmul of fixed size (a hot GPU, a host with other work), and reading its batches (a slow disk).
-    """
-
-    def __init__(self, ranks: Ranks, batches: Batches, dtype: torch.dtype):
-        self.ranks, self.batches, self.dtype = ranks, batches, dtype
-        self.size, self.repeats, self.ratio = PROBES.get(ranks.device.type, PROBES["cpu"])
-        self.reported: set[tuple[int, str]] = set()
-        self.history: list[list[list[float]]] = []  # the last measurements: rank -> values in RANK_METRICS' order
-        self.next_step = 0
-        self.measured: tuple[int, float] | None = None  # step and time of the last measurement
-        self.hosts = ranks.share(socket.gethostname())
-
-    def measure(self, step: int) -> dict[str, list[float]]:
-        """A collective at the steps where a measurement is due; returns milliseconds by rank, or {} if it is not."""
-        if self.ranks.world_size == 1 or step < self.next_step:
-            return {}
-        last_step, last_time = self.measured or (step - 1, PROCESS_START)
-        step_seconds = (time.monotonic() - last_time) / (step - last_step)
-        seconds = time_matmul(self.ranks.device, self.dtype, self.size, self.repeats)
-        pause = seconds * (self.repeats + 1) / PROBE_SHARE / step_seconds  # in steps; one more repeat warms up
-        values = self.ranks.share([1e3 * seconds * self.repeats, self.batches.mean_ms(), pause])
-        self.history = [*self.history, values][-PROBE_HISTORY:]
-        self.next_step = step + math.ceil(values[0][-1])  # rank 0's, so that all ranks measure at the same step
-        self.measured = step, time.monotonic()
-        return {name: [rank[number] for rank in values] for number, name in enumerate(RANK_METRICS)}
-
-    def newly_slow(self) -> Iterator[str]:
-        """A line for each rank that has become slow since the last call."""
-        if len(self.history) < PROBE_HISTORY:
-            return
-        for number, (name, phrase) in enumerate(RANK_METRICS.items()):
-            times = [median(values[rank][number] for values in self.history) for rank in range(self.ranks.world_size)]
-            typical = median_low(times)
-            for rank, ms in enumerate(times):
-                slow = ms > max(self.ratio * typical, typical + SLOWER_MS)
-                if slow and (rank, name) not in self.reported:
-                    self.reported.add((rank, name))
-                    where = f"rank {rank} on {self.hosts[rank]}"
-                    yield f"{where} slows down all ranks: {phrase} {ms:.1f} ms, the median rank's {typical:.1f}"

@@ -11,7 +11,7 @@ from typing import Any
 from training.config import TrainConfig
 from training.errors import ConfigError
 from training.init import InitState
-from training.run_control import RANK_METRICS
+from training.stragglers import RANK_METRICS
 
 PANELS = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's names
 
