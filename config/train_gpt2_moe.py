@@ -6,3 +6,4 @@ out_dir = 'out-gpt2-moe'
 mlp = 'swiglu'
 n_hidden = 1024
 n_expert = 8
+compile = False  # torch compiles their matmul in bfloat16 only

@@ -83,9 +83,8 @@ def check(cfg: TrainConfig, ranks: Ranks, config: GPTConfig, stage: int) -> Iter
     """Combinations that DeepSpeed refuses, or trains wrongly without a word."""
     layout = ranks.layout
     pipeline = f"pipeline_parallel = {layout.pipeline}"
-    for name in ("tensor", "pipeline", "expert"):
-        size = getattr(layout, name)
-        if size > 1 and stage == 0:
+    for name, size in vars(layout).items():
+        if size > 1 and stage == 0 and name != "sequence":
             yield f"{name}_parallel = {size}: needs ZeRO stage 1 or higher, whose gradient norm counts all ranks' parts"
     if layout.pipeline > 1 and stage > 1:
         yield f"{pipeline}: needs ZeRO stage 1, stage is {stage}; use deepspeed_configs/zero1_config.json"
@@ -96,8 +95,6 @@ def check(cfg: TrainConfig, ranks: Ranks, config: GPTConfig, stage: int) -> Iter
         yield f"eval_iters = {cfg.eval_iters}: {rule}"
     if layout.expert > 1 and layout.tensor > 1 and stage < 3:
         yield f"expert_parallel = {layout.expert}: with tensor_parallel, needs ZeRO stage 3, stage is {stage}"
-    if config.n_expert and layout.pipeline > 1 and cfg.expert_balance:
-        yield f"expert_balance = {cfg.expert_balance}: with {pipeline}, must be 0, as only the last stage has a loss"
     if layout.tensor > 1 and cfg.optimizer == "muon":
         yield f"tensor_parallel = {layout.tensor}: Muon needs whole matrices; use --optimizer=adamw"
 

@@ -44,6 +44,10 @@ def problems(cfg: Any) -> Iterator[tuple[str, str]]:
         yield "block_size", f"must be divisible by sequence_parallel = {layout.sequence}"
     if cfg.dropout and sizes:
         yield "dropout", f"must be 0 with {names}: ranks that share a sequence would draw other masks than one rank"
+    if cfg.n_expert and cfg.expert_balance and layout.pipeline * layout.sequence > 1:
+        yield "expert_balance", f"must be 0 with {names}: a rank has a part of the blocks or positions only"
+    if cfg.compile and (cfg.n_expert or layout.pipeline > 1):
+        yield "compile", "must be False with experts (torch compiles their matmul in bfloat16 only) and with a pipeline"
     if layout.expert > 1 and not cfg.n_expert:
         yield "expert_parallel", "needs a model with experts; set --n_expert"
     elif cfg.n_expert % layout.expert:
