@@ -18,6 +18,7 @@ from training.errors import UserError
 from training.model_state import read_torch_file
 
 WEIGHTS_ONLY = ("safetensors", "hf")
+GPT2_WRITERS = [to for to in WRITERS if to != "hf-mistral"]  # that one is in test_families.py
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,11 @@ def source(tmp_path_factory):
     return folder, *run_folder(folder)
 
 
-@pytest.mark.parametrize("first", WRITERS)
+@pytest.mark.parametrize("first", GPT2_WRITERS)
 def test_each_format_to_each_other(source, tmp_path, first):
     folder, model, optimizer = source
     convert(str(folder), tmp_path / first, first)
-    for second in WRITERS:
+    for second in GPT2_WRITERS:
         lines = convert(str(tmp_path / first), tmp_path / f"{first}-{second}", second, tokenizer=BYTES)
         assert "verified: every tensor equal" in lines[-1]
         saved, metadata = open_source(str(tmp_path / f"{first}-{second}"), BYTES)

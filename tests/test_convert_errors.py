@@ -248,7 +248,7 @@ def test_a_disk_that_gets_full_leaves_nothing(kept, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        for to in WRITERS:
+        for to in [to for to in WRITERS if to != "hf-mistral"]:  # what a GPT-2 can be written as
             with pytest.raises(UserError, match=os.strerror(errno.ENOSPC)):
                 convert(str(kept / "run"), disk / "target", to)
             assert not list(disk.iterdir()), f"{to} left something"
