@@ -60,9 +60,14 @@ class Trainer:
         use_autocast = dtype != torch.float32 and self.strategy != "fsdp"
         self.autocast = torch.autocast(ranks.device.type, dtype) if use_autocast else nullcontext()
         self.ddp: DDP | None = None
-        if self.strategy == "ddp":
+        if self.strategy == "ddp" and not cfg.outer_steps:
             gpus = [ranks.device.index] if ranks.device.type == "cuda" else None
             self.ddp = DDP(self.model, device_ids=gpus, gradient_as_bucket_view=True)
+        self.link: Any = None
+        if self.strategy == "ddp" and cfg.over_slow_link():
+            from training.slow_links import make_link  # few runs need it
+
+            self.link = make_link(self.model, self.ddp, self.optimizer, cfg, ranks)
         if init.checkpoint:
             self.load(init.checkpoint)
         self.balance: Any = None
@@ -72,11 +77,11 @@ class Trainer:
             self.balance = Balance(self.model, init.model, cfg.expert_balance)
 
     def shard(self) -> None:
-        """Each block's parameters are gathered in dtype before it runs; its gradients are reduced in fp32 after it."""
+        """Each block's parameters are gathered in dtype before it runs; its gradients are averaged in fp32 after it."""
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard  # 0.5 s
 
         cfg, on_gpu = self.cfg, self.ranks.device.type == "cuda"
-        mixed_precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        mixed_precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=cfg.exchange_dtype())
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if cfg.cpu_offload else OffloadPolicy()
         mesh = fsdp.shard_mesh(cfg, self.ranks)
         shard = partial(fully_shard, mesh=mesh, mp_policy=mixed_precision, offload_policy=offload)
@@ -122,6 +127,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        if self.cfg.outer_steps:
+            self.link.exchange(step)
         metrics = {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
         return metrics | (self.balance.metrics() if self.balance else {})
 
@@ -135,6 +142,8 @@ class Trainer:
             writer.write("model.pt", dict(self.model.named_parameters()))
             states = states_by_name(self.model, self.optimizer)
             writer.write("optimizer.pt", {"optimizer": states, "scaler": self.scaler.state_dict()})
+        if self.link:
+            self.link.save(writer)
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint of any strategy."""
@@ -143,6 +152,8 @@ class Trainer:
         with reading(folder, self.ranks) as saved:
             saved.into(self.model, self.optimizer)
         self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.scaler})
+        if self.link:
+            self.link.load(folder)
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from data.errors import did_you_mean
 from model import GPTConfig
 from training.distributed import DTYPES, Layout, rank, world_size
@@ -26,11 +28,13 @@ Problem = tuple[str, str]  # key; the rule it breaks and the fix
 Setting = tuple[str, Any, str]  # key, value, and the place where it is set
 COMMAND_LINE = "command line"  # a place; its values are text, still to be converted to the key's type
 
+DDP_KEYS = ("grad_compression", "outer_steps")
 FSDP_KEYS = ("strategy", "reshard_after_forward", "shard_ranks", "cpu_offload")  # the first one enables the others
-DEEPSPEED_KEYS = ("deepspeed_config", "tensor_parallel", "pipeline_parallel", "expert_parallel")
+DEEPSPEED_KEYS = ("deepspeed_config", "tensor_parallel", "tensor_across_nodes", "pipeline_parallel", "expert_parallel")
 KEYS_OF_THE_OTHER_SCRIPT = {
     **dict.fromkeys(DEEPSPEED_KEYS, "train_deepspeed.py and ./launch_deepspeed_*.sh"),
     **dict.fromkeys(FSDP_KEYS, "train.py and ./launch_fsdp.sh"),
+    **dict.fromkeys(DDP_KEYS, "train.py and ./launch_traditional_ddp.sh"),
 }
 # Settings of one start of a run, which a resumed run does not take over.
 OF_ONE_START = ("out_dir", "init_from", "resume", "eval_only", "max_minutes", "benchmark", "steps")
@@ -40,7 +44,7 @@ NOT_NEGATIVE = """weight_decay grad_clip warmup_iters lr_decay_iters min_lr seed
     n_hidden n_kv_head head_size rope_theta n_expert expert_balance"""
 MOST = 2**31 - 1  # of every whole number: torch and DeepSpeed keep many in 32 bits
 CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo"), "optimizer": ("adamw", "muon")}
-CHOICES |= {"norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2")}
+CHOICES |= {"grad_dtype": DTYPES, "norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2")}
 
 
 def key(default: Any, meaning: str, section: str = "") -> Any:
@@ -129,6 +133,7 @@ class TrainConfig(Settings):
     tf32: bool = key(True, "run float32 matmuls on GPUs as TF32, like nanoGPT; False: full precision")
     compile: bool = key(True, "torch.compile the model")
     backend: str = key("auto", "process group backend: auto, nccl, gloo")
+    grad_dtype: str = key("auto", "dtype in which ranks average gradients; auto: float32, under ZeRO that of matmuls")
     sequence_parallel: int = key(1, "ranks that share each sequence, for long block_size (Ulysses)")
 
     def model_config(self, vocab_size: int) -> GPTConfig:
@@ -200,10 +205,19 @@ class PlainTrainConfig(TrainConfig):
     reshard_after_forward: bool = key(True, "fsdp: free a block's parameters after forward; False: SHARD_GRAD_OP")
     shard_ranks: int = key(0, "fsdp: ranks that share one copy of the model state (HSDP), such as a node's; 0: all")
     cpu_offload: bool = key(False, "fsdp: keep model state in host memory and run the optimizer on the CPU")
+    grad_compression: str = key("none", "ddp: none, powersgd (for slow links; changes the run)")
+    outer_steps: int = key(0, "ddp: steps that ranks train alone between two exchanges of weights (DiLoCo); 0: none")
 
     def strategy_name(self, ranks: int) -> str:
         """The strategy of a run: single, ddp or fsdp."""
         return self.strategy if self.strategy != "auto" else "ddp" if ranks > 1 else "single"
+
+    def over_slow_link(self) -> bool:
+        """Whether DDP's ranks do not simply average gradients in fp32."""
+        return bool(self.outer_steps or self.grad_compression != "none" or self.exchange_dtype() != torch.float32)
+
+    def exchange_dtype(self) -> torch.dtype:
+        return torch.float32 if self.grad_dtype == "auto" else getattr(torch, self.grad_dtype)
 
     @classmethod
     def inherited(cls, values: dict[str, Any], places: dict[str, str]) -> Iterator[Setting]:
@@ -220,6 +234,15 @@ class PlainTrainConfig(TrainConfig):
                 if getattr(self, name) != PlainTrainConfig.__dataclass_fields__[name].default:
                     yield name, f"applies to FSDP only, and strategy is {self.strategy!r}; set --strategy=fsdp"
         ranks = world_size()
+        if self.grad_compression not in ("none", "powersgd"):
+            yield "grad_compression", "must be none or powersgd"
+        if self.outer_steps < 0:
+            yield "outer_steps", "must not be negative"
+        used = [name for name in DDP_KEYS if getattr(self, name) not in ("none", 0)]
+        if used and (self.strategy_name(ranks) != "ddp" or self.sequence_parallel > 1):
+            yield used[0], "needs DDP on several ranks, without sequence_parallel; use ./launch_traditional_ddp.sh"
+        if len(used) > 1:
+            yield used[0], "cannot be combined with outer_steps, whose ranks exchange no gradients; set one of them"
         if self.shard_ranks < 0 or (self.shard_ranks and ranks % self.shard_ranks):
             divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
             yield "shard_ranks", f"must divide the number of ranks, {ranks}: 0, or one of {divisors}"

@@ -14,11 +14,12 @@ import torch
 from model import GPTConfig
 from training.config import Setting, TrainConfig, key
 from training.deepspeed_json import BATCH, SEND_LESS, Json, check_keys, dotted, put, read
-from training.distributed import Layout, Ranks, pick_dtype, world_size
+from training.distributed import Layout, Ranks, local_world_size, pick_dtype, world_size
 from training.errors import ConfigError, count, list_problems
 from training.optim import make_optimizer
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+SENT_DTYPES = {**DTYPES, "fp32": "float32"}
 # Values of the JSON that are a setting of ours.
 FROM_SETTINGS = {
     "gradient_clipping": "grad_clip",
@@ -32,6 +33,7 @@ class DeepSpeedTrainConfig(TrainConfig):
     deepspeed_config: str = key("deepspeed_configs/zero2_config.json", "DeepSpeed's own settings", "DeepSpeed")
     nvme_path: str = key("", "folder on a local NVMe disk of each node, for NVMe offload; empty: the JSON's nvme_path")
     tensor_parallel: int = key(1, "ranks of a node that share each matrix")
+    tensor_across_nodes: bool = key(False, "let ranks of several nodes share matrices, over their slow links")
     pipeline_parallel: int = key(1, "stages of consecutive blocks, each on other ranks; with ZeRO-1")
     expert_parallel: int = key(1, "data-parallel ranks that share the experts of an MoE model")
     verbose: bool = key(False, "print DeepSpeed's messages instead of writing them to out_dir/deepspeed.log")
@@ -57,6 +59,8 @@ def literals(config: Json) -> Iterator[Setting]:
         yield from (("beta1", betas[0], "optimizer.params.betas"), ("beta2", betas[1], "optimizer.params.betas"))
     if "activation_checkpointing" in config:
         yield "activation_checkpointing", True, "activation_checkpointing"
+    sent = "communication_data_type"
+    yield "grad_dtype", SENT_DTYPES.get(config.get(sent, "")), sent
     enabled = {block: dotted(config, f"{block}.enabled") for block in DTYPES}
     if False in enabled.values() and not any(enabled.values()):
         yield "dtype", "float32", "bf16.enabled, fp16.enabled"
@@ -120,7 +124,7 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     if ranks.layout != Layout():
         from training import deepspeed_parallel
 
-        problems += deepspeed_parallel.check(cfg, ranks, model, describe_json(config)[0])
+        problems += deepspeed_parallel.check(cfg, ranks, model, describe_json(config))
         config |= deepspeed_parallel.json_blocks(model, ranks.layout)
     if problems:
         raise ConfigError(list_problems(problems, f"in {cfg.deepspeed_config}"))
@@ -154,7 +158,10 @@ def automatic(cfg: TrainConfig, model: GPTConfig, config: Json, dtype: torch.dty
         values["optimizer.params.betas"] = [cfg.beta1, cfg.beta2], f"beta1 = {cfg.beta1}, beta2 = {cfg.beta2}"
     if dotted(config, "activation_checkpointing.contiguous_memory_optimization"):
         values["activation_checkpointing.number_checkpoints"] = model.n_layer, f"n_layer = {model.n_layer}"
+    if sent := [short for short, name in SENT_DTYPES.items() if name == cfg.grad_dtype]:  # not auto
+        values["communication_data_type"] = sent[0], f"grad_dtype = {cfg.grad_dtype}"
     return values | {
+        "zero_optimization.zero_hpz_partition_size": (local_world_size(), ""),
         "optimizer.params.eps": (1e-8, ""),  # the default of every AdamW
         "zero_optimization.reduce_bucket_size": (model.n_embd**2, ""),
         "zero_optimization.stage3_prefetch_bucket_size": (int(0.9 * model.n_embd**2), ""),
@@ -231,6 +238,14 @@ def check_blocks(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
         yield 'optimizer.params.fused: is a setting of torch\'s AdamW; write "torch_adam": true, or remove it'
     if cfg.optimizer == "muon" and partitioned:
         yield from check_muon(config, cfg)
+    zero = config.get("zero_optimization", {})
+    for name in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if zero.get(name) and on_cpu:
+            yield f"zero_optimization.{name} = true: DeepSpeed quantizes on GPUs only; remove it, or train on GPUs"
+    near = zero.get("zero_hpz_partition_size", 1)
+    if type(near) is int and ranks.world_size % max(1, near):
+        rule = f"must divide the number of ranks, {ranks.world_size}"
+        yield f'zero_optimization.zero_hpz_partition_size = {near}: {rule}; write "auto", which is the ranks of a node'
     block = config.get("activation_checkpointing", {})
     if block and not cfg.activation_checkpointing:
         yield "activation_checkpointing: contradicts activation_checkpointing = False in the settings; remove the block"
