@@ -46,7 +46,7 @@ END
 }
 
 # launch SCRIPT CONFIG [N] [ARGUMENTS]: become the launcher of N ranks, by default one per GPU, or 2 CPU ranks. CONFIG is
-# used when ARGUMENTS name no config; $setting comes before them.
+# used when ARGUMENTS name no config; ${settings[@]} come before them.
 # With HOSTFILE=FILE: on every host of that file, as many ranks as it says; ARGUMENTS may have options of launch.hosts.
 launch() {
     local script=$1 config=$2 n='' argument
@@ -57,7 +57,7 @@ launch() {
         if [[ $argument == --device=cpu ]]; then export CUDA_VISIBLE_DEVICES=''; fi
     done
     if [[ " $*" == *" --init_from=resume"* && " $*" == *" --out_dir="* ]]; then config=''; fi # that run's settings
-    set -- "$script" ${setting:+"$setting"} ${config:+"$config"} "$@"
+    set -- "$script" ${settings[@]+"${settings[@]}"} ${config:+"$config"} "$@"
     if [[ ${HOSTFILE:-} ]]; then
         [[ -z $n ]] || fail "$n ranks: $HOSTFILE says how many, as slots=; leave the number out"
         exec "$python" -m launch.hosts --hostfile="$HOSTFILE" "$@"
