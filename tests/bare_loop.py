@@ -9,6 +9,7 @@ as nanoGPT prints it; no checks, other logs or checkpoints.
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data.dataset import open_dataset
+from data.dataset import Dataset, open_dataset
 from model import GPT, GPTConfig, initial_value
 from training.config import ROOT, PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig, describe_json, read, resolve
@@ -41,7 +42,6 @@ def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, batc
     fill(model, cfg.seed)
     if cfg.compile:
         model.compile()
-    micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
     if name == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -52,19 +52,22 @@ def plain_loop(name: str, cfg: TrainConfig, ranks: Ranks, shape: GPTConfig, batc
         model = DDP(model, gradient_as_bucket_view=True)
     optimizer = make_optimizer(model, cfg)
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32 and name != "fsdp")
+    return partial(plain_step, model, optimizer, autocast, cfg, ranks, batch)
 
-    def step() -> Tensor:
-        for micro_step in range(micro_steps):
-            model.require_backward_grad_sync = micro_step == micro_steps - 1  # of DDP
-            with autocast:
-                loss = model(*batch())
-            (loss / micro_steps).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
 
-    return step
+def plain_step(
+    model: Any, optimizer: Any, autocast: torch.autocast, cfg: TrainConfig, ranks: Ranks, batch: Batch
+) -> Tensor:
+    micro_steps = cfg.gradient_accumulation_steps // ranks.world_size
+    for micro_step in range(micro_steps):
+        model.require_backward_grad_sync = micro_step == micro_steps - 1  # of DDP
+        with autocast:
+            loss = model(*batch())
+        (loss / micro_steps).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
 
 
 def deepspeed_loop(cfg: Any, ranks: Ranks, shape: GPTConfig, batch: Batch) -> Step:
@@ -82,23 +85,19 @@ def deepspeed_loop(cfg: Any, ranks: Ranks, shape: GPTConfig, batch: Batch) -> St
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     if cfg.compile:
         engine.compile()
-
-    def step() -> Tensor:
-        for _ in range(cfg.gradient_accumulation_steps // ranks.world_size):
-            loss = engine(*batch())
-            engine.backward(loss)
-            engine.step()
-        return loss
-
-    return step
+    return partial(deepspeed_step, engine, cfg, ranks, batch)
 
 
-def main() -> None:
-    name, *arguments = sys.argv[1:]
-    zero = name.startswith("zero")
-    cfg = parse(DeepSpeedTrainConfig if zero else PlainTrainConfig, arguments, "")
-    dataset = open_dataset(ROOT / "data" / cfg.dataset)
-    shape = cfg.model_config(dataset.vocab_size)
+def deepspeed_step(engine: Any, cfg: TrainConfig, ranks: Ranks, batch: Batch) -> Tensor:
+    for _ in range(cfg.gradient_accumulation_steps // ranks.world_size):
+        loss = engine(*batch())
+        engine.backward(loss)
+        engine.step()
+    return loss
+
+
+def make_batch(cfg: TrainConfig, dataset: Dataset, ranks: Ranks) -> Batch:
+    random = np.random.default_rng(ranks.rank)
 
     def batch() -> tuple[Tensor, Tensor]:
         ids = np.memmap(dataset.path("train"), dataset.dtype, "r")  # anew: all pages ever read would count as memory
@@ -107,8 +106,17 @@ def main() -> None:
         tokens = torch.from_numpy(rows).to(ranks.device)
         return tokens[:, :-1], tokens[:, 1:]
 
+    return batch
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1:]
+    zero = name.startswith("zero")
+    cfg = parse(DeepSpeedTrainConfig if zero else PlainTrainConfig, arguments, "")
+    dataset = open_dataset(ROOT / "data" / cfg.dataset)
+    shape = cfg.model_config(dataset.vocab_size)
     with start(cfg.device, cfg.backend, process_group=name != "single", tf32=cfg.tf32) as ranks:
-        random = np.random.default_rng(ranks.rank)
+        batch = make_batch(cfg, dataset, ranks)
         step = deepspeed_loop(cfg, ranks, shape, batch) if zero else plain_loop(name, cfg, ranks, shape, batch)
         for number in range(cfg.steps):
             since = time.perf_counter()

@@ -13,7 +13,7 @@ from training.devices import time_matmul
 from training.distributed import Ranks
 from training.run_control import PROCESS_START
 
-PROBE_SHARE = 0.01  # measuring the ranks takes at most this share of the time, and is part of step_ms
+PROBE_SHARE = 0.005  # measuring the ranks takes at most this share of the time, and is part of step_ms
 PROBE_HISTORY = 5  # a rank is judged by the median of the last five: a slow moment is not a slow node
 SLOWER_MS = 1.0  # at least this much above the median rank
 # Size of the square matrices, repeats, and the ratio to the median rank from which a rank counts as slow. The matmuls
