@@ -2,9 +2,10 @@
 
     python -m tests.layouts results/layouts
 
-Takes some minutes. Writes README.md, a table with a row for each layout and a column pair for each kind of model.
+Then 15 + 15 steps, from each layout to each other. Takes some 20 minutes. Writes README.md.
 """
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,44 @@ def compare(folder: Path, data: Path, model: str, ranks: int, strategy: str, lay
     return f"| {model} | {strategy} | {ranks} | {text} | {difference(single, folder / name):.1e} | {norm:.1e} |"
 
 
+MATRIX: dict[str, tuple[int, str, dict[str, int]]] = {
+    "single": (0, "single", {}),
+    **{strategy: (2, strategy, {}) for strategy in ("ddp", "fsdp", "zero1", "zero3")},
+    "tp2": (2, "zero1", {"tensor": 2}),
+    "pp2 x tp2": (4, "zero1", {"pipeline": 2, "tensor": 2}),
+    "ep2 x dp2": (4, "zero2", {"expert": 2}),
+}
+# AutoEP and a pipeline have no balance loss here
+MATRICES = {"GPT-2": [name for name in MATRIX if name != "ep2 x dp2"]}
+MATRICES["experts"] = [name for name in MATRIX if name not in ("tp2", "pp2 x tp2")]
+
+
+def resume_matrix(folder: Path, data: Path, model: str) -> list[str]:
+    """A table of the largest difference of the loss from one process after the switch: rows from, columns to."""
+    names, settings = MATRICES[model], {**RUN, **MODELS[model]}
+    whole = folder / f"{model}-single-0.01"  # of `compare`
+    lines = [["from \\ to", *names], ["---"] * (len(names) + 1)]
+
+    def go(out: Path, name: str, **more: Any) -> None:
+        ranks, strategy, layout = MATRIX[name]
+        own = {"deepspeed_config": zero_json(strategy)} if strategy.startswith("zero") else {}
+        own |= {"strategy": "fsdp"} if strategy == "fsdp" else {}
+        sizes = {f"{kind}_parallel": size for kind, size in layout.items()}
+        train(out, data, ranks=ranks, **{**settings, **own, **sizes, **more})
+
+    for source in names:
+        half, cells = folder / f"{model}-{source}-half", [source]
+        go(half, source, max_iters=15, eval_interval=15)
+        for target in names:
+            shutil.copytree(half, out := folder / "cell")
+            go(out, target, resume="auto")
+            cells.append(f"{difference(whole, out):.1e}")
+            shutil.rmtree(out)
+        lines.append(cells)
+        print(cells, flush=True)
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def main() -> None:
     write = Path(sys.argv[1])
     write.mkdir(parents=True, exist_ok=True)
@@ -73,6 +112,14 @@ def main() -> None:
     about = environment(SINGLE_PROCESS)
     facts = [f"- {key}: {about[key]}" for key in ("started", "git_commit", "python", "torch", "deepspeed", "device")]
     title = "# Layouts against one process\n\nLargest differences over 30 steps, fp32, gradient clipping active.\n"
+    table += [
+        "",
+        "## 15 steps under one layout, 15 under another",
+        "",
+        "Largest difference of the loss from one process.",
+    ]
+    for model in MATRICES:
+        table += ["", f"{model}:", "", *resume_matrix(scratch, data, model)]
     (write / "README.md").write_text("\n".join([title, *table, "", *facts]) + "\n")
 
 

@@ -91,12 +91,13 @@ REFUSED_BY_STAGE = [  # also on 4 ranks
         2,
         "expert_parallel = 2: with tensor_parallel, needs ZeRO stage 3",
     ),
+    (f"--expert_parallel=2 {SWIGLU}", 3, "expert_parallel = 2: DeepSpeed cannot save experts from NVMe"),
 ]
 
 
 @pytest.fixture
 def four_ranks(monkeypatch):
-    for name, value in {"WORLD_SIZE": "4", "RANK": "0"}.items():
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
 
 
@@ -111,11 +112,30 @@ def test_a_layout_that_cannot_be_is_refused(four_ranks, words):
     assert str(refusal.value).startswith("1 problem") and REFUSED[words] in str(refusal.value)
 
 
+def test_matrices_are_not_shared_across_nodes_unless_asked_for(four_ranks, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    settings("--tensor_parallel=2")
+    with pytest.raises(ConfigError) as refusal:
+        settings("--tensor_parallel=4")
+    assert "tensor_parallel = 4 (command line): must divide the 2 ranks of a node" in str(refusal.value)
+    settings("--tensor_parallel=4 --tensor_across_nodes=True")
+
+
+def test_ranks_are_named_by_their_place():
+    """Tensor innermost, then sequence, data, and pipeline outermost."""
+    ranks = replace(SINGLE_PROCESS, world_size=16, layout=Layout(tensor=2, sequence=2, pipeline=2))
+    assert ranks.names([13]) == "rank 13 (pipeline 1, data 1, sequence 0, tensor 1)"
+    ranks = replace(ranks, world_size=8)
+    assert ranks.names([0, 5]) == "rank 0 (pipeline 0, sequence 0, tensor 0), rank 5 (pipeline 1, sequence 0, tensor 1)"
+    assert replace(ranks, layout=Layout()).names([0, 5]) == "ranks 0, 5"
+
+
 @pytest.mark.parametrize("words, stage, expected", REFUSED_BY_STAGE)
 def test_a_layout_that_deepspeed_would_train_wrongly_is_refused(four_ranks, words, stage, expected):
     cfg = settings(words)
     ranks = replace(SINGLE_PROCESS, world_size=4, layout=cfg.layout())
-    (problem,) = check(cfg, ranks, cfg.model_config(257), stage)
+    devices = ("nvme", "gpu") if "NVMe" in expected else ("gpu", "gpu")
+    (problem,) = check(cfg, ranks, cfg.model_config(257), (stage, *devices))
     assert problem.startswith(expected)
 
 

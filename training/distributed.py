@@ -114,6 +114,14 @@ class Ranks:
     def sequence_rank(self) -> int:
         return self.rank // self.layout.tensor % self.layout.sequence
 
+    def names(self, ranks: list[int]) -> str:
+        """ "ranks 0, 3"; where the model is split, with their places: "rank 3 (pipeline 1, tensor 1)"."""
+        if self.layout == Layout():
+            return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        from training.parallel import place
+
+        return ", ".join(place(self.layout, self.world_size, rank) for rank in ranks)
+
     def start_mean(self, value: torch.Tensor) -> dist.Work | None:
         """Start to replace value by its mean over all ranks. A rank that needs it calls wait(); all keep `value`."""
         value /= self.world_size

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from model import CausalSelfAttention, GPTConfig
-from training.distributed import Ranks, world_size
+from training.distributed import Layout, Ranks, local_world_size, world_size
 from training.errors import count
 
 
@@ -36,6 +36,9 @@ def problems(cfg: Any) -> Iterator[tuple[str, str]]:
         return
     if ranks // layout.pipeline % layout.expert:
         yield "expert_parallel", f"must divide the {ranks // layout.pipeline} ranks of a pipeline stage"
+    if local_world_size() % layout.tensor and not cfg.tensor_across_nodes:
+        rule = f"must divide the {local_world_size()} ranks of a node, whose links are fast"
+        yield "tensor_parallel", f"{rule}; or set --tensor_across_nodes=True"
     heads = layout.tensor * layout.sequence
     for name in ("n_kv_head", "n_head"):
         if getattr(cfg, name) % heads:
@@ -67,6 +70,16 @@ def describe(ranks: Ranks) -> str:
     factors = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
     experts = f", experts split over {layout.expert}" if layout.expert > 1 else ""
     return f"{count(ranks.world_size, 'rank')} = {factors}{experts}"
+
+
+def place(layout: Layout, world_size: int, rank: int) -> str:
+    """ "rank 5 (pipeline 1, data 0, tensor 1)": where a rank is in each dimension that is split."""
+    sizes = {"tensor": layout.tensor, "sequence": layout.sequence, "data": layout.data(world_size)}
+    numbers, rest = dict[str, int](), rank
+    for name, size in sizes.items():
+        rest, numbers[name] = divmod(rest, size)
+    numbers["pipeline"], sizes["pipeline"] = rest, layout.pipeline
+    return f"rank {rank} ({', '.join(f'{name} {numbers[name]}' for name in reversed(numbers) if sizes[name] > 1)})"
 
 
 def split_sequences(model: nn.Module, block_size: int, ranks: Ranks) -> None:

@@ -193,17 +193,14 @@ class Watchdog:
         places: dict[str, list[int]] = {}
         for rank in written:
             places.setdefault(stack_summary(self.paths[rank].read_text()), []).append(rank)
-        groups = [f"{rank_names(ranks)} {place}" for place, ranks in sorted(places.items())]  # "stuck", then "waiting"
+        name = self.ranks.names
+        groups = [f"{name(ranks)} {place}" for place, ranks in sorted(places.items())]  # "stuck", then "waiting"
         if silent := [rank for rank in range(self.ranks.world_size) if rank not in written]:
-            groups.insert(0, f"no sign of life from {rank_names(silent)} (process, machine or network)")
+            groups.insert(0, f"no sign of life from {name(silent)} (process, machine or network)")
         elif all(place.startswith("waiting") for place in places):
             groups.append("no rank is stuck elsewhere, so suspect the network or the device")
         text = f"no progress for {self.limit:.0f} s after {self.last_event}: {'; '.join(groups)}"
         print(f"error: {text}; all stacks: {self.folder}", file=sys.stderr, flush=True)
-
-
-def rank_names(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def stack_summary(text: str) -> str:
