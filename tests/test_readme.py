@@ -107,6 +107,7 @@ def test_command_is_valid(text, monkeypatch, tmp_path):
     line = Line(text)
     if line.script in CONFIGS:
         monkeypatch.setenv("WORLD_SIZE", str(ranks_of_hostfile(tmp_path) if line.hostfile else line.ranks or 1))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(8 if line.hostfile else line.ranks or 1))
         parse(CONFIGS[line.script], line.words, "")
         if line.launcher and line.launcher[0].startswith("./"):
             assert (ROOT / line.launcher[0]).is_file()

@@ -94,8 +94,10 @@ def describe_json(config: Json) -> tuple[int, str, str]:
 
 
 def strategy_of(config: Json) -> str:
-    """The strategy's name: zero0 ... zero3, followed by _offload (to the CPU) or _nvme."""
+    """The strategy's name: zero0 ... zero3, followed by _offload (to the CPU), _nvme or _hpz."""
     stage, *devices = describe_json(config)
+    if dotted(config, "zero_optimization.zero_hpz_partition_size") not in (None, 0, 1):
+        return f"zero{stage}_hpz"
     return f"zero{stage}" + ("_nvme" if "nvme" in devices else "_offload" if "cpu" in devices else "")
 
 

@@ -116,6 +116,7 @@ class DeepSpeedLog:
                 handler.setStream(self.file)
         if not cfg.verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+            warnings.filterwarnings("ignore", "c10d::broadcast_")  # AutoTP's, inside of a pipeline's stage
 
     @contextmanager
     def section(self, title: str) -> Iterator[None]:
