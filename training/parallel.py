@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -63,23 +64,24 @@ def problems(cfg: Any) -> Iterator[tuple[str, str]]:
         yield "optimizer", "experts are stacks of matrices, which Muon does not know; set --optimizer=adamw"
 
 
+def dimensions(layout: Layout, world_size: int) -> dict[str, int]:
+    """The number of ranks in each dimension, outermost first."""
+    data = layout.data(world_size)
+    return {"pipeline": layout.pipeline, "data": data, "sequence": layout.sequence, "tensor": layout.tensor}
+
+
 def describe(ranks: Ranks) -> str:
     """ "8 ranks = 2 pipeline x 2 data x 2 tensor"."""
-    layout = ranks.layout
-    sizes = {"pipeline": layout.pipeline, "data": ranks.data_size, "sequence": layout.sequence, "tensor": layout.tensor}
+    sizes, experts = dimensions(ranks.layout, ranks.world_size), ranks.layout.expert
     factors = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
-    experts = f", experts split over {layout.expert}" if layout.expert > 1 else ""
-    return f"{count(ranks.world_size, 'rank')} = {factors}{experts}"
+    return f"{count(ranks.world_size, 'rank')} = {factors}" + (f", experts split over {experts}" if experts > 1 else "")
 
 
 def place(layout: Layout, world_size: int, rank: int) -> str:
-    """ "rank 5 (pipeline 1, data 0, tensor 1)": where a rank is in each dimension that is split."""
-    sizes = {"tensor": layout.tensor, "sequence": layout.sequence, "data": layout.data(world_size)}
-    numbers, rest = dict[str, int](), rank
-    for name, size in sizes.items():
-        rest, numbers[name] = divmod(rest, size)
-    numbers["pipeline"], sizes["pipeline"] = rest, layout.pipeline
-    return f"rank {rank} ({', '.join(f'{name} {numbers[name]}' for name in reversed(numbers) if sizes[name] > 1)})"
+    """ "rank 5 (pipeline 1, data 0, tensor 1)"."""
+    sizes = dimensions(layout, world_size)
+    numbers = zip(sizes, np.unravel_index(rank, tuple(sizes.values())), strict=True)
+    return f"rank {rank} ({', '.join(f'{name} {number}' for name, number in numbers if sizes[name] > 1)})"
 
 
 def split_sequences(model: nn.Module, block_size: int, ranks: Ranks) -> None:
