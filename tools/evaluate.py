@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data.dataset import DATA_FOLDER, Dataset, open_dataset
@@ -38,32 +37,41 @@ ORIGINAL = ("activity_label", "ctx_a", "ctx_b")  # keys of the original files; o
 
 
 @dataclass(frozen=True)
-class Ending:
-    """ids: of context and ending, the last block_size + 1 of them; the last `scored` ones are the ending's."""
+class Text:
+    """At most block_size + 1 ids, of which the last `scored` ones are predicted. characters: of HellaSwag's ending."""
 
-    ids: list[int]
+    ids: list[int] | np.ndarray
     scored: int
-    characters: int
+    characters: int = 0
 
 
 @torch.no_grad()
+def log_likelihoods(model: GPT, texts: list[Text], ranks: Ranks, batch_size: int) -> list[float]:
+    """In nats, one for each text, in their order. Texts of similar lengths share a batch. A collective."""
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    mine: list[tuple[int, float]] = []
+    for batch in ranks.progress(batches[ranks.rank :: ranks.world_size], "evaluating"):
+        rows = [torch.from_numpy(np.array(texts[i].ids, np.int64)) for i in batch]
+        ids = pad_sequence(rows, batch_first=True).to(ranks.device)
+        states = model.transformer(ids[:, :-1], None)
+        for i, state, targets in zip(batch, states, ids[:, 1:], strict=True):
+            end = len(texts[i].ids) - 1
+            scored = slice(end - texts[i].scored, end)
+            loss = model.loss(model.lm_head(state[scored]), targets[scored])  # their mean
+            mine.append((i, -loss.item() * texts[i].scored))
+    return [value for _, value in sorted(pair for pairs in ranks.share(mine) for pair in pairs)]
+
+
 def evaluate_loss(model: GPT, dataset: Dataset, ranks: Ranks, batch_size: int) -> dict[str, Any]:
-    """Mean over val.bin in consecutive windows, batches of which the ranks share. A collective."""
-    path, count, width = dataset.path("val"), dataset.tokens["val"] - 1, model.config.block_size
-    whole, size, nats = count // width * width, batch_size * width, 0.0
-    batches = [(start, min(start + size, whole), width) for start in range(0, whole, size)]
-    if whole < count:
-        batches.append((whole, count, count - whole))  # the last window is shorter
-    for first, last, length in ranks.progress(batches[ranks.rank :: ranks.world_size], "evaluating"):
-        ids = np.fromfile(path, dataset.dtype, last - first + 1, offset=first * dataset.dtype.itemsize)
-        if ids.max() >= dataset.vocab_size:
-            raise DataError(f"{path} contains id {ids.max()}, outside its vocabulary; prepare it again")
-        tokens = torch.from_numpy(ids.astype(np.int64)).to(ranks.device)
-        nats += model(tokens[:-1].view(-1, length), tokens[1:].view(-1, length)).item() * (last - first)
-    loss = sum(ranks.share(nats)) / count
+    """Mean over val.bin in consecutive windows, the last of which may be shorter. A collective."""
+    count, width = dataset.tokens["val"] - 1, model.config.block_size
+    ids = np.memmap(dataset.path("val"), dataset.dtype, "r")
+    texts = [Text(ids[start : start + width + 1], min(width, count - start)) for start in range(0, count, width)]
+    loss = -sum(log_likelihoods(model, texts, ranks, batch_size)) / count
     if not dataset.val_bytes and ranks.main:  # prepared by nanoGPT or an earlier version
         try:
-            dataset = replace(dataset, val_bytes=count_bytes(dataset.tokenizer, np.fromfile(path, dataset.dtype)))
+            dataset = replace(dataset, val_bytes=count_bytes(dataset.tokenizer, ids))
         except DataError as error:
             print(f"bits per byte are unknown: {error}", file=sys.stderr)
     perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())  # inf where math.exp overflows
@@ -80,7 +88,7 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def read_item(line: bytes, tokenizer: Tokenizer, block_size: int) -> tuple[int, list[Ending]]:
+def read_item(line: bytes, tokenizer: Tokenizer, block_size: int) -> tuple[int, list[Text]]:
     """The label and the endings. Raises ValueError."""
     item = json.loads(line)
     keys = ("ctx",) if isinstance(item, dict) and "activity_label" not in item else ORIGINAL
@@ -101,12 +109,12 @@ def read_item(line: bytes, tokenizer: Tokenizer, block_size: int) -> tuple[int, 
         if not (start and 1 <= scored <= block_size):
             rule = f"a context needs 1 or more, an ending 1 to block_size = {block_size}"
             raise ValueError(f"{start} tokens of context and {scored} of an ending: {rule}")
-        endings.append(Ending(ids[-block_size - 1 :], scored, len(ending)))
+        endings.append(Text(ids[-block_size - 1 :], scored, len(ending)))
     return int(label), endings
 
 
-def read_hellaswag(path: Path, tokenizer: Tokenizer, block_size: int) -> list[tuple[int, list[Ending]]]:
-    items: list[tuple[int, list[Ending]]] = []
+def read_hellaswag(path: Path, tokenizer: Tokenizer, block_size: int) -> list[tuple[int, list[Text]]]:
+    items: list[tuple[int, list[Text]]] = []
     try:
         with path.open("rb") as file:
             for line in file:
@@ -120,24 +128,7 @@ def read_hellaswag(path: Path, tokenizer: Tokenizer, block_size: int) -> list[tu
     return items
 
 
-@torch.no_grad()
-def log_likelihoods(model: GPT, endings: list[Ending], ranks: Ranks, batch_size: int) -> list[float]:
-    """In nats, one for each ending, in their order. Endings of similar lengths share a batch. A collective."""
-    order = sorted(range(len(endings)), key=lambda i: -len(endings[i].ids))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    mine: list[tuple[int, float]] = []
-    for batch in ranks.progress(batches[ranks.rank :: ranks.world_size], "evaluating"):
-        rows = [endings[i] for i in batch]
-        ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
-        scored = [torch.arange(len(row.ids)) >= len(row.ids) - row.scored for row in rows]
-        ids, mask = ids.to(ranks.device), pad_sequence(scored, batch_first=True)[:, 1:].to(ranks.device)
-        logits = model.lm_head(model.transformer(ids[:, :-1], None)[mask])
-        losses = F.cross_entropy(logits.float(), ids[:, 1:][mask], reduction="none").cpu().double()
-        mine += zip(batch, [-part.sum().item() for part in losses.split([r.scored for r in rows])], strict=True)
-    return [value for _, value in sorted(pair for pairs in ranks.share(mine) for pair in pairs)]
-
-
-def accuracies(items: list[tuple[int, list[Ending]]], scores: list[float]) -> dict[str, Any]:
+def accuracies(items: list[tuple[int, list[Text]]], scores: list[float]) -> dict[str, Any]:
     """acc and acc_norm, with their standard errors."""
     right, remaining = {"acc": 0, "acc_norm": 0}, iter(scores)
     for label, endings in items:
@@ -165,8 +156,11 @@ def open_model(args: Namespace) -> tuple[SavedState, Metadata, Dataset | None]:
     if not (name := args.dataset or metadata["settings"].get("dataset")):
         raise ConfigError(f"{source} does not say on which data it was trained; give --dataset")
     dataset = open_dataset(DATA_FOLDER / name)
+    path = dataset.path("val")
     if dataset.tokens["val"] < 2:
-        raise DataError(f"{dataset.path('val')} has 1 token, from which none is predicted; prepare more text")
+        raise DataError(f"{path} has 1 token, from which none is predicted; prepare more text")
+    if (largest := np.memmap(path, dataset.dtype, "r").max()) >= dataset.vocab_size:
+        raise DataError(f"{path} contains id {largest}, outside its vocabulary; prepare it again")
     return saved, add_tokenizer(metadata, dataset.tokenizer.describe()), dataset
 
 
