@@ -65,7 +65,9 @@ def convert(
     unfinished = scratch / f"new{target.suffix}"
     try:
         scratch.mkdir()
-        notes += WRITERS[to](saved, metadata, unfinished, dtype)
+        WRITERS[to](saved, metadata, unfinished, dtype)
+        if to.startswith("hf"):
+            notes += write_tokenizer(metadata, unfinished)
         compare_tensors(saved, open_source(str(unfinished), metadata["tokenizer"])[0], getattr(torch, dtype))
         for path in [unfinished, *unfinished.rglob("*")]:
             sync(path)
@@ -117,7 +119,7 @@ def compare_tensors(saved: SavedState, again: SavedState, dtype: torch.dtype) ->
             raise UserError(f"{failed} the {kind} of {name} differs")
 
 
-def write_run(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
+def write_run(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> None:
     """Write a run folder with one checkpoint, as train.py in one process does."""
     # Copied, because torch.save writes all of the mapped file that a tensor is a part of.
     weights = {name: saved.whole(name).clone() for name in saved.shapes}
@@ -133,10 +135,9 @@ def write_run(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -
     with Saver(Checkpoints(str(target))).writing(metadata, best=False) as files:
         files.write("model.pt", weights)
         files.write("optimizer.pt", {"optimizer": states, "scaler": saved.scaler})
-    return []
 
 
-def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
+def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> None:
     """Write nanoGPT's ckpt.pt, to a target named *.pt or into the folder target, as in nanoGPT's out_dir."""
     path = target if target.suffix == ".pt" else target / NANOGPT_FILE
     path.parent.mkdir(exist_ok=True)
@@ -159,17 +160,15 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: st
     }
     with path.open("wb") as file:
         save(state, file, crc32=True)
-    return []
 
 
-def write_weights(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> list[str]:
+def write_weights(saved: SavedState, metadata: Metadata, target: Path, dtype: str) -> None:
     """Write one safetensors file whose header holds the metadata, so that it can be read back."""
     tensors = {name: cast(name, saved.whole(name), getattr(torch, dtype)) for name in saved.shapes}
     if metadata["model"]["tied"]:
         tensors[TIED] = tensors["transformer.wte.weight"].clone()  # other readers may not know that they are tied
     header = {key: json.dumps(metadata[key]) for key in HEADER if key in metadata}
     save_file(tensors, target, header)
-    return []
 
 
 def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -180,7 +179,7 @@ def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype).contiguous()
 
 
-def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype: str, mistral=False) -> list[str]:
+def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype: str, mistral=False) -> None:
     """Write a folder for AutoModelForCausalLM and AutoTokenizer."""
     config = GPTConfig(**metadata["model"])
     about = to_huggingface(config, mistral)
@@ -189,10 +188,8 @@ def write_huggingface(saved: SavedState, metadata: Metadata, target: Path, dtype
     tokenizer, padding = metadata["tokenizer"], list(range(metadata["vocab_size"], config.vocab_size))
     end_of_text = tokenizer_from(tokenizer).end_of_text if tokenizer else None
     special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    generation = {**special, **({"suppress_tokens": padding} if padding else {})}
     (target / "config.json").write_text(json.dumps({**about, "torch_dtype": dtype, **special}, indent=2))
-    (target / "generation_config.json").write_text(json.dumps(generation))
-    return write_tokenizer(metadata, target, config.block_size)
+    (target / "generation_config.json").write_text(json.dumps({**special, "suppress_tokens": padding or None}))
 
 
 def write_shards(saved: SavedState, config: GPTConfig, target: Path, dtype: torch.dtype) -> None:
@@ -220,7 +217,7 @@ def write_shards(saved: SavedState, config: GPTConfig, target: Path, dtype: torc
         (target / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
-def write_tokenizer(metadata: Metadata, folder: Path, block_size: int) -> list[str]:
+def write_tokenizer(metadata: Metadata, folder: Path) -> list[str]:
     """Write the tokenizer as AutoTokenizer reads it; return notes for the user."""
     name = (metadata["tokenizer"] or {"name": "unknown"})["name"]
     if name == TOKENIZER_FILE:
@@ -235,7 +232,7 @@ def write_tokenizer(metadata: Metadata, folder: Path, block_size: int) -> list[s
     for name, url in GPT2_TOKENIZER.items():
         (folder / name).write_bytes(tiktoken.load.read_file_cached(url))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    settings = {"model_max_length": block_size, "tokenizer_class": "GPT2Tokenizer", **special}
+    settings = {"model_max_length": metadata["model"]["block_size"], "tokenizer_class": "GPT2Tokenizer", **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return []
 
