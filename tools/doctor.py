@@ -36,6 +36,7 @@ ANSWER = {"findings": list, "data": int, "device": str, **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
 SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
 LINK_FIX = "check cable, switch and firewall, or name another network in GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME)"
+Bandwidth = tuple[float, str]  # Gbit/s and its text; 0 and why there is none
 
 
 def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool, marker: str = "") -> dict[str, Request]:
@@ -93,31 +94,28 @@ def check_links(
         groups.append(each)
     elif len(each) == 1 and len(reachable[0].slots) > 1:
         groups = [reachable]
-    results = [(group, all_reduce(group, answers, ssh, address, command)) for group in groups]
-    fastest = max((gbit for _, gbit in results if not isinstance(gbit, str)), default=0.0)
-    for group, gbit in results:
+    results = [all_reduce(group, answers, ssh, address, command) for group in groups]
+    fastest = max((gbit for gbit, _ in results), default=0.0)
+    for group, (gbit, value) in zip(groups, results, strict=True):
         name = " - ".join(host.name for host in group) if len(group) < 3 else f"all {len(group)} hosts"
-        if isinstance(gbit, str):
-            yield Finding("all-reduce", gbit, False, LINK_FIX, name)
-        else:
-            slow = len(group) < 3 and gbit < max(MIN_GBIT, SLOW_LINK * fastest)
-            yield Finding("all-reduce", f"{gbit:,.3f} Gbit/s each way", not slow, LINK_FIX, name)
+        least = max(MIN_GBIT, SLOW_LINK * fastest) if len(group) < 3 else 0.0
+        yield Finding("all-reduce", value, gbit > least, LINK_FIX, name)
 
 
-def all_reduce(group: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]) -> float | str:
-    """Bus bandwidth in Gbit/s between the hosts, or why there is none. address: of the first host of the hostfile."""
+def all_reduce(group: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]) -> Bandwidth:
+    """Measure between the hosts of a group. address: of the first host of the hostfile."""
     try:
         plans = hosts.make_plans(group, answers, address if group[0].name == next(iter(answers)) else "", command)
     except UserError as error:  # the name is that of the loopback interface
-        return str(error)
+        return 0.0, str(error)
     for plan in plans.values():
         plan["heartbeat_timeout"] = hosts.ANSWER_SECONDS
     measured = hosts.ask(group, ssh, ["-m", "launch.ranks", "--node"], plans, {"gbit_per_second": float})
     result = measured[group[0].name]  # it has rank 0, which prints
     if not isinstance(result, str):
-        return result["gbit_per_second"]
+        return result["gbit_per_second"], f"{result['gbit_per_second']:,.3f} Gbit/s each way"
     errors = [text.removeprefix("error: ") for text in measured.values() if not text.startswith("ssh ended")]
-    return next(iter(errors), "the ranks ended without a message").partition("; ")[0]
+    return 0.0, next(iter(errors), "the ranks ended without a message").partition("; ")[0]
 
 
 def report(findings: list[Finding]) -> str:
