@@ -189,8 +189,9 @@ def bars(rows: list[Row], caption: str, parts: list[dict[str, float]]) -> Any:
     return figure
 
 
-def draw(rows: list[Row]) -> dict[str, Any]:
-    """File name -> figure of everything that was measured."""
+def write_page(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write benchmark.md, which has all numbers, and figures of those that were measured."""
+    rows = results["rows"]
     rates = [{"tokens/s": row["tokens_per_second"]} if "tokens_per_second" in row else {} for row in rows]
     memory = [{kind: size / 1e6 for kind, size in row.get("memory", {}).items()} for row in rows]
     charts = {
@@ -198,22 +199,16 @@ def draw(rows: list[Row]) -> dict[str, Any]:
         "memory.png": ("peak memory of the fullest rank, MB", memory),
         "step.png": ("a profiled step, mean over ranks, ms", [row.get("breakdown_ms", {}) for row in rows]),
     }
-    return {name: bars(rows, caption, parts) for name, (caption, parts) in charts.items() if any(parts)}
-
-
-def write_page(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write benchmark.md, which has all numbers, and the figures that it shows."""
-    rows = results["rows"]
-    drawn = draw(rows)
-    for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=160)
+    charts = {name: (caption, parts) for name, (caption, parts) in charts.items() if any(parts)}
+    for name, (caption, parts) in charts.items():
+        bars(rows, caption, parts).savefig(folder / name, dpi=160)
     facts = {**results["environment"], **{key: results[key] for key in ("dtype", "steps", "rounds")}}
     facts["settings"] = " ".join(results["arguments"])
     titles, *cells = make_table(rows, COLUMNS)
     rules = ["---", "---", *["---:"] * (len(titles) - 2)]
-    lines = ["# Strategies side by side", "", *(f"![{name}]({name})" for name in drawn), ""]
+    lines = ["# Strategies side by side", "", *(f"![{name}]({name})" for name in charts), ""]
     lines += [f"| {' | '.join(line)} |" for line in (titles, rules, *cells)]
     lines += [f"\n{failure}" for failure in failures(rows)]
     lines += ["", "## How it was measured", "", *(f"- {key}: {value}" for key, value in facts.items())]
     (folder / "benchmark.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return [folder / name for name in ("benchmark.md", *drawn)]
+    return [folder / name for name in ("benchmark.md", *charts)]
