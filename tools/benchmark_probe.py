@@ -174,12 +174,8 @@ def main() -> None:
         note["process_bytes"] = peak_memory_bytes(torch.device("cpu"))
         return GPT(*args)
 
-    def build_trainer(*args: Any) -> Any:
-        trainer = trainer_class(*args)
-        Probe(trainer, note)
-        return trainer
-
-    script.GPT, script.Trainer = build_model, build_trainer
+    script.GPT = build_model
+    script.Trainer = lambda *args: Probe(trainer_class(*args), note).trainer
     sys.argv = [name, *arguments, *STEPS, "--always_save_checkpoint=True"]
     script.main()
 
