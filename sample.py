@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.hf_tokenizer import from_model
 from data.tokenizer import Tokenizer, tokenizer_from
 from model import GPT, GPTConfig
-from training import distributed
+from training import distributed, pretrained
 from training.checkpoint import Checkpoints
 from training.config import Problem, Settings, key, parse
 from training.errors import ConfigError, UserError
+from training.families import is_gpt2
 from training.model_state import open_state
 
 
@@ -62,10 +64,6 @@ def load(cfg: SampleConfig, device: torch.device) -> tuple[GPT, Tokenizer]:
         config, saved = GPTConfig(**metadata["model"]), open_state(folder, metadata)
         tokenizer = tokenizer_from(metadata["tokenizer"], Path(cfg.out_dir))
     else:
-        from data.hf_tokenizer import from_model
-        from training import pretrained
-        from training.families import is_gpt2
-
         config, saved = pretrained.open_weights(cfg.init_from)
         tokenizer = tokenizer_from({"name": "gpt2"}) if is_gpt2(config) else from_model(saved.folder)
     with device:
