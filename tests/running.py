@@ -27,7 +27,7 @@ TORCH = ["torch", "torch.distributed.fsdp", "torch.nn.parallel", "torch._dynamo"
 TORCH += ["torch.utils.serialization", "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin"]
 DEEPSPEED = [*TORCH, "deepspeed", "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.zero.muon.muon_optimizer"]
 DEEPSPEED += ["deepspeed.module_inject.auto_ep_layer", "torch.utils.cpp_extension"]
-IMPORTS = {"train_deepspeed.py": DEEPSPEED, "examples/hf_trainer.py": [*DEEPSPEED, "transformers", "accelerate"]}
+IMPORTS = {"train_deepspeed.py": DEEPSPEED, "tests/hf_trainer.py": [*DEEPSPEED, "transformers", "accelerate"]}
 IMPORTS.update(dict.fromkeys(["deepspeed.launcher.runner", "tools.accept", "tests.compile_ops"], DEEPSPEED))
 IMPORTS["--compare"] = DEEPSPEED  # of tools.benchmark, without its probe, which counts the tensors of all modules
 SERVERS: dict[int, ForkServer] = {}

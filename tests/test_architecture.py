@@ -13,7 +13,7 @@ from sample import SampleConfig
 from tests.running import ROOT, TINY
 from training.config import PlainTrainConfig
 
-FOLDERS = ("config", "data", "examples", "launch", "tests", "tools", "training")
+FOLDERS = ("config", "data", "launch", "tests", "tools", "training")
 PATHS = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
 FILES = sorted(path.relative_to(ROOT) for path in PATHS)
 SCRIPTS = {path.stem for path in FILES if path.parent == Path()} - {"model"}

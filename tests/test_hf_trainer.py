@@ -1,4 +1,4 @@
-"""examples/hf_trainer.py on 2 CPU ranks: the Hugging Face Trainer with our DeepSpeed JSONs, unchanged."""
+"""tests/hf_trainer.py on 2 CPU ranks: the Hugging Face Trainer with our DeepSpeed JSONs, unchanged."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.running import message, run, zero_json
 
-EXAMPLE = "examples/hf_trainer.py"
+EXAMPLE = "tests/hf_trainer.py"
 # Two micro-steps and a warm-up, so that both are tested with other values than the defaults.
 SETTINGS: dict[str, Any] = {"learning_rate": 5e-3, "max_steps": 12, "warmup_steps": 3, "logging_steps": 1}
 SETTINGS |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "block_size": 32}

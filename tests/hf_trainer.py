@@ -1,7 +1,7 @@
 """Train a GPT-2 of `transformers` with Hugging Face's Trainer and our deepspeed_configs/*.json, unchanged.
 
-    python -m launch.ranks 8 examples/hf_trainer.py --deepspeed=deepspeed_configs/zero2_config.json --learning_rate=1e-3
-    deepspeed --num_gpus=8 examples/hf_trainer.py --deepspeed=deepspeed_configs/zero3_config.json --model=gpt2-xl \
+    python -m launch.ranks 8 tests/hf_trainer.py --deepspeed=deepspeed_configs/zero2_config.json --learning_rate=1e-3
+    deepspeed --num_gpus=8 tests/hf_trainer.py --deepspeed=deepspeed_configs/zero3_config.json --model=gpt2-xl \
         --dataset=shakespeare --block_size=1024 --bf16 --per_device_train_batch_size=1 --gradient_accumulation_steps=4
 
 Without --deepspeed it trains with DDP. Losses differ slightly from ours: with an optimizer in the JSON the Trainer also
