@@ -199,8 +199,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 # Files that take longest, in the order in which they start, and those of them whose tests need not share a worker.
 LONG = ["benchmark", "guides", "changes", "accept", "fork_server", "stragglers", "fsdp", "hosts", "stopping", "readme"]
-LONG += ["examples", "zero", "zero_runs", "layouts", "deepspeed_errors", "doctor", "crossing", "kill", "launch", "runs"]
-SPREAD = {*LONG[LONG.index("hosts") :]} - {"examples", "doctor"}
+LONG += ["hf_trainer", "zero", "zero_runs", "layouts", "deepspeed_errors", "doctor", "crossing", "kill", "launch", "runs"]
+SPREAD = {*LONG[LONG.index("hosts") :]} - {"hf_trainer", "doctor"}
 # For --quick: the files whose tests run, and which of their tests, as a pattern.
 QUICK = {
     **dict.fromkeys(["architecture", "config", "model", "data_errors", "training", "bad_input"], ""),
