@@ -182,20 +182,16 @@ def keep_norm(engine: Any) -> None:
 
 def client_state(engine: Any) -> dict[str, Any]:
     """What a checkpoint needs besides DeepSpeed's own state, to be read without DeepSpeed."""
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    groups = engine.optimizer.param_groups if isinstance(engine.optimizer, torch.optim.Optimizer) else []
-    order = [names[parameter] for group in groups for parameter in group["params"]]
-    state = {"optimizer_order": order, "sub_groups": nvme_sub_groups(engine)}
-    scaler = engine.torch_autocast_z0_gradscaler
-    return state | ({"scaler": scaler.state_dict()} if scaler else {})
-
-
-def nvme_sub_groups(engine: Any) -> list[tuple[str, int]]:
-    """(name of its swap files, elements on this rank) for each sub-group of an optimizer on NVMe; else []."""
-    if not engine.zero_nvme_offload_optimizer():
-        return []
-    names = [flat.ds_id for flat in engine.optimizer.fp32_partitioned_groups_flat]
-    return list(zip(names, engine.optimizer.fp16_partitioned_groups_flat_numel, strict=True))
+    state, optimizer = dict[str, Any](), engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0: not wrapped; its state_dict numbers the parameters
+        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        state["optimizer_order"] = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    if engine.zero_nvme_offload_optimizer():  # by sub-group: the name of its swap files, and its elements on this rank
+        files = [flat.ds_id for flat in optimizer.fp32_partitioned_groups_flat]
+        state["sub_groups"] = list(zip(files, optimizer.fp16_partitioned_groups_flat_numel, strict=True))
+    if scaler := engine.torch_autocast_z0_gradscaler:
+        state["scaler"] = scaler.state_dict()
+    return state
 
 
 @contextmanager
