@@ -12,21 +12,11 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from model import GPTConfig
+from training import model_state
 from training.checkpoint import read_metadata
 from training.distributed import Layout, Ranks
 from training.fsdp import WEIGHT
-from training.model_state import (
-    MOMENTUM_BUFFER,
-    TIED,
-    SavedState,
-    find_file,
-    find_step,
-    fresh_state,
-    from_whole,
-    moments,
-    read_torch_file,
-    reading,
-)
+from training.model_state import MOMENTUM_BUFFER, TIED, SavedState
 
 # Part of a parameter in a rank's flat partition: (name, first element in the parameter, in the partition, elements)
 Slice = tuple[str, int, int, int]
@@ -63,14 +53,15 @@ def open_partitions(folder: Path, metadata: dict[str, Any]) -> SavedState:
 
 def open_model_part(folder: Path, metadata: dict[str, Any], layout: Layout, number: int) -> tuple[SavedState, Pieces]:
     """What a tensor-parallel rank of a pipeline stage has, with all its replicas; and their pieces of experts."""
-    model = read_torch_file(find_file(folder, metadata, f"*mp_rank_{number:02d}_model_states.pt"))
+    path = model_state.find_file(folder, metadata, f"*mp_rank_{number:02d}_model_states.pt")
+    model = model_state.read_torch_file(path)
     if metadata["strategy"] == "zero0":
         weights = {name: weight for name, weight in model["module"].items() if name != TIED}
         order = model.get("optimizer_order")
-        return from_whole(folder, weights, model["optimizer"], model.get("scaler", {}), order), {}
+        return model_state.from_whole(folder, weights, model["optimizer"], model.get("scaler", {}), order), {}
     replicas = range(metadata["world_size"] // (layout.pipeline * layout.tensor))
     names = [f"*zero_pp_rank_{replica}_mp_rank_{number:02d}_optim_states.pt" for replica in replicas]
-    files = [read_torch_file(find_file(folder, metadata, name)) for name in names]
+    files = [model_state.read_torch_file(model_state.find_file(folder, metadata, name)) for name in names]
     numbers = range(number % layout.tensor, len(files) * layout.tensor, layout.tensor)  # of the ranks in their stage
     states = {rank: file["optimizer_state_dict"] for rank, file in zip(numbers, files, strict=True)}
     first = next(iter(states.values()))
@@ -91,10 +82,10 @@ def pieces_of_stages_1_and_2(saved: SavedState, ranks: dict[int, dict[str, Any]]
     pieces: Pieces = {}
     for rank, state_of_rank in ranks.items():
         states = state_of_rank["base_optimizer_state"]["state"]
-        saved.step = find_step(states)
+        saved.step = model_state.find_step(states)
         for number, places in enumerate(state_of_rank["param_slice_mappings"]):
             flat = {WEIGHT: state_of_rank["single_partition_of_fp32_groups"][number].detach()}
-            flat |= moments(states.get(number, {}))
+            flat |= model_state.moments(states.get(number, {}))
             momentum, offset = flat.pop(MOMENTUM_BUFFER, None), 0
             for name, place in places.items():
                 for kind, tensor in flat.items():
@@ -113,7 +104,7 @@ def pieces_of_stage_3(
     """Each parameter is cut into a piece per rank, the last one padded; a rank's pieces follow one another."""
     pieces: Pieces = {}
     for number, (rank, state) in enumerate(ranks.items()):
-        saved.step = find_step(state["optimizer_state_dict"]["state"])
+        saved.step = model_state.find_step(state["optimizer_state_dict"]["state"])
         groups, start, flat = flat_groups(saved.folder, metadata, rank, state, model), 0, {WEIGHT: torch.empty(0)}
         for name, shape in saved.shapes.items():
             if start == len(flat[WEIGHT]):
@@ -133,11 +124,11 @@ def flat_groups(folder: Path, metadata: dict, rank: int, state: dict, model: dic
     """The tensors of a rank's sub-groups under ZeRO-3, by kind; of what is on NVMe, DeepSpeed saves copies."""
     swapped = model.get("sub_groups") or [("", 0)] * len(state["fp32_flat_groups"])
     for number, (flat, (name, numel)) in enumerate(zip(state["fp32_flat_groups"], swapped, strict=True)):
-        group = {WEIGHT: flat.detach(), **moments(state["optimizer_state_dict"]["state"].get(number, {}))}
+        group = {WEIGHT: flat.detach(), **model_state.moments(state["optimizer_state_dict"]["state"].get(number, {}))}
         for kind, tensor in group.items():
             if numel and not len(tensor):
                 file = f"{name}.tensor.swp" if kind == WEIGHT else f"{kind}-{name}.tensor.swp"
-                path = find_file(folder, metadata, f"offloaded_tensors/rank{rank:02d}/{file}")
+                path = model_state.find_file(folder, metadata, f"offloaded_tensors/rank{rank:02d}/{file}")
                 group[kind] = torch.from_file(str(path), size=numel, dtype=torch.float32)
         yield group
 
@@ -146,7 +137,7 @@ def load_partition(engine: Any, folder: Path, ranks: Ranks) -> None:
     """Fill a new engine from a checkpoint of any strategy. A collective."""
     optimizer, metadata = engine.optimizer, read_metadata(folder)
     step = metadata["step"]
-    with reading(folder, ranks) as saved:
+    with model_state.reading(folder, ranks) as saved:
         if ranks.layout != Layout():
             from training.deepspeed_parallel import own_part
 
@@ -219,7 +210,7 @@ def fill_stage_3(model: Any, optimizer: Any, saved: SavedState) -> None:
 def fill_flat(saved: SavedState, optimizer: Any, flat: Tensor, slices: list[Slice]) -> None:
     """Fill a flat fp32 partition and its optimizer state, of whichever kinds the checkpoint has."""
     kinds = saved.kinds_of(slices[0][0]) if slices else ()
-    state = optimizer.state[flat] = fresh_state(optimizer, flat, kinds, saved.step)
+    state = optimizer.state[flat] = model_state.fresh_state(optimizer, flat, kinds, saved.step)
     for name, start, offset, numel in slices:
         for kind in (WEIGHT, *kinds):
             target = flat if kind == WEIGHT else state[kind]
