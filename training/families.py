@@ -41,18 +41,17 @@ def from_huggingface(theirs: Json) -> GPTConfig:
     if family not in FAMILIES:
         hint = did_you_mean(family, FAMILIES)
         raise ConfigError(f"model_type = {family!r}: must be one of {', '.join(FAMILIES)}{hint}")
-    require(theirs, GPT2_FIXED if family == "gpt2" else LLAMA_FIXED)
-    names = (GPT2_SIZES if family == "gpt2" else LLAMA_SIZES).values()
-    if problems := check_types(theirs, {name: float if name == "rms_norm_eps" else int for name in names}):
+    names, fixed = (GPT2_SIZES, GPT2_FIXED) if family == "gpt2" else (LLAMA_SIZES, LLAMA_FIXED)
+    require(theirs, fixed)
+    if problems := check_types(theirs, {name: float if name == "rms_norm_eps" else int for name in names.values()}):
         raise ConfigError("; ".join(problems))
+    sizes = {ours: theirs[name] for ours, name in names.items()}
     if family == "gpt2":
         gelu = str(theirs.get("activation_function", "gelu_new"))
         require({"activation_function": gelu}, {"activation_function": gelu if gelu in GELU else "gelu_new"})
-        sizes = {ours: theirs[name] for ours, name in GPT2_SIZES.items()}
         eps, inner = theirs.get("layer_norm_epsilon", 1e-5), theirs.get("n_inner") or 0
         tied = theirs.get("tie_word_embeddings", True)
         return GPTConfig(**sizes, bias=True, gelu=GELU[gelu], norm_eps=eps, n_hidden=inner, tied=tied)
-    sizes = {ours: theirs[name] for ours, name in LLAMA_SIZES.items()}
     if family == "mistral" or theirs.get("use_sliding_window"):  # up to its size, a window changes nothing
         window = theirs.get("sliding_window", 4096 if family == "mistral" else None)
         sizes["block_size"] = min(sizes["block_size"], window or sizes["block_size"])
@@ -118,9 +117,8 @@ def to_huggingface(config: GPTConfig, as_mistral: bool = False) -> Json:
         length = {"factor": config.rope_factor, "original_max_position_embeddings": config.rope_length}
         about["rope_scaling"] = {**LLAMA3_ROPE, **length}
     if as_mistral:  # a Llama by another name, if it has no window
-        return about | {"model_type": "mistral", "sliding_window": None, "architectures": ["MistralForCausalLM"]}
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    return about | {"architectures": [f"{name}ForCausalLM"]}
+        about |= {"model_type": "mistral", "sliding_window": None}
+    return about | {"architectures": [f"{about['model_type'].capitalize()}ForCausalLM"]}
 
 
 def their_parameters(name: str, config: GPTConfig) -> dict[str, int | None]:
