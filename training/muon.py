@@ -35,15 +35,10 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        groups = self.param_groups
-        for group in groups:
+        for group in self.param_groups:
             if "momentum" in group:
                 self.update(group)
-        self.param_groups = [group for group in groups if "momentum" not in group]
-        try:
-            return super().step(closure)
-        finally:
-            self.param_groups = groups
+        return super().step(closure)
 
     def update(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -59,6 +54,7 @@ class Muon(torch.optim.AdamW):
             updates = [orthogonalize(update) for update in updates]
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            parameter.grad = None  # AdamW leaves out parameters without a gradient
 
 
 def orthogonalize_shards(matrices: list[DTensor]) -> None:
