@@ -1,6 +1,5 @@
 """Where runs also log to: Weights & Biases and TensorBoard. Either may fail at any time without ending the run."""
 
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -51,8 +50,7 @@ class Tracker:
             if not self.lost:
                 method(*arguments)
         except Exception as error:
-            told = f"lost {self.name} ({error!r}); training continues, and metrics.jsonl has all metrics"
-            print(f"warning: {told}", flush=True)
+            print(f"warning: lost {self.name} ({error!r}); training continues, with metrics.jsonl", flush=True)
             self.lost = True
             with suppress(Exception):
                 self.abandon()
@@ -64,7 +62,7 @@ def start_wandb(cfg: TrainConfig, init: InitState) -> Tracker:
 
     path = Path(cfg.out_dir) / "wandb_id"
     if not init.checkpoint or not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
+        path.write_text(wandb.util.generate_id())
     names: Any = {"project": cfg.wandb_project, "name": cfg.wandb_run_name or path.parent.name, "id": path.read_text()}
     settings = wandb.Settings(silent=True)
     run: Any = wandb.init(**names, resume="allow", config=asdict(cfg), dir=cfg.out_dir, settings=settings)
