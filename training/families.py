@@ -95,8 +95,7 @@ def family_of(config: GPTConfig) -> str:
     for family, values in kinds.items():
         if (*kind, biases) == values and not (family == "gpt2" and grouped):
             return family
-    shown = f"norm = {kind[0]}, mlp = {kind[1]}, rope_theta = {config.rope_theta}, qk_norm = {kind[3]}"
-    raise ConfigError(f"no family of transformers computes {shown} and the rest of it; --to=safetensors can store it")
+    raise ConfigError(f"no family of transformers computes {config}; --to=safetensors can store it")
 
 
 def to_huggingface(config: GPTConfig, as_mistral: bool = False) -> Json:
