@@ -298,14 +298,9 @@ def pick_device(name: str, local_rank: int, ranks: int) -> torch.device:
 def check_driver() -> None:
     """Raise ConfigError where torch cannot use this machine's NVIDIA GPUs, instead of training on the CPU."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.cuda.is_available() or hidden or not NVIDIA_DEVICE.exists():
-        return
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # an old driver; a torch without CUDA
-        reason = f"this machine has an NVIDIA GPU, but {str(error).partition('. ')[0]}"
+    if NVIDIA_DEVICE.exists() and not hidden and not torch.cuda.is_available():
         fix = f"install a driver and a torch of one CUDA version (torch has {torch.version.cuda}), or set --device=cpu"
-        raise ConfigError(f"device = 'auto': {reason}; {fix}") from None
+        raise ConfigError(f"device = 'auto': torch cannot use the NVIDIA GPU of this machine; {fix}")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
