@@ -151,7 +151,6 @@ def load_partition(engine: Any, folder: Path, ranks: Ranks) -> None:
     load_scaler(engine, saved.scaler)
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()
-    engine.micro_steps = step * engine.gradient_accumulation_steps()
     if engine.lr_scheduler:
         updates = step if saved.step is None else int(saved.step)  # fewer than steps if fp16 skipped some
         engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration + updates)
