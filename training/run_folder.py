@@ -105,7 +105,10 @@ def move_aside(folder: Path) -> None:
 
 def environment(ranks: Ranks) -> dict[str, Any]:
     """Code, versions and devices that the numbers in metrics.jsonl were measured with."""
-    commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    commit = ""  # without git, or outside of a repository
+    if shutil.which("git"):
+        line = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(line, capture_output=True, text=True).stdout.strip()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]],  # python -m puts a full path there
@@ -147,13 +150,6 @@ def explain_out_of_memory(
         except OSError:  # the disk is full, too
             pass
         raise RankError(advice) from None
-
-
-def git(*arguments: str) -> str:
-    """git's output for this repository; "" without git or a repository."""
-    if not shutil.which("git"):
-        return ""
-    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def processor() -> str:
