@@ -77,7 +77,7 @@ def open_model_part(folder: Path, metadata: dict[str, Any], layout: Layout, numb
     return saved, {key: pieces for key, pieces in by_rank.items() if EXPERTS in key[0]}
 
 
-def pieces_of_stages_1_and_2(saved: SavedState, ranks: dict[int, dict[str, Any]]) -> Pieces:
+def pieces_of_stages_1_and_2(saved: SavedState, ranks: dict[int, dict]) -> Pieces:
     """Each parameter group is one flat tensor, cut into a partition per rank; each rank notes what its own holds."""
     pieces: Pieces = {}
     for rank, state_of_rank in ranks.items():
@@ -98,9 +98,7 @@ def pieces_of_stages_1_and_2(saved: SavedState, ranks: dict[int, dict[str, Any]]
     return pieces
 
 
-def pieces_of_stage_3(
-    saved: SavedState, ranks: dict[int, dict[str, Any]], model: dict[str, Any], metadata: dict, layout: Layout
-) -> Pieces:
+def pieces_of_stage_3(saved: SavedState, ranks: dict[int, dict], model: dict, metadata: dict, layout: Layout) -> Pieces:
     """Each parameter is cut into a piece per rank, the last one padded; a rank's pieces follow one another."""
     pieces: Pieces = {}
     for number, (rank, state) in enumerate(ranks.items()):
