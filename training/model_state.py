@@ -120,17 +120,16 @@ def init_from_checkpoint(cfg: TrainConfig, folder: Path, metadata: dict[str, Any
         rule = f"holds the state of {optimizer}, but optimizer = {cfg.optimizer!r}"
         raise CheckpointError(f"{folder} {rule}; resume with --optimizer={optimizer}")
     model = GPTConfig(**metadata["model"])
-    own: dict[str, Any] = {"dropout": cfg.dropout, "activation_checkpointing": cfg.activation_checkpointing}
+    model = replace(model, dropout=cfg.dropout, activation_checkpointing=cfg.activation_checkpointing)
     # a run that started from pretrained weights has their shape, whatever the settings say
     wanted, keys = cfg.model_config(dataset.vocab_size), ["block_size"]
     if metadata["init_from"] == "scratch":
-        keys = [k for k in asdict(model).keys() & vars(cfg).keys() if k not in own]
-    if different := [k for k in sorted(keys) if getattr(wanted, k) != getattr(model, k)]:
+        keys = sorted(asdict(model).keys() & vars(cfg).keys())
+    if different := [k for k in keys if getattr(wanted, k) != getattr(model, k)]:
         fixes = [f"--{k}={getattr(model, k)} (not {getattr(wanted, k)})" for k in different]
         raise CheckpointError(f"{folder} is of another model; resume it with {', '.join(fixes)}")
     kept: dict[str, Any] = {key: metadata[key] for key in ("init_from", "step", "best_val_loss")}
-    evaluated = metadata.get("evaluated", True)
-    return InitState(model=replace(model, **own), checkpoint=folder, evaluated=evaluated, **kept)
+    return InitState(model, checkpoint=folder, evaluated=metadata.get("evaluated", True), **kept)
 
 
 def find_file(folder: Path, metadata: dict[str, Any], pattern: str) -> Path:
