@@ -1,5 +1,6 @@
 """Where runs also log to: Weights & Biases and TensorBoard. Either may fail at any time without ending the run."""
 
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -62,7 +63,7 @@ def start_wandb(cfg: TrainConfig, init: InitState) -> Tracker:
 
     path = Path(cfg.out_dir) / "wandb_id"
     if not init.checkpoint or not path.exists():
-        path.write_text(wandb.util.generate_id())
+        path.write_text(uuid.uuid4().hex[:8])
     names: Any = {"project": cfg.wandb_project, "name": cfg.wandb_run_name or path.parent.name, "id": path.read_text()}
     settings = wandb.Settings(silent=True)
     run: Any = wandb.init(**names, resume="allow", config=asdict(cfg), dir=cfg.out_dir, settings=settings)
