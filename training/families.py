@@ -103,7 +103,7 @@ def to_huggingface(config: GPTConfig, as_mistral: bool = False) -> Json:
     family = family_of(config)
     if as_mistral and family != "llama":
         raise ConfigError(f"--to=hf-mistral: this model computes as a {family}; write --to=hf")
-    about = {"model_type": family, "tie_word_embeddings": config.tied}
+    about: Json = {"model_type": family, "tie_word_embeddings": config.tied}
     if family == "gpt2":
         about |= {theirs: getattr(config, ours) for ours, theirs in GPT2_SIZES.items()} | GPT2_FIXED
         about |= {"layer_norm_epsilon": config.norm_eps, "n_inner": config.n_hidden}

@@ -58,12 +58,12 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalize_shards(matrices: list[DTensor]) -> None:
     """Orthogonalize matrices whose rows are sharded, in place; the ranks share those of each shape."""
-    by_shape: dict[torch.Size, list[DTensor]] = {}
+    by_shape: dict[torch.Size, list[Any]] = {}
     for matrix in matrices:
         by_shape.setdefault(matrix.shape, []).append(matrix)
     for same in by_shape.values():
         rows: Any = torch.stack(same)  # each rank has some rows of all
         whole = rows.redistribute(placements=[*rows.placements[:-1], Shard(0)])  # each rank has all rows of some
-        updates = orthogonalize(whole).redistribute(placements=rows.placements).to_local()
-        for matrix, update in zip(same, updates, strict=True):
+        updates: Any = orthogonalize(whole)
+        for matrix, update in zip(same, updates.redistribute(placements=rows.placements).to_local(), strict=True):
             matrix.to_local().copy_(update)
