@@ -199,7 +199,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 # Files that take longest, in the order in which they start, and those of them whose tests need not share a worker.
 LONG = ["benchmark", "guides", "changes", "accept", "fork_server", "stragglers", "fsdp", "hosts", "stopping", "readme"]
-LONG += ["hf_trainer", "zero", "zero_runs", "layouts", "deepspeed_errors", "doctor", "crossing", "kill", "launch", "runs"]
+LONG += ["hf_trainer", "zero", "zero_runs", "layouts", "slow_links", "deepspeed_errors", "doctor", "crossing", "kill"]
+LONG += ["launch", "runs"]
 SPREAD = {*LONG[LONG.index("hosts") :]} - {"hf_trainer", "doctor"}
 # For --quick: the files whose tests run, and which of their tests, as a pattern.
 QUICK = {
