@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from training.model_state import MOMENTUM_BUFFER
 
@@ -57,13 +58,20 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize_shards(matrices: list[DTensor]) -> None:
-    """Orthogonalize matrices whose rows are sharded, in place; the ranks share those of each shape."""
-    by_shape: dict[torch.Size, list[Any]] = {}
-    for matrix in matrices:
-        by_shape.setdefault(matrix.shape, []).append(matrix)
-    for same in by_shape.values():
-        rows: Any = torch.stack(same)  # each rank has some rows of all
-        whole = rows.redistribute(placements=[*rows.placements[:-1], Shard(0)])  # each rank has all rows of some
-        updates: Any = orthogonalize(whole)
-        for matrix, update in zip(same, updates.redistribute(placements=rows.placements).to_local(), strict=True):
-            matrix.to_local().copy_(update)
+    """Orthogonalize matrices whose rows are sharded, in place; each rank does one of every world_size of them."""
+    mesh = matrices[0].device_mesh
+    group = mesh.get_group(mesh.ndim - 1)  # of HSDP's dimensions the last one, which shards
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    for start in range(0, len(matrices), ranks):
+        batch = matrices[start : start + ranks]
+        local = [matrix.to_local() for matrix in batch]
+        sizes = [part.numel() for part in local] + [0] * (ranks - len(batch))  # that this rank sends to each
+        mine = local[0].new_empty(batch[rank].shape if rank < len(batch) else (0, 1))
+        parts = [part.numel() for part in mine.chunk(ranks)] if mine.numel() else []
+        parts += [0] * (ranks - len(parts))  # that it gets from each
+        dist.all_to_all_single(mine.view(-1), torch.cat([part.flatten() for part in local]), parts, sizes, group)
+        mine = orthogonalize(mine).contiguous() if mine.numel() else mine
+        back = mine.new_empty(sum(sizes))
+        dist.all_to_all_single(back, mine.view(-1), sizes, parts, group)
+        for part, update in zip(local, back.split(sizes), strict=False):
+            part.copy_(update.view_as(part))
