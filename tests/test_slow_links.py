@@ -33,6 +33,7 @@ def test_gradients_are_sent_in_16_bits(tmp_path, data, strategy):
 def test_powersgd_trains_and_resumes_exactly(tmp_path, data):
     """Each rank's checkpoint file has what its gradients left out; other numbers of ranks do without."""
     settings: dict[str, Any] = {**RUN, "grad_compression": "powersgd", "warmup_iters": 3, "ranks": 2}
+    settings |= {"n_embd": 256, "eval_iters": 1}  # DDP has several buckets of gradients
     train(tmp_path / "plain", data, **{**settings, "grad_compression": "none"})
     train(tmp_path / "whole", data, **settings)
     train(tmp_path / "parts", data, **{**settings, "max_iters": 7})
@@ -40,7 +41,7 @@ def test_powersgd_trains_and_resumes_exactly(tmp_path, data):
     assert difference(tmp_path / "whole", tmp_path / "parts") == 0
     plain, whole = losses(tmp_path / "plain"), losses(tmp_path / "whole")
     assert [plain[step] == whole[step] for step in range(5)] == [True] * 4 + [False], "starts after the warm-up"
-    assert 0 < difference(tmp_path / "plain", tmp_path / "whole") < 0.05
+    assert 0 < difference(tmp_path / "plain", tmp_path / "whole") < 0.5 and whole[13] < whole[0] - 1, "still learns"
     train(tmp_path / "whole", data, **{**settings, "init_from": "resume", "max_iters": 16, "ranks": 4})
     other = {"ranks": 1, "strategy": "fsdp", "grad_compression": "none"}
     train(tmp_path / "whole", data, **{**settings, "init_from": "resume", "max_iters": 18, **other})

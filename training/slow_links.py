@@ -41,6 +41,13 @@ def read_own(folder: Path, name: str) -> Any:
     return read_torch_file(folder / name, mmap=False) if name in read_metadata(folder)["files"] else None
 
 
+def compress(state: PowerSGDState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """torch's hook, one bucket after the other: gloo runs its steps in threads, and would mix up those of several."""
+    future = powerSGD_hook(state, bucket)
+    future.wait()  # on a GPU, only its stream waits
+    return future
+
+
 class PowerSGD:
     """Sends two thin matrices in place of each gradient, and adds what they left out to the next one.
 
@@ -51,7 +58,7 @@ class PowerSGD:
         self.ddp, self.ranks, self.shape = ddp, ranks, (cfg.batch_size, cfg.block_size)
         self.file = f"powersgd_{ranks.rank:05d}.pt"  # what was left out differs from rank to rank
         self.state = PowerSGDState(None, POWERSGD_RANK, max(2, cfg.warmup_iters), orthogonalization_epsilon=1e-8)
-        ddp.register_comm_hook(self.state, powerSGD_hook)
+        ddp.register_comm_hook(self.state, compress)
 
     def save(self, writer: CheckpointWriter) -> None:
         memories = {name: getattr(self.state, name) for name in MEMORIES}
