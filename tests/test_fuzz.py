@@ -211,7 +211,7 @@ def metrics_files(folder: Path) -> Target:
         {"kind": "train", "step": 0, "loss": 5.5, "lr": 0.1, "grad_norm": 1.0, **numbers},
         {"kind": "eval", "step": 1, "train_loss": 5.0, "val_loss": 5.1},
         {"kind": "save", "step": 1, "save_ms": 3.0},
-        {"kind": "ranks", "step": 0, "matmul_ms": [1.0], "data_ms": [1.0]},
+        {"kind": "ranks", "step": 0, "matmul_ms": [1.0]},
     ]
     out_dir = f"--out_dir={folder}"
     cfg: Any = parse(PlainTrainConfig, [out_dir, *SMALL_ARGUMENTS, f"--dataset={words(folder / 'words')}"], "")

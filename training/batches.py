@@ -5,7 +5,6 @@ global batches are the same under every strategy, on any number of ranks, and in
 """
 
 import os
-import time
 import zlib
 
 import numpy as np
@@ -37,7 +36,6 @@ class Batches:
                 raise DataError(f"{self.dataset.path(split)} has {tokens:,} tokens: {rule}; {fix}")
             # A first look at 16 places, before anything is built, finds most files of another tokenizer.
             self.read(split, np.linspace(0, tokens - cfg.block_size, 16, endpoint=False, dtype=int))
-        self.seconds, self.reads = 0.0, 0
 
     def describe(self) -> dict[str, str]:
         """Size and content of the data set, as all ranks must have it: a checksum of the first and last pages."""
@@ -53,16 +51,8 @@ class Batches:
 
         Under sequence parallelism, it has block_size / sequence_parallel positions of each sequence.
         """
-        since = time.perf_counter()
         starts = self.draw("training", step, self.cfg.gradient_accumulation_steps)
-        batch = self.read("train", starts[self.micro_batch(micro_step)])
-        self.seconds, self.reads = self.seconds + time.perf_counter() - since, self.reads + 1
-        return batch
-
-    def mean_ms(self) -> float:
-        """Milliseconds per batch that `train` has read since the last call."""
-        seconds, reads, self.seconds, self.reads = self.seconds, self.reads, 0.0, 0
-        return seconds / max(reads, 1) * 1e3
+        return self.read("train", starts[self.micro_batch(micro_step)])
 
     def evaluation(self, split: str, index: int) -> tuple[Tensor, Tensor]:
         """Batch number `index` of a split: the same at every evaluation, under every strategy."""

@@ -33,7 +33,7 @@ class Metrics:
         if ranks.world_size > 1:
             from training.stragglers import Stragglers
 
-            self.stragglers = Stragglers(ranks, batches, dtype)
+            self.stragglers = Stragglers(ranks, dtype)
         self.peak_flops = (peak_flops(ranks.device, dtype) or 0) * ranks.world_size  # 0: unknown
         self.flops_per_step = init.model.flops_per_token() * self.tokens_per_step
         self.path = Path(cfg.out_dir) / "metrics.jsonl"
@@ -100,7 +100,7 @@ class Metrics:
                 work.wait()
             self.write_step(step, self.logged)
         if self.stragglers and (by_rank := self.stragglers.measure(step)):
-            self.write({"kind": "ranks", "step": step, **by_rank})
+            self.write({"kind": "ranks", "step": step, "matmul_ms": by_rank})
             for line in self.stragglers.newly_slow():
                 self.say(f"step {step}: {line}")
 

@@ -8,7 +8,6 @@ from statistics import median, median_low
 
 import torch
 
-from training.batches import Batches
 from training.devices import time_matmul
 from training.distributed import Ranks
 from training.run_control import PROCESS_START
@@ -19,48 +18,42 @@ SLOWER_MS = 1.0  # at least this much above the median rank
 # Size of the square matrices, repeats, and the ratio to the median rank from which a rank counts as slow. The matmuls
 # take 2 ms in bf16 on an H100, and 5 ms in fp32 on a core; CPUs are shared and noisy.
 PROBES = {"cuda": (4096, 10, 1.2), "cpu": (512, 1, 3.0)}
-RANK_METRICS = {"matmul_ms": "its matmul takes", "data_ms": "reading its batches takes"}
 
 
 class Stragglers:
-    """Finds slow ranks. By step time all ranks look alike, so each is timed at what it does alone.
+    """Finds slow ranks: a hot GPU, a host with other work. By step time all look alike, so each times a matmul."""
 
-    That is a matmul of fixed size (a hot GPU, a host with other work), and reading its batches (a slow disk).
-    """
-
-    def __init__(self, ranks: Ranks, batches: Batches, dtype: torch.dtype):
-        self.ranks, self.batches, self.dtype = ranks, batches, dtype
+    def __init__(self, ranks: Ranks, dtype: torch.dtype):
+        self.ranks, self.dtype = ranks, dtype
         self.size, self.repeats, self.ratio = PROBES.get(ranks.device.type, PROBES["cpu"])
-        self.reported: set[tuple[int, str]] = set()
-        self.history: list[list[list[float]]] = []  # the last measurements: rank -> values in RANK_METRICS' order
+        self.reported: set[int] = set()
+        self.history: list[list[float]] = []  # the last measurements: milliseconds by rank
         self.next_step = 0
         self.measured: tuple[int, float] | None = None  # step and time of the last measurement
         self.hosts = ranks.share(socket.gethostname())
 
-    def measure(self, step: int) -> dict[str, list[float]]:
-        """A collective at the steps where a measurement is due; returns milliseconds by rank, or {} if it is not."""
+    def measure(self, step: int) -> list[float]:
+        """A collective at the steps where a measurement is due; returns milliseconds by rank, or [] if it is not."""
         if step < self.next_step:
-            return {}
+            return []
         last_step, last_time = self.measured or (step - 1, PROCESS_START)
         step_seconds = (time.monotonic() - last_time) / (step - last_step)
         seconds = time_matmul(self.ranks.device, self.dtype, self.size, self.repeats)
         pause = seconds * (self.repeats + 1) / PROBE_SHARE / step_seconds  # in steps; one more repeat warms up
-        values = self.ranks.share([1e3 * seconds * self.repeats, self.batches.mean_ms(), pause])
-        self.history = [*self.history, values][-PROBE_HISTORY:]
-        self.next_step = step + math.ceil(values[0][-1])  # rank 0's, so that all ranks measure at the same step
+        times, pauses = zip(*self.ranks.share([1e3 * seconds * self.repeats, pause]), strict=True)
+        self.history = [*self.history, list(times)][-PROBE_HISTORY:]
+        self.next_step = step + math.ceil(pauses[0])  # rank 0's, so that all ranks measure at the same step
         self.measured = step, time.monotonic()
-        return {name: [rank[number] for rank in values] for number, name in enumerate(RANK_METRICS)}
+        return self.history[-1]
 
     def newly_slow(self) -> Iterator[str]:
         """A line for each rank that has become slow since the last call."""
         if len(self.history) < PROBE_HISTORY:
             return
-        for number, (name, phrase) in enumerate(RANK_METRICS.items()):
-            times = [median(values[rank][number] for values in self.history) for rank in range(self.ranks.world_size)]
-            typical = median_low(times)
-            for rank, ms in enumerate(times):
-                slow = ms > max(self.ratio * typical, typical + SLOWER_MS)
-                if slow and (rank, name) not in self.reported:
-                    self.reported.add((rank, name))
-                    where = f"rank {rank} on {self.hosts[rank]}"
-                    yield f"{where} slows down all ranks: {phrase} {ms:.1f} ms, the median rank's {typical:.1f}"
+        times = [median(values) for values in zip(*self.history, strict=True)]
+        typical = median_low(times)
+        for rank, ms in enumerate(times):
+            if ms > max(self.ratio * typical, typical + SLOWER_MS) and rank not in self.reported:
+                self.reported.add(rank)
+                where = f"rank {rank} on {self.hosts[rank]}"
+                yield f"{where} slows down all ranks: its matmul takes {ms:.1f} ms, the median rank's {typical:.1f}"

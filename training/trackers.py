@@ -11,7 +11,6 @@ from typing import Any
 from training.config import TrainConfig
 from training.errors import ConfigError
 from training.init import InitState
-from training.stragglers import RANK_METRICS
 
 PANELS = {"train_loss": "train/loss", "val_loss": "val/loss"}  # nanoGPT's names
 
@@ -41,8 +40,8 @@ class Tracker:
     lost: bool = False
 
     def log(self, row: dict[str, Any]) -> None:
-        values = {PANELS.get(k, k): v for k, v in row.items() if k not in ("kind", "step", *RANK_METRICS)}
-        values |= {f"{k}/rank {rank}": v for k in RANK_METRICS for rank, v in enumerate(row.get(k, ()))}
+        values = {PANELS.get(k, k): v for k, v in row.items() if k not in ("kind", "step", "matmul_ms")}
+        values |= {f"matmul_ms/rank {rank}": ms for rank, ms in enumerate(row.get("matmul_ms", ()))}
         self.call(self.send, values, row["step"])
 
     def call(self, method: Callable[..., object], *arguments: Any) -> None:
