@@ -49,7 +49,7 @@ class Trainer:
         deepspeed.init_distributed(verbose=cfg.verbose)  # uses the existing process group
         deepspeed_config.check_values(ds, deepspeed.DeepSpeedConfig, cfg.deepspeed_config)
         deepspeed_engine.load(deepspeed, ds, ranks)
-        with self.log.section("building the model"):
+        with self.log.redirect():
             self.build(init, ds)
             self.wrap(ds, init.model)
         if ranks.main:
@@ -108,7 +108,7 @@ class Trainer:
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """For evaluation: without dropout. A collective under ZeRO-3, like every forward pass."""
         self.engine.eval()
-        with self.log.section("evaluation"):
+        with self.log.redirect():
             if self.ranks.layout.pipeline > 1:  # the mean over the data-parallel ranks
                 loss = self.engine.eval_batch(iter([(tokens, targets)]), num_micro_batches=1).squeeze()
             else:
@@ -122,14 +122,14 @@ class Trainer:
         micro_steps = self.batches.micro_steps
         mean_loss = torch.zeros((), device=self.ranks.device)
         if self.ranks.layout.pipeline > 1:  # takes all micro-steps at once, and the mean over the data-parallel ranks
-            with self.log.section(f"step {step}"):
+            with self.log.redirect():
                 mean_loss = self.engine.train_batch(self.batches.train(step, n) for n in range(micro_steps)).squeeze()
             micro_steps = 0
         for micro_step in range(micro_steps):
             if self.cfg.dropout:
                 torch.manual_seed(self.batches.dropout_seed(step, micro_step))
             tokens, targets = self.batches.train(step, micro_step)
-            with self.log.section(f"step {step}"):
+            with self.log.redirect():
                 loss = self.engine(tokens, targets)
                 mean_loss += loss.detach() / micro_steps
                 loss = self.balance.add_to(loss) if self.balance else loss
@@ -142,7 +142,7 @@ class Trainer:
     def save(self, writer: CheckpointWriter) -> None:
         """Every rank writes its partition in DeepSpeed's format."""
         step, folder = self.engine.global_steps, writer.folder
-        with self.log.section(f"saving step {step}"), deepspeed_engine.writing(self.engine, writer):
+        with self.log.redirect(), deepspeed_engine.writing(self.engine, writer):
             state = {"step": step, **deepspeed_engine.client_state(self.engine)}
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
             if self.engine._config.comms_config.comms_logger_enabled:

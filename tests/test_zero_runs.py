@@ -151,7 +151,7 @@ def test_breakdowns_and_profiles_go_to_the_log(tmp_path, data):
     ours = ("zero2: ", "33,984 parameters ", "step ", "finished ", "  sample: ", "  continue: ")
     assert all(line.startswith(ours) for line in output.splitlines()), output
     log = (tmp_path / "out" / "deepspeed.log").read_text()
-    for part in ("\nstep 0\n", "fwd_microstep", "CPU Virtual Memory", "Flops Profiler", "all_reduce"):
+    for part in ("fwd_microstep", "CPU Virtual Memory", "Flops Profiler", "all_reduce"):
         assert part in log, part
 
 

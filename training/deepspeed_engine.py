@@ -2,14 +2,13 @@
 
 import fcntl
 import functools
-import io
 import logging
 import os
 import shutil
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -118,16 +117,9 @@ class DeepSpeedLog:
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
             warnings.filterwarnings("ignore", "c10d::broadcast_")  # AutoTP's, inside of a pipeline's stage
 
-    @contextmanager
-    def section(self, title: str) -> Iterator[None]:
-        """Write what DeepSpeed prints to the file, below a line with the title."""
-        output = io.StringIO()
-        try:
-            with redirect_stdout(output) if self.file else nullcontext():
-                yield
-        finally:
-            if text := output.getvalue():
-                self.file.write(f"\n{title}\n{text}")
+    def redirect(self) -> AbstractContextManager:
+        """Write what DeepSpeed prints to the file."""
+        return redirect_stdout(self.file) if self.file else nullcontext()
 
 
 @contextmanager
