@@ -72,7 +72,7 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
                 raise DataError(f"{self.source}: too little text, {split}.bin would be empty; add more text")
             file.flush()
             os.fsync(file.fileno())
-        meta = {"tokenizer": self.tokenizer.describe(), "dtype": self.dtype.name, "source": self.source}
+        meta = {"tokenizer": self.tokenizer.description, "dtype": self.dtype.name, "source": self.source}
         meta |= {"vocab_size": self.tokenizer.vocab_size, **{f"{split}_tokens": tokens[split] for split in SPLITS}}
         meta |= {"val_bytes": self.val_bytes} if self.val_bytes else {}
         (self.folder / "train.bin").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back. Each has a JSON description, which meta.json and checkpoints store.
+"""Tokenizers: text to ids and back. Each has a `description` in JSON, which meta.json and checkpoints store.
 
 `encode` returns unsigned ids, one dimension. allow_special: encode END_OF_TEXT as `end_of_text`, not as characters.
 """
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class ByteTokenizer:
     """The bytes of UTF-8; id 256 is the end of a text."""
 
     name, vocab_size, end_of_text = "byte", 257, 256
+    description: ClassVar[dict[str, Any]] = {"name": name}
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         parts = text.split(END_OF_TEXT) if allow_special else [text]
@@ -38,9 +39,6 @@ class ByteTokenizer:
         end = END_OF_TEXT.encode()
         return b"".join(end if i == 256 else bytes([i]) for i in ids).decode(errors="replace")
 
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name}
-
 
 class CharTokenizer:
     """One id for each character of a text, in sorted order; no other characters and no end of text."""
@@ -48,6 +46,7 @@ class CharTokenizer:
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
         self.name, self.vocab_size, self.end_of_text = "char", len(self.characters), None
+        self.description = {"name": self.name, "characters": self.characters}
         self.ids = {character: i for i, character in enumerate(self.characters)}
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
@@ -58,9 +57,6 @@ class CharTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.characters[i] for i in ids)
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "characters": self.characters}
 
 
 class BPETokenizer:
@@ -88,9 +84,6 @@ class BPETokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
-
-    def describe(self) -> dict[str, Any]:
-        return self.description
 
 
 Tokenizer = ByteTokenizer | CharTokenizer | BPETokenizer

@@ -69,7 +69,7 @@ def test_pythons_documentation_is_prose_and_the_same_each_time(tmp_path):
 def test_tokenizers_go_there_and_back(tokenizer, bpe_files):
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids.tolist()) == TEXT and ids.max() < tokenizer.vocab_size
-    again = tokenizer_from(json.loads(json.dumps(tokenizer.describe())))
+    again = tokenizer_from(json.loads(json.dumps(tokenizer.description)))
     assert (again.encode(TEXT) == ids).all() and len(again.encode("")) == 0
     if tokenizer.end_of_text is not None:
         ids = tokenizer.encode("a<|endoftext|>b", allow_special=True).tolist()

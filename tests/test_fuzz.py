@@ -199,7 +199,7 @@ def data_sets(folder: Path) -> Target:
             (folder / name).unlink(missing_ok=True)
         (folder / value[0]).write_bytes(value[1].content)
         tokenizer = open_dataset(folder).tokenizer
-        json.dumps(tokenizer.describe())  # goes into checkpoint.json
+        json.dumps(tokenizer.description)  # goes into checkpoint.json
 
     return st.one_of(files), read
 

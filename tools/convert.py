@@ -252,7 +252,7 @@ def main() -> None:
     add("--force", action="store_true", help="overwrite the target")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves nothing, as an error does
-    tokenizer = open_dataset(DATA_FOLDER / args.dataset).tokenizer.describe() if args.dataset else None
+    tokenizer = open_dataset(DATA_FOLDER / args.dataset).tokenizer.description if args.dataset else None
     lines = convert(args.source, args.target, args.to, args.dtype, tokenizer, args.force)
     print("\n  ".join(lines))
 

@@ -126,7 +126,7 @@ def read_huggingface(folder: Path) -> tuple[SavedState, Metadata]:
     config, saved = pretrained.open_weights(str(folder))
     metadata: Metadata = {"model": asdict(config), "folder": str(folder)}
     if not is_gpt2(config) and (folder / TOKENIZER_FILE).is_file():
-        metadata["tokenizer"] = from_model(folder).describe()
+        metadata["tokenizer"] = from_model(folder).description
     return saved, metadata
 
 

@@ -161,7 +161,7 @@ def open_model(args: Namespace) -> tuple[SavedState, Metadata, Dataset | None]:
         raise DataError(f"{path} has 1 token, from which none is predicted; prepare more text")
     if (largest := np.memmap(path, dataset.dtype, "r").max()) >= dataset.vocab_size:
         raise DataError(f"{path} contains id {largest}, outside its vocabulary; prepare it again")
-    return saved, add_tokenizer(metadata, dataset.tokenizer.describe()), dataset
+    return saved, add_tokenizer(metadata, dataset.tokenizer.description), dataset
 
 
 def evaluate(args: Namespace, ranks: Ranks) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Batches:
 
     def describe(self) -> dict[str, str]:
         """Size and content of the data set, as all ranks must have it: a checksum of the first and last pages."""
-        about = {"tokenizer": str(self.dataset.tokenizer.describe())}
+        about = {"tokenizer": str(self.dataset.tokenizer.description)}
         for split, file in self.files.items():
             size = os.fstat(file).st_size
             pages = os.pread(file, PAGE_BYTES, 0) + os.pread(file, PAGE_BYTES, max(0, size - PAGE_BYTES))

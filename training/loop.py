@@ -95,7 +95,7 @@ def describe_run(ranks: Ranks, batches: Batches, trainer: Trainer, init: InitSta
     """The part of a checkpoint's metadata that stays the same through the run."""
     return {
         "model": asdict(init.model),
-        "tokenizer": batches.dataset.tokenizer.describe(),
+        "tokenizer": batches.dataset.tokenizer.description,
         "vocab_size": batches.dataset.vocab_size,
         "init_from": init.init_from,
         "strategy": trainer.strategy,

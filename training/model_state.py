@@ -110,7 +110,7 @@ def open_state(folder: Path, metadata: dict[str, Any]) -> SavedState:
 
 def init_from_checkpoint(cfg: TrainConfig, folder: Path, metadata: dict[str, Any], dataset: Dataset) -> InitState:
     """Raises CheckpointError where the checkpoint does not fit the data set or the settings."""
-    saved, current, ids = metadata["tokenizer"], dataset.tokenizer.describe(), metadata["vocab_size"]
+    saved, current, ids = metadata["tokenizer"], dataset.tokenizer.description, metadata["vocab_size"]
     if saved != current:
         raise CheckpointError(
             f"{folder} was trained with tokenizer {saved['name']!r} ({ids} ids), which is not that of "
