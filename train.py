@@ -13,7 +13,6 @@ file has what differs: how the model is built and wrapped, how a step is taken, 
 
 import signal
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,10 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
         use_autocast = dtype != torch.float32 and self.strategy != "fsdp"
-        self.autocast = torch.autocast(ranks.device.type, dtype) if use_autocast else nullcontext()
+        self.autocast = torch.autocast(ranks.device.type, dtype, enabled=use_autocast)
         self.ddp: DDP | None = None
         if self.strategy == "ddp" and not cfg.outer_steps:
-            gpus = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.ddp = DDP(self.model, device_ids=gpus, gradient_as_bucket_view=True)
+            self.ddp = DDP(self.model, gradient_as_bucket_view=True)
         self.link: Any = None
         if self.strategy == "ddp" and cfg.over_slow_link():
             from training.slow_links import make_link  # few runs need it
