@@ -62,7 +62,8 @@ class Trainer:
         if self.strategy == "ddp" and not cfg.outer_steps:
             self.ddp = DDP(self.model, gradient_as_bucket_view=True)
         self.link: Any = None
-        if self.strategy == "ddp" and cfg.over_slow_link():
+        averages_in_fp32 = cfg.grad_compression == "none" and cfg.exchange_dtype() == torch.float32
+        if self.strategy == "ddp" and (cfg.outer_steps or not averages_in_fp32):
             from training.slow_links import make_link  # few runs need it
 
             self.link = make_link(self.model, self.ddp, self.optimizer, cfg, ranks)

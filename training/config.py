@@ -41,7 +41,7 @@ OF_ONE_START = ("out_dir", "init_from", "resume", "eval_only", "max_minutes", "b
 POSITIVE = """eval_interval eval_iters log_interval keep_checkpoints gradient_accumulation_steps batch_size block_size
     n_layer n_head n_embd n_active learning_rate muon_lr max_iters steps"""
 NOT_NEGATIVE = """weight_decay grad_clip warmup_iters lr_decay_iters min_lr seed max_minutes hang_minutes
-    n_hidden n_kv_head head_size rope_theta n_expert expert_balance"""
+    n_hidden n_kv_head head_size rope_theta n_expert expert_balance outer_steps"""  # the last one: train.py only
 MOST = 2**31 - 1  # of every whole number: torch and DeepSpeed keep many in 32 bits
 CHOICES = {"resume": ("", "auto"), "dtype": DTYPES, "backend": ("auto", "nccl", "gloo"), "optimizer": ("adamw", "muon")}
 CHOICES |= {"grad_dtype": DTYPES, "norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu", "relu2")}
@@ -163,7 +163,7 @@ class TrainConfig(Settings):
             ("max_minutes hang_minutes", lambda n: n <= 525_600, "must be at most 525,600 (a year); 0: no limit"),
         )
         for names, is_valid, rule in ranges:
-            yield from ((name, rule) for name in names.split() if not is_valid(getattr(self, name)))
+            yield from ((name, rule) for name in names.split() if not is_valid(getattr(self, name, 1)))
         if not self.out_dir:
             yield "out_dir", "must not be empty; name a folder"
         for name, choices in CHOICES.items():
@@ -212,10 +212,6 @@ class PlainTrainConfig(TrainConfig):
         """The strategy of a run: single, ddp or fsdp."""
         return self.strategy if self.strategy != "auto" else "ddp" if ranks > 1 else "single"
 
-    def over_slow_link(self) -> bool:
-        """Whether DDP's ranks do not simply average gradients in fp32."""
-        return bool(self.outer_steps or self.grad_compression != "none" or self.exchange_dtype() != torch.float32)
-
     def exchange_dtype(self) -> torch.dtype:
         return torch.float32 if self.grad_dtype == "auto" else getattr(torch, self.grad_dtype)
 
@@ -236,8 +232,6 @@ class PlainTrainConfig(TrainConfig):
         ranks = world_size()
         if self.grad_compression not in ("none", "powersgd"):
             yield "grad_compression", "must be none or powersgd"
-        if self.outer_steps < 0:
-            yield "outer_steps", "must not be negative"
         used = [name for name in DDP_KEYS if getattr(self, name) not in ("none", 0)]
         if used and (self.strategy_name(ranks) != "ddp" or self.sequence_parallel > 1):
             yield used[0], "needs DDP on several ranks, without sequence_parallel; use ./launch_traditional_ddp.sh"
@@ -333,11 +327,10 @@ def read_file(path: Path, values: dict) -> Iterator[Setting]:
 
 def convert(name: str, value: Any, fields: dict[str, dataclasses.Field], is_text: bool) -> Any:
     """Convert value to the key's type. Raises ConfigError, whose text leaves out key and value."""
-    if name in KEYS_OF_THE_OTHER_SCRIPT and name not in fields:
-        raise ConfigError(f"unknown key; it belongs to {KEYS_OF_THE_OTHER_SCRIPT[name]}; run one of them")
     if name not in fields:
-        hint = did_you_mean(name, fields) or "; see --help for all keys, and begin helper variables with _"
-        raise ConfigError(f"unknown key{hint}")
+        scripts = KEYS_OF_THE_OTHER_SCRIPT.get(name)
+        hint = f"; it belongs to {scripts}; run one of them" if scripts else did_you_mean(name, fields)
+        raise ConfigError(f"unknown key{hint or '; see --help for all keys, and begin helper variables with _'}")
     kind: type = type(fields[name].default)
     if is_text and kind is bool:
         value = {"true": True, "false": False}.get(value.lower(), value)
