@@ -31,9 +31,8 @@ class Batches:
         self.files = {split: os.open(self.dataset.path(split), os.O_RDONLY) for split in ("train", "val")}
         for split, tokens in self.dataset.tokens.items():
             if tokens <= cfg.block_size:
-                rule = f"too few for block_size = {cfg.block_size}, which needs one more than that"
-                fix = "lower block_size or prepare more text"
-                raise DataError(f"{self.dataset.path(split)} has {tokens:,} tokens: {rule}; {fix}")
+                rule = f"too few for block_size = {cfg.block_size}, which needs one more; lower it or prepare more text"
+                raise DataError(f"{self.dataset.path(split)} has {tokens:,} tokens: {rule}")
             # A first look at 16 places, before anything is built, finds most files of another tokenizer.
             self.read(split, np.linspace(0, tokens - cfg.block_size, 16, endpoint=False, dtype=int))
 

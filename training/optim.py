@@ -29,14 +29,13 @@ def parameter_groups(model: nn.Module, cfg: TrainConfig) -> list[dict]:
         use_muon = cfg.optimizer == "muon" and ".h." in name
         split = expert_ranks > 1 and ".experts." in name
         (vectors if len(shape) < 2 else experts if split else hidden if use_muon else matrices).append(parameter)
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    decay = {"weight_decay": cfg.weight_decay}
+    groups = [{"params": matrices, **decay}, {"params": vectors, "weight_decay": 0.0}]
     if hidden:
-        scale = cfg.muon_lr / cfg.learning_rate
-        muon = {"weight_decay": cfg.weight_decay, "momentum": 0.95, "lr": cfg.muon_lr, "lr_scale": scale}
-        groups.append({"params": hidden, **muon})
+        muon = {"momentum": 0.95, "lr": cfg.muon_lr, "lr_scale": cfg.muon_lr / cfg.learning_rate}
+        groups.append({"params": hidden, **decay, **muon})
     if experts:
-        moe = {"moe": True, "name": f"ep_size_{expert_ranks}"}
-        groups.append({"params": experts, "weight_decay": cfg.weight_decay, **moe})
+        groups.append({"params": experts, **decay, "moe": True, "name": f"ep_size_{expert_ranks}"})
     return groups
 
 
