@@ -68,9 +68,7 @@ class TrainConfig(Settings):
     """The settings of both train scripts, under nanoGPT's names where nanoGPT has them."""
 
     out_dir: str = key("out", "run folder: metrics, checkpoints, loss.png", "Run")
-    init_from: str = key(
-        "scratch", "scratch; resume (the run in out_dir, with its settings); gpt2, ..., gpt2-xl; a folder of weights"
-    )
+    init_from: str = key("scratch", "scratch; resume (out_dir, with its settings); gpt2 ... gpt2-xl; a weights folder")
     resume: str = key("", "auto: resume if out_dir holds a checkpoint, otherwise start as init_from says")
     eval_only: bool = key(False, "evaluate once and exit")
     eval_interval: int = key(2000, "steps between evaluations; each is followed by a checkpoint")

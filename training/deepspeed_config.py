@@ -59,8 +59,7 @@ def literals(config: Json) -> Iterator[Setting]:
         yield from (("beta1", betas[0], "optimizer.params.betas"), ("beta2", betas[1], "optimizer.params.betas"))
     if "activation_checkpointing" in config:
         yield "activation_checkpointing", True, "activation_checkpointing"
-    sent = "communication_data_type"
-    yield "grad_dtype", SENT_DTYPES.get(config.get(sent, "")), sent
+    yield "grad_dtype", SENT_DTYPES.get(config.get("communication_data_type", "")), "communication_data_type"
     enabled = {block: dotted(config, f"{block}.enabled") for block in DTYPES}
     if False in enabled.values() and not any(enabled.values()):
         yield "dtype", "float32", "bf16.enabled, fp16.enabled"
@@ -115,14 +114,12 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
         elif given != value and source:
             problems.append(f'{path} = {json.dumps(given)}: contradicts {source} in the settings; write "auto"')
     problems += fill_batch(config, cfg, ranks)
-    for block in nvme_blocks(config):
-        block["nvme_path"] = cfg.nvme_path or block.get("nvme_path", "")
     adapt(config, ranks.device)
     if cfg.optimizer == "muon":
         config.setdefault("zero_optimization", {})["reduce_scatter"] = False  # each rank needs whole matrices
     problems += (problem for _, problem in check_keys(config, auto=False))
     problems += check_blocks(config, cfg, ranks)
-    problems += check_offload(config, model, ranks)
+    problems += check_offload(config, cfg, model, ranks)
     if ranks.layout != Layout():
         from training import deepspeed_parallel
 
@@ -131,7 +128,7 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     if problems:
         raise ConfigError(list_problems(problems, f"in {cfg.deepspeed_config}"))
     for block in nvme_blocks(config):
-        block["nvme_path"] = str(swap_folder(block["nvme_path"], cfg))
+        block["nvme_path"] = str(swap_folder(cfg.nvme_path or block["nvme_path"], cfg))
     return config, dtype
 
 
@@ -267,7 +264,7 @@ def check_muon(config: Json, cfg: TrainConfig) -> Iterator[str]:
         yield "scheduler: would give Muon the learning rate of AdamW; remove it to use ours"
 
 
-def check_offload(config: Json, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
+def check_offload(config: Json, cfg: DeepSpeedTrainConfig, model: GPTConfig, ranks: Ranks) -> Iterator[str]:
     stage, *devices = describe_json(config)
     for part, device in zip(("optimizer", "param"), devices, strict=True):
         name = f"zero_optimization.offload_{part}"
@@ -276,7 +273,8 @@ def check_offload(config: Json, model: GPTConfig, ranks: Ranks) -> Iterator[str]
             yield f"{name}.device = {device!r}: needs stage {lowest}, stage is {stage}; set it, or remove the block"
         elif device == "nvme":
             block = dotted(config, name)
-            if not os.path.isdir(disk := block["nvme_path"]):  # noqa: PTH112 (Path raises for too long a name)
+            disk = cfg.nvme_path or block.get("nvme_path", "")
+            if not os.path.isdir(disk):  # noqa: PTH112 (Path raises for too long a name)
                 yield f"{name}.nvme_path = {disk!r}: no such folder; set --nvme_path to one on a local NVMe disk"
             largest = -(-model.vocab_size * model.n_embd // ranks.world_size)
             if part == "param" and (size := block.get("buffer_size", 100_000_000)) < largest:

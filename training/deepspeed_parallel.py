@@ -120,11 +120,8 @@ def join(parts: list[tuple[SavedState, Pieces]], config: GPTConfig, layout: Layo
     by_name = cuts(config, layout)
     saved = replace(parts[0][0], shapes={}, pieces={})
     for first in range(0, len(parts), layout.tensor):
-        shards = [shard for shard, _ in parts[first : first + layout.tensor]]
-        experts: Pieces = {}
-        for _, some in parts[first : first + layout.tensor]:
-            for key, by_rank in some.items():
-                experts.setdefault(key, {}).update(by_rank)
+        stage = parts[first : first + layout.tensor]
+        shards = [shard for shard, _ in stage]
         for name, shape in shards[0].shapes.items():
             times = layout.expert if EXPERTS in name else layout.tensor if name in by_name else 1
             saved.shapes[name] = scaled(shape, by_name.get(name, (0,))[0], times)
@@ -132,7 +129,7 @@ def join(parts: list[tuple[SavedState, Pieces]], config: GPTConfig, layout: Layo
             if cut := by_name.get(name):
                 pieces = [Lazy(saved.shapes[name].numel(), partial(joined, shards, name, kind, cut))]
             elif EXPERTS in name:
-                by_rank = experts[name, kind]
+                by_rank = {rank: piece for _, experts in stage for rank, piece in experts[name, kind].items()}
                 order = sorted(by_rank, key=lambda rank: (rank % layout.expert, rank))
                 pieces = [by_rank[rank] for rank in order]
             saved.pieces[name, kind] = pieces
@@ -151,8 +148,7 @@ def own_part(saved: SavedState, config: GPTConfig, ranks: Ranks) -> SavedState:
     layout, shapes, pieces = ranks.layout, dict(saved.shapes), dict(saved.pieces)
     by_name = {name: (cut, layout.tensor, ranks.rank) for name, cut in cuts(config, layout).items()}
     in_stage = ranks.rank % (ranks.world_size // layout.pipeline)
-    experts = (name for name in shapes if EXPERTS in name)
-    by_name |= {name: ((0, (config.n_expert,)), layout.expert, in_stage) for name in experts}
+    by_name |= {name: ((0, (config.n_expert,)), layout.expert, in_stage) for name in shapes if EXPERTS in name}
     for name, (cut, parts, rank) in by_name.items():
         shapes[name] = scaled(shapes[name], cut[0], 1 / parts)
         for kind in (kind for other, kind in saved.pieces if other == name):

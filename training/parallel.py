@@ -38,8 +38,7 @@ def problems(cfg: Any) -> Iterator[tuple[str, str]]:
     if ranks // layout.pipeline % layout.expert:
         yield "expert_parallel", f"must divide the {ranks // layout.pipeline} ranks of a pipeline stage"
     if local_world_size() % layout.tensor and not cfg.tensor_across_nodes:
-        rule = f"must divide the {local_world_size()} ranks of a node, whose links are fast"
-        yield "tensor_parallel", f"{rule}; or set --tensor_across_nodes=True"
+        yield "tensor_parallel", f"must divide the {local_world_size()} ranks of a node; or set --tensor_across_nodes"
     heads = layout.tensor * layout.sequence
     for name in ("n_kv_head", "n_head"):
         if getattr(cfg, name) % heads:

@@ -61,8 +61,7 @@ class PowerSGD:
         ddp.register_comm_hook(self.state, compress)
 
     def save(self, writer: CheckpointWriter) -> None:
-        memories = {name: getattr(self.state, name) for name in MEMORIES}
-        writer.write(self.file, {**memories, "iter": self.state.iter})
+        writer.write(self.file, {name: getattr(self.state, name) for name in (*MEMORIES, "iter")})
 
     def load(self, folder: Path) -> None:
         """A collective. Without a file for each rank, the first gradients are sent whole, as in a new run."""
@@ -74,8 +73,7 @@ class PowerSGD:
         self.ddp(tokens, tokens).backward()
         self.ddp.zero_grad()
         for name in MEMORIES:
-            on_device = {bucket: tensor.to(self.ranks.device) for bucket, tensor in saved[name].items()}
-            setattr(self.state, name, on_device)
+            setattr(self.state, name, {bucket: memory.to(self.ranks.device) for bucket, memory in saved[name].items()})
         self.state.iter = saved["iter"]
 
 
