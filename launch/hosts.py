@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, cast
@@ -46,14 +45,9 @@ SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}",
 HOST_NAME = r"(\w[\w.-]*@)?[\w:][\w.:%-]*"  # also an address; ssh takes what begins with - for an option
 ANSWER = {**dict.fromkeys(SAME, str), "gpus": int, "address": str, "port": int}  # of launch.machine
 ANSWER_CHARACTERS = 10**6  # at most, in a line
+Slots = dict[str, int]  # by host, in the order of the hostfile: how many ranks it runs, one per GPU
 Plan = dict[str, Any]  # what launch.ranks --node reads on a host
 Answers = dict[str, Any]  # by host: the dict of its JSON, or a str that says why there is none
-
-
-@dataclass(frozen=True)
-class Host:
-    name: str
-    slots: range  # one rank each, on the GPU of that number
 
 
 def main() -> int:
@@ -75,17 +69,16 @@ def main() -> int:
         failed, status, _ = watch(nodes, signals, lambda code: GRACE_SECONDS, KILL_SECONDS)
         if status not in NO_RESTART:
             reason = "the connection was lost" if status == SSH_LOST else f"ended with status {status}"
-            print(f"launch.hosts: {hosts[failed].name}: {reason}", file=sys.stderr)
+            print(f"launch.hosts: {nodes[failed].host}: {reason}", file=sys.stderr)
         if status in NO_RESTART or signals or attempt == args.restarts:
             break
         answers = ask(hosts, args.ssh, ["-m", "launch.machine"])
-        hosts = [host for host in hosts if not isinstance(answers[host.name], str)]
+        hosts = {host: slots for host, slots in hosts.items() if not isinstance(answers[host], str)}
         if not hosts:
             raise UserError("no host of the hostfile answers, so the run cannot be restarted; see why ssh fails")
         if "--resume=auto" not in command:
             command.append("--resume=auto")
-        names = ", ".join(host.name for host in hosts)
-        print(f"launch.hosts: restart {attempt + 1} of {args.restarts}, on {names}", flush=True)
+        print(f"launch.hosts: restart {attempt + 1} of {args.restarts}, on {', '.join(hosts)}", flush=True)
     return LOST if status < 0 or status == SSH_LOST else status
 
 
@@ -96,20 +89,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--master_addr", default="", help="address of the first host, as the others reach it")
 
 
-def read_hostfile(path: str) -> list[Host]:
+def read_hostfile(path: str) -> Slots:
     """Raises UserError with file and line."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such hostfile; write one line per host: NAME slots=RANKS")
-    hosts: list[Host] = []
+    hosts: Slots = {}
     for number, text in enumerate(Path(path).read_text("utf-8-sig", errors="replace").splitlines(), 1):
         line = text.split("#")[0].strip()
         if not line:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]{0,4})", line)
-        if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII) or match[1] in [host.name for host in hosts]:
+        if not match or not re.fullmatch(HOST_NAME, match[1], re.ASCII) or match[1] in hosts:
             rule = "must be NAME slots=RANKS, RANKS 1 to 99999; NAME, each once: HOST, USER@HOST, address, in ASCII"
             raise UserError(f"{path}:{number}: {line!r}: {rule}")
-        hosts.append(Host(match[1], range(int(match[2]))))
+        hosts[match[1]] = int(match[2])
     if not hosts:
         raise UserError(f"{path}: is empty; write one line per host: NAME slots=RANKS")
     return hosts
@@ -134,21 +127,20 @@ def remote_command(ssh: str, host: str, *arguments: str) -> list[str]:
 
 
 def ask(
-    hosts: list[Host], ssh: str, arguments: list[str], requests: Mapping[str, Any] = {}, types: dict = ANSWER
+    hosts: Slots, ssh: str, arguments: list[str], requests: Mapping[str, Any] = {}, types: dict = ANSWER
 ) -> Answers:
     """Run Python on every host at once, and collect the line of JSON that it prints.
 
     requests: by host, the JSON of its first line of stdin. stdin is closed when all have answered or ended; the program
     may wait for that. types: those of the values that it prints.
     """
-    names = [host.name for host in hosts]
     streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True, "errors": "replace"}
-    commands = [remote_command(ssh, name, *arguments) for name in names]
+    commands = [remote_command(ssh, host, *arguments) for host in hosts]
     processes: list[Any] = [subprocess.Popen(command, **streams, start_new_session=True) for command in commands]
     with ThreadPoolExecutor(max(1, len(hosts))) as threads:
         try:
-            lines = [json.dumps(requests.get(name)) for name in names]
-            return dict(zip(names, threads.map(read_answer, names, processes, lines, repeat(types)), strict=True))
+            lines = [json.dumps(requests.get(host)) for host in hosts]
+            return dict(zip(hosts, threads.map(read_answer, hosts, processes, lines, repeat(types)), strict=True))
         finally:
             for process in processes:
                 with contextlib.suppress(OSError):
@@ -182,40 +174,40 @@ def read_answer(name: str, process: Any, request: str, types: dict) -> dict[str,
     return f"{errors[-1] if errors else other}; {fix}"
 
 
-def check(hosts: list[Host], answers: Answers) -> None:
+def check(hosts: Slots, answers: Answers) -> None:
     """Raise UserError listing every host that is out of reach or has too few GPUs. The ranks compare code and data."""
     problems = [f"{name}: {answer}" for name, answer in answers.items() if isinstance(answer, str)]
-    for host in hosts if not problems else []:
-        gpus = answers[host.name]["gpus"]
-        if gpus and len(host.slots) > gpus:
-            problems.append(f"{host.name}: slots={len(host.slots)}, but it has {gpus} GPUs")
+    for host, slots in hosts.items() if not problems else []:
+        gpus = answers[host]["gpus"]
+        if 0 < gpus < slots:
+            problems.append(f"{host}: slots={slots}, but it has {gpus} GPUs")
     if problems:
         raise UserError(list_problems(problems, "with the hosts"))
 
 
-def master_address(hosts: list[Host], answers: Answers, name: str = "") -> str:
+def master_address(hosts: Slots, answers: Answers, name: str = "") -> str:
     """Address at which the other hosts reach the first one. name: its name or address, if not as in the hostfile."""
-    name = name or hosts[0].name.split("@")[-1]
+    first = next(iter(hosts))
+    name = name or first.split("@")[-1]
     try:
         address = socket.gethostbyname(name)
     except (OSError, UnicodeError):  # a name that only ssh knows
-        address = answers[hosts[0].name]["address"]
+        address = answers[first]["address"]
     if not address or (address.startswith("127.") and len(hosts) > 1):
         problem = f"is {address}, so each host would reach itself" if address else "has no known address"
         raise UserError(f"{name} {problem}; set --master_addr to its address")
     return address
 
 
-def make_plans(hosts: list[Host], answers: Answers, address: str, command: list[str]) -> dict[str, Plan]:
+def make_plans(hosts: Slots, answers: Answers, address: str, command: list[str]) -> dict[str, Plan]:
     """By host: environment (the same everywhere), variables, and the command that starts one rank per slot."""
     environment, plans, first_rank = forwarded_environment(os.environ), {}, 0
-    master, port = master_address(hosts, answers, address), answers[hosts[0].name]["port"]
-    shared: Plan = {"MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": sum(len(host.slots) for host in hosts)}
-    for host in hosts:
+    master, port = master_address(hosts, answers, address), answers[next(iter(hosts))]["port"]
+    shared: Plan = {"MASTER_ADDR": master, "MASTER_PORT": port, "WORLD_SIZE": sum(hosts.values())}
+    for host, slots in hosts.items():
         variables = {**shared, "FIRST_RANK": first_rank}
-        arguments = [str(len(host.slots)), *command]
-        plans[host.name] = {"environment": environment, "variables": variables, "command": arguments}
-        first_rank += len(host.slots)
+        plans[host] = {"environment": environment, "variables": variables, "command": [str(slots), *command]}
+        first_rank += slots
     return plans
 
 
@@ -223,7 +215,7 @@ class Node(subprocess.Popen):
     """launch.ranks on a host, as a local process whose signals are sent over ssh. poll() sends the heartbeats."""
 
     def __init__(self, host: str, ssh: str, plan: Plan):
-        self.heartbeat_time = 0.0
+        self.host, self.heartbeat_time = host, 0.0
         command = remote_command(ssh, host, "-m", "launch.ranks", "--node")
         super().__init__(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
         self.pipe = cast(IO[bytes], self.stdin)

@@ -14,7 +14,6 @@ import pytest
 
 from launch import hosts as launch_hosts
 from launch import machine
-from launch.hosts import Host as Slots
 from model import GPTConfig
 from tests import cluster
 from tests.cluster import Cluster, Host
@@ -119,7 +118,7 @@ def test_a_recipe_of_fsdp(tmp_path, data):
 
 def test_model_state_by_strategy():
     """Bytes of a rank: FSDP's fp32 parameters, gradients, moments; ZeRO-2's, with a copy of the parameters in fp32."""
-    hosts = [Slots("one", range(2)), Slots("two", range(2))]
+    hosts = {"one": 2, "two": 2}
     for settings, shards in (({"strategy": "fsdp"}, 4), ({"strategy": "fsdp", "shard_ranks": 2}, 2)):
         cfg = RecipeConfig(**settings)
         size = doctor_tool.make_requests(cfg, hosts, True)["two"]["state_bytes"]
@@ -164,10 +163,10 @@ def test_planted_faults_are_all_reported(trio, tmp_path, data):
 
 def test_ranks_that_hang_are_killed(tmp_path, monkeypatch):
     (tmp_path / "hang.py").write_text(f"import time\nopen({str(tmp_path / 'begun')!r}, 'w')\ntime.sleep(1000)\n")
-    begun, here = time.monotonic(), Slots("localhost", range(2))
-    answers = {here.name: {"gpus": 0, "port": 0}}
+    begun = time.monotonic()
+    answers = {"localhost": {"gpus": 0, "port": 0}}
     monkeypatch.setattr(launch_hosts, "ANSWER_SECONDS", 2.0)
-    (finding,) = doctor_tool.check_links([here], answers, "", "", [f"{tmp_path}/hang.py"])
+    (finding,) = doctor_tool.check_links({"localhost": 2}, answers, "", "", [f"{tmp_path}/hang.py"])
     assert (finding.value, finding.ok) == ("no answer within 2 s", False)
     assert (tmp_path / "begun").exists() and time.monotonic() - begun < 10
     assert not cluster.run("pgrep", "-f", tmp_path / "hang.py", check=False)

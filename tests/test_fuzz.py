@@ -272,21 +272,20 @@ def weights_files(folder: Path) -> Target:
 def answers(folder: Path) -> Target:
     """What two hosts print, one of them what is expected."""
     expected = {**describe(), "address": "10.0.0.1"}
-    pair = [hosts.Host("first", range(1)), hosts.Host("second", range(2))]
+    pair = {"first": 1, "second": 2}
     program = 'cat "$1"; cat "$1" >&2; exit $2'
 
     def read(value: tuple[Case, int, int]) -> None:
-        case, status, number = value
+        (case, status, number), names = value, list(pair)
         (folder / "answer").write_bytes(case.content)
         command = ["sh", "-c", program, "sh", str(folder / "answer"), str(status)]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace")
         try:
-            answer = hosts.read_answer(pair[number].name, process, "", hosts.ANSWER)
+            answer = hosts.read_answer(names[number], process, "", hosts.ANSWER)
         finally:
             process.kill()
             process.wait()
-        names = [host.name for host in pair]
         given = {names[number]: answer, names[1 - number]: {**expected, "arrived": 0.0}}
         hosts.check(pair, given)
         with mock.patch("socket.gethostbyname", side_effect=OSError):  # names that only ssh knows

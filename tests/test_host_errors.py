@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from launch import hosts, machine
-from launch.hosts import Host
 from tests import cluster
 from tests.cluster import Cluster
 from tests.running import ROOT, TINY, message
@@ -59,7 +58,7 @@ def test_names_that_a_host_can_have(tmp_path):
     (tmp_path / "hostfile").write_text(
         "\ufeff" + "".join(f"{name} slots=10 # comment \xe4\n" for name in NAMES), "utf-8"
     )
-    assert hosts.read_hostfile(f"{tmp_path}/hostfile") == [Host(name, range(10)) for name in NAMES]
+    assert hosts.read_hostfile(f"{tmp_path}/hostfile") == dict.fromkeys(NAMES, 10)
 
 
 def test_invalid_options_are_one_message(tmp_path):
@@ -75,7 +74,7 @@ def test_invalid_options_are_one_message(tmp_path):
 )
 def test_an_invalid_ssh_command(ssh, text):
     with pytest.raises(UserError, match=f"^--ssh={ssh}: {text}"):
-        hosts.ask([Host("host1", range(1))], ssh, ["-m", "launch.machine"])
+        hosts.ask({"host1": 1}, ssh, ["-m", "launch.machine"])
 
 
 def test_what_a_host_prints_besides_its_answer(tmp_path):
@@ -162,7 +161,7 @@ def test_data_that_one_host_lacks(made, tmp_path):
 
 
 def test_hosts_with_too_few_gpus_are_listed():
-    two = [Host("one", range(8)), Host("two", range(8))]
+    two = {"one": 8, "two": 8}
     hosts.check(two, {"one": {"gpus": 8}, "two": {"gpus": 0}})
     with pytest.raises(UserError) as error:
         hosts.check(two, {"one": {"gpus": 8}, "two": {"gpus": 4}})
@@ -170,10 +169,10 @@ def test_hosts_with_too_few_gpus_are_listed():
 
 
 def test_address_of_the_first_host():
-    assert hosts.master_address([Host("localhost", range(1))], {}) == "127.0.0.1"
+    assert hosts.master_address({"localhost": 1}, {}) == "127.0.0.1"
     with pytest.raises(UserError, match="each host would reach itself"):
-        hosts.master_address([Host("localhost", range(1)), Host("two", range(1))], {})
+        hosts.master_address({"localhost": 1, "two": 1}, {})
     for name in ("nobody.invalid", "a" * 70):
         with pytest.raises(UserError, match=f"{name} has no known address; set --master_addr"):
-            hosts.master_address([Host(name, range(1))], {name: {"address": ""}})
+            hosts.master_address({name: 1}, {name: {"address": ""}})
     assert socket.gethostbyname("localhost") == "127.0.0.1"

@@ -99,7 +99,7 @@ def ranks_of_hostfile(folder: Path) -> int:
     """The ranks of a command on the hosts of the hostfile in docs/multi_node.md."""
     [lines] = re.findall(r"^```\n(worker.*?)^```", (ROOT / "docs" / "multi_node.md").read_text(), re.M | re.S)
     (folder / "hostfile").write_text(lines)
-    return sum(len(host.slots) for host in hosts.read_hostfile(str(folder / "hostfile")))
+    return sum(hosts.read_hostfile(str(folder / "hostfile")).values())
 
 
 @pytest.mark.parametrize("text", COMMANDS)

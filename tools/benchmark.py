@@ -203,7 +203,7 @@ def main() -> None:
     cfg = parse(DeepSpeedTrainConfig, [*arguments, "--benchmark", f"--steps={args.steps}"], __doc__ or "")
     gpus = torch.cuda.device_count() if cfg.device != "cpu" else 0
     if args.hostfile:
-        args.ranks = sum(len(host.slots) for host in hosts.read_hostfile(args.hostfile))
+        args.ranks = sum(hosts.read_hostfile(args.hostfile).values())
         launcher = ["-m", "launch.hosts", f"--hostfile={args.hostfile}", f"--ssh={args.ssh}"]
     else:
         args.ranks = (gpus or 2) if args.ranks is None else args.ranks

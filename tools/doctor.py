@@ -12,12 +12,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
 from launch import hosts, machine
-from launch.hosts import Host
+from launch.hosts import Slots
 from model import GPTConfig
 from tools.doctor_host import Finding, Request, existing
 from tools.plan import GPT2_VOCABULARY, MODELS, RecipeConfig
@@ -39,7 +39,7 @@ LINK_FIX = "check cable, switch and firewall, or name another network in GLOO_SO
 Bandwidth = tuple[float, str]  # Gbit/s and its text; 0 and why there is none
 
 
-def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool, marker: str = "") -> dict[str, Request]:
+def make_requests(cfg: RecipeConfig, all_hosts: Slots, known: bool, marker: str = "") -> dict[str, Request]:
     """What a run needs of each host. known: whether settings were given. marker: a file here, in out_dir."""
     config = deepspeed_config.read(cfg.deepspeed_config)
     stage, optimizer, weights = describe_json(config)
@@ -49,8 +49,8 @@ def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool, marker:
         optimizer = weights = "cpu" if cfg.cpu_offload else "gpu"
     model = GPTConfig(*MODELS[cfg.init_from]) if cfg.init_from in MODELS else cfg.model_config(GPT2_VOCABULARY)
     parameters = model.parameter_count() if known else 0
-    ranks = sum(len(host.slots) for host in all_hosts)
-    state = model_state_bytes(strategy, cfg.shard_ranks or ranks, parameters, torch.float32)  # bf16 takes less
+    ranks = cfg.shard_ranks or sum(all_hosts.values())
+    state = model_state_bytes(strategy, ranks, parameters, torch.float32)  # bf16 takes less
     request = {
         "device": cfg.device,  # auto, cpu, cuda
         "environment": hosts.forwarded_environment(os.environ),  # of the ranks
@@ -64,7 +64,7 @@ def make_requests(cfg: RecipeConfig, all_hosts: list[Host], known: bool, marker:
         "torch": TESTED_TORCH,
         **{"nccl_shm_bytes": NCCL_SHARED_MEMORY, "shm_fix": LARGER_SHARED_MEMORY},
     }
-    return {host.name: {**request, "slots": len(host.slots)} for host in all_hosts}
+    return {host: {**request, "slots": slots} for host, slots in all_hosts.items()}
 
 
 def compare(answers: hosts.Answers) -> Iterator[Finding]:
@@ -85,33 +85,34 @@ def compare(answers: hosts.Answers) -> Iterator[Finding]:
 
 
 def check_links(
-    reachable: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]
+    reachable: Slots, answers: hosts.Answers, ssh: str, address: str, command: list[str]
 ) -> Iterator[Finding]:
     """One rank per host: each pair of neighbors, then all hosts together. On a single host, all its ranks."""
-    each = [replace(host, slots=host.slots[:1]) for host in reachable]
-    groups = [each[i : i + 2] for i in range(len(each) - 1)]
-    if len(each) > 2:
-        groups.append(each)
-    elif len(each) == 1 and len(reachable[0].slots) > 1:
+    one_each = list(dict.fromkeys(reachable, 1).items())
+    groups = [dict(one_each[i : i + 2]) for i in range(len(one_each) - 1)]
+    if len(one_each) > 2:
+        groups.append(dict(one_each))
+    elif len(one_each) == 1 and sum(reachable.values()) > 1:
         groups = [reachable]
     results = [all_reduce(group, answers, ssh, address, command) for group in groups]
     fastest = max((gbit for gbit, _ in results), default=0.0)
     for group, (gbit, value) in zip(groups, results, strict=True):
-        name = " - ".join(host.name for host in group) if len(group) < 3 else f"all {len(group)} hosts"
+        name = " - ".join(group) if len(group) < 3 else f"all {len(group)} hosts"
         least = max(MIN_GBIT, SLOW_LINK * fastest) if len(group) < 3 else 0.0
         yield Finding("all-reduce", value, gbit > least, LINK_FIX, name)
 
 
-def all_reduce(group: list[Host], answers: hosts.Answers, ssh: str, address: str, command: list[str]) -> Bandwidth:
+def all_reduce(group: Slots, answers: hosts.Answers, ssh: str, address: str, command: list[str]) -> Bandwidth:
     """Measure between the hosts of a group. address: of the first host of the hostfile."""
+    first = next(iter(group))  # it has rank 0, which prints
     try:
-        plans = hosts.make_plans(group, answers, address if group[0].name == next(iter(answers)) else "", command)
+        plans = hosts.make_plans(group, answers, address if first == next(iter(answers)) else "", command)
     except UserError as error:  # the name is that of the loopback interface
         return 0.0, str(error)
     for plan in plans.values():
         plan["heartbeat_timeout"] = hosts.ANSWER_SECONDS
     measured = hosts.ask(group, ssh, ["-m", "launch.ranks", "--node"], plans, {"gbit_per_second": float})
-    result = measured[group[0].name]  # it has rank 0, which prints
+    result = measured[first]
     if not isinstance(result, str):
         return result["gbit_per_second"], f"{result['gbit_per_second']:,.3f} Gbit/s each way"
     errors = [text.removeprefix("error: ") for text in measured.values() if not text.startswith("ssh ended")]
@@ -141,17 +142,17 @@ def main() -> None:
         raise UserError(f"--ranks={args.ranks}: must be 1 or more, or 0 for the default")
     cfg = parse(RecipeConfig, settings, "")
     gpus = machine.count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) if cfg.device in ("auto", "cuda") else 0
-    all_hosts, ssh = [Host("localhost", range(args.ranks or gpus or 2))], ""
+    all_hosts, ssh = {"localhost": args.ranks or gpus or 2}, ""
     if args.hostfile:
         all_hosts, ssh = hosts.read_hostfile(args.hostfile), args.ssh
     if not args.json:
-        ranks = count(sum(len(host.slots) for host in all_hosts), "rank")
+        ranks = count(sum(all_hosts.values()), "rank")
         print(f"{ranks}:", *(settings or ["without a recipe, only the machine is checked"]), flush=True)
     with tempfile.NamedTemporaryFile(dir=existing(cfg.out_dir) if ssh else None, prefix=".doctor-") as marker:
         requests = make_requests(cfg, all_hosts, bool(settings), marker.name if ssh else "")
         answers = hosts.ask(all_hosts, ssh, ["-m", "tools.doctor_host"], requests, ANSWER)
     findings = list(compare(answers))
-    if reachable := [host for host in all_hosts if not isinstance(answers[host.name], str)]:
+    if reachable := {host: slots for host, slots in all_hosts.items() if not isinstance(answers[host], str)}:
         command = ["-m", "tools.all_reduce", f"--device={cfg.device}", f"--backend={cfg.backend}"]
         findings += check_links(reachable, answers, ssh, args.master_addr, command)
     print(json.dumps([asdict(f) for f in findings], indent=1) if args.json else report(findings))
