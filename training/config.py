@@ -312,8 +312,7 @@ def read_file(path: Path, values: dict) -> Iterator[Setting]:
     except SyntaxError as error:  # in this file, or in one that it imports
         raise ConfigError(f"{error.filename or path}:{error.lineno or 1}: {error.msg}") from None
     except (Exception, SystemExit) as error:  # a config file is user code: any exception in it is the user's to fix
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f":{frame.lineno}" for frame in frames if frame.filename == str(path)]
+        lines = [f":{f.lineno}" for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         reason = traceback.format_exception_only(error)[0].strip()
         raise ConfigError(f"{path}{lines[-1] if lines else ''}: {reason}") from None
     line_of = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}

@@ -41,8 +41,7 @@ def main(parser: ArgumentParser) -> None:
         tokenizer: Tokenizer = from_model(folder)
     else:
         tokenizer = tokenizer_from({"name": args.tokenizer, "characters": characters})
-    source = ", ".join(path.name for path in args.input)
-    tokenize_files(files, out, source, tokenizer, args.val_fraction, args.field)
+    tokenize_files(files, out, ", ".join(path.name for path in args.input), tokenizer, args.val_fraction, args.field)
 
 
 if __name__ == "__main__":
