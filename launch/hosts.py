@@ -126,9 +126,7 @@ def remote_command(ssh: str, host: str, *arguments: str) -> list[str]:
     return [*words, *SSH_OPTIONS, host, command]
 
 
-def ask(
-    hosts: Slots, ssh: str, arguments: list[str], requests: Mapping[str, Any] = {}, types: dict = ANSWER
-) -> Answers:
+def ask(hosts: Slots, ssh: str, arguments: list[str], requests: Mapping = {}, types: dict = ANSWER) -> Answers:
     """Run Python on every host at once, and collect the line of JSON that it prints.
 
     requests: by host, the JSON of its first line of stdin. stdin is closed when all have answered or ended; the program

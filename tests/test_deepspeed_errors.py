@@ -216,6 +216,15 @@ def test_a_bad_json_ends_every_rank_with_one_message(tmp_path, data, text, messa
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_bad_block_is_named_where_ranks_share_the_model(tmp_path, data):
+    """The JSON of DeepSpeed then has no train_batch_size, which would count all ranks."""
+    path = tmp_path / "config.json"
+    path.write_text('{"zero_optimization": {"stage": 1, "overlap_com": true}, "optimizer": {"type": "AdamW"}}')
+    given = {"deepspeed_config": path, "gradient_accumulation_steps": 2, "tensor_parallel": 2}
+    told = refused(tmp_path / "out", data, ranks=2, **given)
+    assert told.endswith("config.json\n  zero_optimization.overlap_com = True: Extra inputs are not permitted")
+
+
 def test_a_missing_compiler_is_reported_with_the_fix(tmp_path, data):
     env = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")}
     given = {"deepspeed_config": zero_json("zero2_offload"), "gradient_accumulation_steps": 2}

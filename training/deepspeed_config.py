@@ -283,7 +283,7 @@ def check_values(config: Json, parse: type, path: str) -> None:
     problems: list[str] = []
     for name in (*config, ""):  # block by block, because DeepSpeed stops at the first that it rejects; then the whole
         try:
-            parse({**{key: config[key] for key in BATCH}, name: config[name]} if name else config)
+            parse({**{key: config[key] for key in BATCH if key in config}, name: config[name]} if name else config)
         except Exception as error:
             for problem in error.errors() if name and hasattr(error, "errors") else ():  # pydantic's
                 place = ".".join(dict.fromkeys([name, *map(str, problem["loc"])]))
