@@ -24,7 +24,7 @@ from model import GPT
 from tools import all_reduce
 from training.devices import peak_memory_bytes, synchronize, time_matmul
 from training.distributed import run
-from training.strategies import model_state_bytes, partition_ranks
+from training.strategies import model_state_bytes
 
 CENSUS_STEP, TRACED_STEPS = 1, (4, 5, 6)
 STEPS = (f"--max_iters={TRACED_STEPS[-1] + 1}", "--eval_interval=1000000", "--eval_iters=1")
@@ -80,7 +80,7 @@ class Probe:
             self.note["link_bytes_per_second"] = all_reduce.measure(ranks)["bytes_per_second"]
         memory = {**self.census[self.device.type], "interpreter": 0 if self.on_gpu else self.note["process_bytes"]}
         peak = self.note["peak_device_bytes" if self.on_gpu else "peak_host_bytes"]
-        shards, size = partition_ranks(trainer.cfg, ranks), config.parameter_count()
+        shards, size = getattr(trainer.cfg, "shard_ranks", 0) or ranks.world_size, config.parameter_count()
         expected = model_state_bytes(trainer.strategy, shards, size, dtype)
         trace = Path(trainer.cfg.out_dir) / f"trace_{ranks.rank}.json"
         self.profiler.export_chrome_trace(str(trace))

@@ -63,11 +63,6 @@ def find_strategy(name: str) -> Strategy:
     return strategies()[name]
 
 
-def partition_ranks(cfg: TrainConfig, ranks: Ranks) -> int:
-    """The ranks that share one copy of the partitioned state: all of them, except under HSDP."""
-    return getattr(cfg, "shard_ranks", 0) or ranks.world_size
-
-
 @dataclass(frozen=True)
 class ModelState:
     """Bytes per rank, wherever they live."""
@@ -106,8 +101,8 @@ def gigabytes(count: float) -> str:
 def out_of_memory_advice(
     cfg: TrainConfig, ranks: Ranks, model: GPTConfig, strategy: str, dtype: torch.dtype, reason: str
 ) -> str:
-    size = model.parameter_count()
-    state = model_state_bytes(strategy, partition_ranks(cfg, ranks), size, dtype)
+    size, shards = model.parameter_count(), getattr(cfg, "shard_ranks", 0) or ranks.world_size
+    state = model_state_bytes(strategy, shards, size, dtype)
     lines = [
         reason,
         f"by formula, the model state per rank under {strategy} is {gigabytes(state.total())}: parameters "
