@@ -43,7 +43,7 @@ def test_powersgd_trains_and_resumes_exactly(tmp_path, data):
     assert [plain[step] == whole[step] for step in range(5)] == [True] * 4 + [False], "starts after the warm-up"
     assert 0 < difference(tmp_path / "plain", tmp_path / "whole") < 0.5 and whole[13] < whole[0] - 1, "still learns"
     train(tmp_path / "whole", data, **{**settings, "init_from": "resume", "max_iters": 16, "ranks": 4})
-    other = {"ranks": 1, "strategy": "fsdp", "grad_compression": "none"}
+    other: dict[str, Any] = {"ranks": 1, "strategy": "fsdp", "grad_compression": "none"}
     train(tmp_path / "whole", data, **{**settings, "init_from": "resume", "max_iters": 18, **other})
 
 
