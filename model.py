@@ -71,10 +71,9 @@ class GPTConfig:
 
         N excludes embeddings that are only looked up, as in nanoGPT. Recomputed activations are not counted.
         """
-        looked_up = (0 if self.rope_theta else self.block_size) + (0 if self.tied else self.vocab_size)
-        n = self.parameter_count() - looked_up * self.n_embd
-        idle_experts = max(0, self.n_expert - self.n_active)
-        n -= self.n_layer * idle_experts * 3 * self.n_embd * self.n_hidden
+        looked_up = ((0 if self.rope_theta else self.block_size) + (0 if self.tied else self.vocab_size)) * self.n_embd
+        idle_experts = self.n_layer * max(0, self.n_expert - self.n_active) * 3 * self.n_embd * self.n_hidden
+        n = self.parameter_count() - looked_up - idle_experts
         return 6 * n + 12 * self.n_layer * self.n_head * self.head_size * self.block_size
 
 

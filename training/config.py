@@ -351,7 +351,6 @@ def help_text(cls: type, usage: str) -> str:
     for f in dataclasses.fields(cls):
         if f.metadata["section"]:
             lines += ["", f"{f.metadata['section']}:"]
-        kind = type(f.default).__name__
-        head = f"  --{f.name:<28}{kind:<7}{f.default!s:<18}"
+        head = f"  --{f.name:<28}{type(f.default).__name__:<7}{f.default!s:<18}"
         lines += textwrap.wrap(head + f.metadata["meaning"], 118, subsequent_indent=" " * 57)
     return "\n".join(lines)
