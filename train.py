@@ -122,7 +122,8 @@ class Trainer:
             self.scaler.scale(loss / micro_steps).backward()
         if self.cfg.grad_clip:
             self.scaler.unscale_(self.optimizer)
-            grad_norm = fsdp.full_value(clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip))
+            norm: Any = clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
+            grad_norm = norm.full_tensor() if self.strategy == "fsdp" else norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

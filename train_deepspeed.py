@@ -121,15 +121,14 @@ class Trainer:
         lr = self.engine.get_lr()[0] if self.scheduler else set_learning_rate(self.optimizer, self.cfg, step)
         micro_steps = self.batches.micro_steps
         mean_loss = torch.zeros((), device=self.ranks.device)
-        if self.ranks.layout.pipeline > 1:  # takes all micro-steps at once, and the mean over the data-parallel ranks
-            with self.log.redirect():
+        with self.log.redirect():
+            if self.ranks.layout.pipeline > 1:  # all micro-steps at once; the mean over the data-parallel ranks
                 mean_loss = self.engine.train_batch(self.batches.train(step, n) for n in range(micro_steps)).squeeze()
-            micro_steps = 0
-        for micro_step in range(micro_steps):
-            if self.cfg.dropout:
-                torch.manual_seed(self.batches.dropout_seed(step, micro_step))
-            tokens, targets = self.batches.train(step, micro_step)
-            with self.log.redirect():
+                micro_steps = 0
+            for micro_step in range(micro_steps):
+                if self.cfg.dropout:
+                    torch.manual_seed(self.batches.dropout_seed(step, micro_step))
+                tokens, targets = self.batches.train(step, micro_step)
                 loss = self.engine(tokens, targets)
                 mean_loss += loss.detach() / micro_steps
                 loss = self.balance.add_to(loss) if self.balance else loss
@@ -141,9 +140,9 @@ class Trainer:
 
     def save(self, writer: CheckpointWriter) -> None:
         """Every rank writes its partition in DeepSpeed's format."""
-        step, folder = self.engine.global_steps, writer.folder
+        folder = writer.folder
         with self.log.redirect(), deepspeed_engine.writing(self.engine, writer):
-            state = {"step": step, **deepspeed_engine.client_state(self.engine)}
+            state = {"step": self.engine.global_steps, **deepspeed_engine.client_state(self.engine)}
             self.engine.save_checkpoint(folder.parent, tag=folder.name, client_state=state, save_latest=False)
             if self.engine._config.comms_config.comms_logger_enabled:
                 self.deepspeed.comm.log_summary()

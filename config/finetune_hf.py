@@ -4,8 +4,7 @@
 #   ./launch_fsdp.sh 8 config/finetune_hf.py --init_from=MODEL                   no rank holds the whole model
 #   ./launch_deepspeed_zero3.sh 8 config/finetune_hf.py --init_from=MODEL
 #   python -m tools.convert out-finetune-hf finetuned --to=hf                    for transformers, with its tokenizer
-# The loss it reaches depends on the text. With a network, --init_from may also be a name on the hub,
-# but the text is prepared with a folder.
+# The loss it reaches depends on the text. With a network, --init_from may be a name on the hub; --tokenizer may not.
 from config.finetune_shakespeare import *
 out_dir = 'out-finetune-hf'
 init_from = 'HuggingFaceTB/SmolLM2-135M'

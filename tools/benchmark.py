@@ -27,7 +27,7 @@ from data.dataset import Dataset, open_dataset
 from launch import hosts
 from tools import benchmark_report as report
 from tools.benchmark_report import Case
-from tools.terminal import make_parser, underscored
+from tools.terminal import align, make_parser, underscored
 from training.checkpoint import write_text
 from training.config import ROOT, PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig
@@ -224,7 +224,8 @@ def main() -> None:
     dtype = next((note["dtype"] for case in cases for note in case.notes), dtype)  # as the ranks chose it
     rows = report.make_rows(cases, dtype)
     titles = report.COMPARED if args.compare else report.BARE if args.bare else report.TITLES
-    print("\n" + report.text_table(rows, titles))
+    table = report.make_table(rows, {title: report.COLUMNS[title] for title in titles})
+    print("", align(table, ("strategy", "verdict")), *report.failures(rows), sep="\n\n")
     if args.write:
         environment = next((case.environment for case in cases if case.environment), {})
         results = {"format": 2, "arguments": arguments, "environment": environment}

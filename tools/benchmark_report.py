@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from tools.benchmark_probe import PARTS
-from tools.terminal import align
 from training import figures
 
 Row = dict[str, Any]
@@ -164,12 +163,6 @@ def cell(form: str, row: Row) -> str:
 
 def failures(rows: list[Row]) -> list[str]:
     return [f"{row['strategy']}: {row['status']}: {row['error']}" for row in rows if row["status"] != "ok"]
-
-
-def text_table(rows: list[Row], titles: tuple[str, ...]) -> str:
-    """For a terminal, with a line for each failure."""
-    table = align(make_table(rows, {title: COLUMNS[title] for title in titles}), ("strategy", "verdict"))
-    return "\n\n".join([table, *failures(rows)])
 
 
 def bars(rows: list[Row], caption: str, parts: list[dict[str, float]]) -> Any:

@@ -72,7 +72,8 @@ def literal_batch(config: Json, values: Json, places: Json, by_user: set[str]) -
     A total alone is divided by a resumed run's batch_size. `fill_batch` reports a total that is not reached.
     """
     total, micro, steps = (0 if n in (None, "auto") else n for n in map(config.get, BATCH))
-    ranks = world_size()
+    split = values["tensor_parallel"] * values["sequence_parallel"] * values["pipeline_parallel"]
+    ranks = max(1, world_size() // max(1, split))
     batch_size = values["batch_size"] if "batch_size" in by_user else micro
     micro_steps = values[BATCH[2]] if BATCH[2] in by_user else steps * ranks  # of all ranks
     if total and micro_steps:

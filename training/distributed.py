@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ReduceOp
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
@@ -126,10 +125,6 @@ class Ranks:
         """Start to replace value by its mean over all ranks. A rank that needs it calls wait(); all keep `value`."""
         value /= self.world_size
         return dist.all_reduce(value, async_op=True) if self.world_size > 1 else None
-
-    def start_max(self, numbers: torch.Tensor) -> dist.Work | None:
-        """Start to replace numbers by their maximum over all ranks. A collective between CPUs."""
-        return dist.all_reduce(numbers, ReduceOp.MAX, self.control, async_op=True) if self.world_size > 1 else None
 
     def share(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. A collective between CPUs, in JSON: unpickling would run a stranger's code."""

@@ -32,11 +32,6 @@ def local_part(tensor: Any) -> tuple[Tensor, int]:
     return tensor.to_local(), first * math.prod(tensor.shape[1:])
 
 
-def full_value(tensor: Any) -> Tensor:
-    """A sharded tensor's full value (a collective); any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def save_shard(
     writer: CheckpointWriter, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:

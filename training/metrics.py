@@ -92,8 +92,8 @@ class Metrics:
 
     def log_step(self, step: int, step_metrics: dict[str, Any]) -> None:
         """One row, with the mean speed since the row before. A collective; only rank 0 waits for the mean loss."""
-        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in step_metrics.items()}  # of FSDP2
-        self.logged = full  # its loss is in use until the other ranks have read it
+        # FSDP2's shards are joined. All is kept, because the loss is in use until the other ranks have read it.
+        self.logged = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in step_metrics.items()}
         work = self.ranks.start_mean(self.logged["loss"])
         if self.ranks.main:
             if work:

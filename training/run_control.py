@@ -86,7 +86,9 @@ class RunControl:
         loss, norm = numbers.read() if numbers else (0.0, 0.0)
         save = self.ranks.main and self.files["save"].exists()
         largest = torch.tensor([self.stop_reason(), save, not math.isfinite(loss), not math.isfinite(norm)])
-        self.shared = numbers, largest, self.ranks.start_max(largest)
+        alone = self.ranks.world_size == 1
+        work = None if alone else dist.all_reduce(largest, dist.ReduceOp.MAX, self.ranks.control, async_op=True)
+        self.shared = numbers, largest, work
         return bool(self.stop)
 
     def act(self) -> None:
@@ -167,7 +169,11 @@ class Watchdog:
         while time.monotonic() - self.last_beat <= self.limit:
             time.sleep(POLL_SECONDS)
         try:
-            self.write_stacks()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.paths[self.ranks.rank].open("w") as file:
+                file.write(f"no progress for {self.limit:.0f} s after {self.last_event}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
             time.sleep(REPORT_SECONDS)
             self.report()
         except OSError as error:  # a full disk, or one that is gone
@@ -175,13 +181,6 @@ class Watchdog:
             print(f"error: {text}; stacks cannot be written ({error})", file=sys.stderr, flush=True)
         finally:
             os._exit(HUNG)
-
-    def write_stacks(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.paths[self.ranks.rank].open("w") as file:
-            file.write(f"no progress for {self.limit:.0f} s after {self.last_event}\n\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
 
     def report(self) -> None:
         """Printed by the lowest rank that is still alive. Files are compared by the clock of the file server."""

@@ -109,13 +109,16 @@ def environment(ranks: Ranks) -> dict[str, Any]:
     if shutil.which("git"):
         line = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(line, capture_output=True, text=True).stdout.strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    processors = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    on_gpu, processor = ranks.device.type == "cuda", next(iter(processors), platform.machine())
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]],  # python -m puts a full path there
         "git_commit": commit.removesuffix("-dirty") or None,
         "git_changes": commit.endswith("-dirty"),
         **versions(),
-        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else processor,
         "world_size": ranks.world_size,
         "threads_per_rank": torch.get_num_threads(),
     }
@@ -150,9 +153,3 @@ def explain_out_of_memory(
         except OSError:  # the disk is full, too
             pass
         raise RankError(advice) from None
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names else platform.machine()

@@ -49,10 +49,7 @@ def compress(state: PowerSGDState, bucket: dist.GradBucket) -> torch.futures.Fut
 
 
 class PowerSGD:
-    """Sends two thin matrices in place of each gradient, and adds what they left out to the next one.
-
-    Vogels, Karimireddy & Jaggi, arXiv:1905.13727. Starts after the warm-up, in which gradients change most.
-    """
+    """After warm-up, sends two thin matrices per gradient, and adds what they lack to the next (arXiv:1905.13727)."""
 
     def __init__(self, ddp: Any, cfg: PlainTrainConfig, ranks: Ranks):
         self.ddp, self.ranks, self.shape = ddp, ranks, (cfg.batch_size, cfg.block_size)
