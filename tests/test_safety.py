@@ -1,5 +1,6 @@
 """Nothing is lost, and nobody let in: ranks agree, checkpoints are checked, a folder has one run, ends hold."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -219,7 +220,9 @@ def test_the_watchdog_ends_a_run_whose_stacks_cannot_be_written(tmp_path):
 def test_the_watchdog_goes_by_the_clock_of_the_file_server(tmp_path, capsys):
     """Files of this hang are newer than those of an earlier one, whatever the host's clock says."""
     watchdog = Watchdog(TrainConfig(out_dir=str(tmp_path), hang_minutes=0.0), replace(SINGLE_PROCESS, world_size=3))
-    watchdog.write_stacks()
+    watchdog.folder.mkdir()
+    with watchdog.paths[0].open("w") as file:
+        faulthandler.dump_traceback(file)
     for rank, age in enumerate((-100, -101, 500)):
         if rank:
             watchdog.paths[rank].write_text(watchdog.paths[0].read_text())
