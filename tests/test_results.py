@@ -82,6 +82,15 @@ def test_every_strategy_ran(name):
     assert not failed and len(rows(name)) >= 12, failed
 
 
+def test_slow_links():
+    found = json.loads((ROOT / "results/slow_links/results.json").read_text())["results"]
+    for method, by_rate in found.items():
+        speeds = " | ".join(f"{rate['tokens_per_second']:,.0f}" for rate in by_rate.values())
+        slowest = by_rate["100mbit"]
+        row = f"| {method} | {speeds} | {slowest['megabytes_per_step']:.2f} | {slowest['val_loss']:.4f} |\n"
+        assert row in (ROOT / "docs/parallelism.md").read_text(), method
+
+
 def test_links():
     runs = [rows(f"zero_links/{rate}") for rate in ("10gbit", "1gbit", "100mbit")]
     assert table(NODES, "Network bandwidth") == [
