@@ -29,7 +29,7 @@ from training.run_control import RunControl
 from training.run_folder import environment
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
-PAIRS, WARM_UP = 24, 4
+PAIRS, WARM_UP = 48, 4
 RESULT = "pairs.json"
 
 
@@ -92,12 +92,14 @@ def main() -> None:
         loop.train = alternate
         distributed.run(script.main)
     target, *arguments = sys.argv[1:]
-    results = {}
-    for name in STRATEGIES:
+    path, results, chosen = Path(target, "overhead.json"), {}, STRATEGIES
+    if arguments[0].startswith("--only="):  # measure these again
+        chosen, results = arguments.pop(0).partition("=")[2].split(","), json.loads(path.read_text())["results"]
+    for name in chosen:
         results[name] = run_strategy(name, arguments, Path(target, "runs", name))
         print(name, results[name], flush=True)
     about = {"environment": environment(SINGLE_PROCESS), "arguments": arguments, "threads": torch.get_num_threads()}
-    Path(target, "overhead.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,6 @@ def launch(made: Cluster, folder: Path, data: Path, *options: str, slots: int = 
 @pytest.mark.parametrize(
     "strategy, slots, expected",
     [
-        ("ddp", 1, "2 ranks x 6 micro-steps"),
         ("hsdp", 2, "4 ranks x 3 micro-steps"),
         ("zero3", 1, "2 ranks x 6 micro-steps"),
         ("pp2 x tp2", 2, "4 ranks = 2 pipeline x 2 tensor; 1,536 tokens per step = 1 data-parallel rank x 12"),
@@ -144,10 +143,10 @@ FAILURES = {
     "a rank is killed": (128 + signal.SIGKILL, "launch.ranks: rank [123] ended with signal 9"),
     "all of a host is killed": (128 + signal.SIGKILL, "host2: (ended with status|the connection was lost)"),
     "a link goes down": (HUNG, "host2: the connection was lost|suspect the network|no sign of life"),
-    "a process is stopped": (HUNG, r"no sign of life from rank 2 \(pipeline 1, tensor 0\)"),
+    "a process is stopped": (HUNG, "no sign of life from ranks? [123]"),
 }
 # With ZeRO-2 one rank per host, because each takes seconds to import DeepSpeed.
-FAILING = [("ddp", 2, "a rank is killed"), ("pp2 x tp2", 2, "a process is stopped")]
+FAILING = [("pp2 x tp2", 2, "a rank is killed"), ("ddp", 2, "a process is stopped")]
 FAILING += [("zero2", 1, "all of a host is killed"), ("zero2", 1, "a link goes down")]
 
 

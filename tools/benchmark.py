@@ -225,7 +225,7 @@ def main() -> None:
     rows = report.make_rows(cases, dtype)
     titles = report.COMPARED if args.compare else report.BARE if args.bare else report.TITLES
     table = report.make_table(rows, {title: report.COLUMNS[title] for title in titles})
-    print("", align(table, ("strategy", "verdict")), *report.failures(rows), sep="\n\n")
+    print("\n" + align(table, ("strategy", "verdict")), *report.failures(rows), sep="\n\n")
     if args.write:
         environment = next((case.environment for case in cases if case.environment), {})
         results = {"format": 2, "arguments": arguments, "environment": environment}
