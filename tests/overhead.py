@@ -92,7 +92,7 @@ def main() -> None:
         loop.train = alternate
         distributed.run(script.main)
     target, *arguments = sys.argv[1:]
-    path, results, chosen = Path(target, "overhead.json"), {}, STRATEGIES
+    path, results, chosen = Path(target, "overhead.json"), {}, list(STRATEGIES)
     if arguments[0].startswith("--only="):  # measure these again
         chosen, results = arguments.pop(0).partition("=")[2].split(","), json.loads(path.read_text())["results"]
     for name in chosen:

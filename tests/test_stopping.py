@@ -127,7 +127,7 @@ def test_a_nan_loss_ends_the_run_and_is_not_saved(tmp_path, data, script):
 @both_scripts
 def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path, data, script):
     folder, mark = tmp_path / "out", f"MARK={tmp_path}"
-    layout = {"tensor_parallel": 2} if script == "train_deepspeed.py" else {}
+    layout: dict[str, Any] = {"tensor_parallel": 2} if script == "train_deepspeed.py" else {}
     process = start(script, data, folder, str(tmp_path), max_iters=100_000, hang_minutes=0.1, **layout)
     wait_for_step(folder, process, 4)
     stopped = time.monotonic()
