@@ -55,11 +55,11 @@ def log_likelihoods(model: GPT, texts: list[Text], ranks: Ranks, batch_size: int
         rows = [torch.from_numpy(np.array(texts[i].ids, np.int64)) for i in batch]
         ids = pad_sequence(rows, batch_first=True).to(ranks.device)
         states = model.transformer(ids[:, :-1], None)
+        losses = []  # means
         for i, state, targets in zip(batch, states, ids[:, 1:], strict=True):
-            end = len(texts[i].ids) - 1
-            scored = slice(end - texts[i].scored, end)
-            loss = model.loss(model.lm_head(state[scored]), targets[scored])  # their mean
-            mine.append((i, -loss.item() * texts[i].scored))
+            scored = slice(len(texts[i].ids) - 1 - texts[i].scored, len(texts[i].ids) - 1)
+            losses.append(model.loss(model.lm_head(state[scored]), targets[scored]))
+        mine += [(i, -loss * texts[i].scored) for i, loss in zip(batch, torch.stack(losses).tolist(), strict=True)]
     return [value for _, value in sorted(pair for pairs in ranks.share(mine) for pair in pairs)]
 
 
@@ -159,7 +159,7 @@ def open_model(args: Namespace) -> tuple[SavedState, Metadata, Dataset | None]:
     path = dataset.path("val")
     if dataset.tokens["val"] < 2:
         raise DataError(f"{path} has 1 token, from which none is predicted; prepare more text")
-    if (largest := np.memmap(path, dataset.dtype, "r").max()) >= dataset.vocab_size:
+    if args.task == "loss" and (largest := np.memmap(path, dataset.dtype, "r").max()) >= dataset.vocab_size:
         raise DataError(f"{path} contains id {largest}, outside its vocabulary; prepare it again")
     return saved, add_tokenizer(metadata, dataset.tokenizer.description), dataset
 
