@@ -202,6 +202,7 @@ def gathered_parameters(case: Candidate) -> float:
     limit = case.zero.get("stage3_max_live_parameters", 1e9) if case.deepspeed else case.head + 3 * case.block
     limited = case.strategy.stage == 3 and not case.strategy.keeps_parameters
     count = min(case.parameters, limit) if limited else case.parameters
+    count += case.parameters / case.system.gpus if "zero_hpz_partition_size" in case.zero else 0  # hpZ's second copy
     return case.compute_bytes * count if case.autocast or (case.gathers and case.shards > 1) else 0.0
 
 
