@@ -99,7 +99,7 @@ def check_links(
     for group, (gbit, value) in zip(groups, results, strict=True):
         name = " - ".join(group) if len(group) < 3 else f"all {len(group)} hosts"
         least = max(MIN_GBIT, SLOW_LINK * fastest) if len(group) < 3 else 0.0
-        yield Finding("all-reduce", value, gbit > least, LINK_FIX, name)
+        yield Finding("all-reduce", value, gbit > 0 and gbit >= least, LINK_FIX, name)
 
 
 def all_reduce(group: Slots, answers: hosts.Answers, ssh: str, address: str, command: list[str]) -> Bandwidth:
