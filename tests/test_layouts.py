@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.running import difference, losses, train, zero_json
+from tests.running import difference, losses, rows, train, zero_json
 from training.checkpoint import Checkpoints, read_metadata
 from training.config import parse
 from training.deepspeed_config import DeepSpeedTrainConfig
@@ -148,3 +148,13 @@ def test_ranks_share_the_vocabulary_where_it_divides(tmp_path, make_data, model)
     train(split, data, ranks=2, **settings, tensor_parallel=2, deepspeed_config=zero_json("zero1"))
     assert open_state(*Checkpoints(str(split)).newest()).shapes["transformer.wte.weight"][0] == 64
     assert difference(single, split) <= 1e-5 and difference(single, split, "grad_norm") <= 1e-5
+
+
+def test_the_balance_of_experts_is_the_mean_over_the_ranks(tmp_path, data):
+    """Each rank counts the tokens of its own sequences; the sum over them, in one process, is the whole batch."""
+    settings = {**RUN, **LLAMA, "n_expert": 4, "max_iters": 6}
+    train(tmp_path / "single", data, **settings)
+    split = {"ranks": 2, "expert_parallel": 2, "deepspeed_config": zero_json("zero1")}
+    train(tmp_path / "split", data, **settings, **split)
+    assert difference(tmp_path / "single", tmp_path / "split", "expert_balance") <= 1e-5
+    assert 1 < min(row["expert_balance"] for row in rows(tmp_path / "split", "train")) < 4

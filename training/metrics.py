@@ -23,6 +23,7 @@ from training.figures import new_figure, plot_losses, read_rows
 from training.init import InitState
 
 BEFORE_THE_UPDATE = ("eval", "save")  # rows of a step that stay valid when the run resumes at that step
+OF_ONE_RANK = ("loss", "expert_balance")  # numbers of a rank's own batches; the mean over all ranks is logged
 WARM_UP_STEPS = 3  # not timed: a process's first steps compile, allocate and fill caches
 
 
@@ -91,13 +92,13 @@ class Metrics:
         return self.lap_start - previous
 
     def log_step(self, step: int, step_metrics: dict[str, Any]) -> None:
-        """One row, with the mean speed since the row before. A collective; only rank 0 waits for the mean loss."""
+        """One row, with the mean speed since the row before. A collective; only rank 0 waits for the means."""
         # FSDP2's shards are joined. All is kept, because the loss is in use until the other ranks have read it.
         self.logged = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in step_metrics.items()}
-        work = self.ranks.start_mean(self.logged["loss"])
+        means = [self.ranks.start_mean(value) for name, value in self.logged.items() if name in OF_ONE_RANK]
         if self.ranks.main:
-            if work:
-                work.wait()
+            for mean in filter(None, means):
+                mean.wait()
             self.write_step(step, self.logged)
         if self.stragglers and (by_rank := self.stragglers.measure(step)):
             self.write({"kind": "ranks", "step": step, "matmul_ms": by_rank})

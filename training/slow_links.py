@@ -91,10 +91,12 @@ class DiLoCo:
         """A collective after every outer_steps-th step."""
         if (step + 1) % self.cfg.outer_steps:
             return
+        changes = []
         for name, weight in self.model.named_parameters():
-            anchor = self.anchor[name]
-            change = (anchor - weight).to(self.cfg.exchange_dtype()).div_(self.ranks.world_size)
-            dist.all_reduce(change)
+            change = (self.anchor[name] - weight).to(self.cfg.exchange_dtype()).div_(self.ranks.world_size)
+            changes.append((self.anchor[name], change, dist.all_reduce(change, async_op=True)))
+        for anchor, change, work in changes:
+            work.wait()
             anchor.grad = change.to(anchor.dtype)
         self.outer.step()
         self.outer.zero_grad()
