@@ -154,7 +154,6 @@ def test_the_balance_of_experts_is_the_mean_over_the_ranks(tmp_path, data):
     """Each rank counts the tokens of its own sequences; the sum over them, in one process, is the whole batch."""
     settings = {**RUN, **LLAMA, "n_expert": 4, "max_iters": 6}
     train(tmp_path / "single", data, **settings)
-    split = {"ranks": 2, "expert_parallel": 2, "deepspeed_config": zero_json("zero1")}
-    train(tmp_path / "split", data, **settings, **split)
+    train(tmp_path / "split", data, ranks=2, **settings, expert_parallel=2, deepspeed_config=zero_json("zero1"))
     assert difference(tmp_path / "single", tmp_path / "split", "expert_balance") <= 1e-5
     assert 1 < min(row["expert_balance"] for row in rows(tmp_path / "split", "train")) < 4
