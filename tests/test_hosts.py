@@ -131,7 +131,7 @@ def test_deepspeeds_own_launcher_takes_a_hostfile(hosts, tmp_path, data, single)
 def test_mpis_launcher_starts_a_launcher_on_every_node(hosts, tmp_path, data, single):
     given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path}
     line = ["mpiexec", "-launcher", "ssh", "-launcher-exec", hosts.folder / "bin" / "ssh", "-ppn", "1", "-n", "2"]
-    line += ["-hosts", "host1,host2", "-localhost", hosts.subnet.format(254), "examples/mpi.sh", "host1", "2"]
+    line += ["-hosts", "host1,host2", "-localhost", hosts.subnet.format(254), "docs/mpi.sh", "host1", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     line += command("train.py", **given)[1:]
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)

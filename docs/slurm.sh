@@ -7,7 +7,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# In the repository, with out_dir on a shared disk: sbatch examples/slurm.sh [ARGUMENTS OF train_deepspeed.py]
+# In the repository, with out_dir on a shared disk: sbatch docs/slurm.sh [ARGUMENTS OF train_deepspeed.py]
 # Five minutes before the time limit Slurm sends SIGUSR1 to this script, which forwards it: all ranks save at the same
 # step and exit with status 75, and the job is requeued.
 set -uo pipefail
