@@ -115,7 +115,7 @@ def test_room_is_left_where_there_is_a_choice():
 
     needed = without_checkpointing()[1].memory / 0.97e9  # 2 sequences would fill such a device to 97 %
     found = without_checkpointing(f"--gpu_memory={needed:.3f}")
-    assert [c.batch for c in found if c.spare() >= 0] == [1, 2] and recommend(best_of_each(found)) == found[0]
+    assert [c.batch for c in found if c.spare >= 0] == [1, 2] and recommend(best_of_each(found)) == found[0]
     assert recommend(best_of_each(found[1:])) == found[1], "what fits is refused"
 
 
@@ -194,13 +194,16 @@ def test_the_command_says_what_to_paste():
 
 def test_the_page_shows_what_is_printed():
     text = (ROOT / "docs/plan.md").read_text()
-    command, shown = re.findall(r"```sh\npython (.*)\n```\n\n```\n(.*?)```", text, re.S)[0]
-    assert run(*command.split()).stdout == shown
+    pairs = re.findall(r"```sh\npython ([^\n]*)\n```\n\n```\n(.*?)```", text, re.S)
+    assert len(pairs) == 2
+    for line, shown in pairs:
+        assert run(*line.split()).stdout == shown
 
 
 def test_what_fits_nowhere_is_an_error():
     done = run("-m", "tools.plan", "--model=gpt3-175b", "--gpus=2", "--strategies=zero2,zero3")
-    assert re.search(r"nothing fits: zero3 comes nearest and lacks .* per rank; take more or larger", message(done))
+    nothing = r"nothing fits: zero3 (\w\wp?2 )?comes nearest and lacks .* per rank; take more or larger"
+    assert re.search(nothing, message(done))
     assert "config/planned.py" not in done.stdout
 
 
@@ -223,7 +226,7 @@ def test_the_curve(tmp_path):
     assert len(shown.splitlines()) == 3 + 1 + 2 + 1 + 11, "without a file, the table only"
     assert "\n GPUs    zero1     fsdp\n    1  " in shown
     one = request(GPT2, "--gpus=1", "--strategies=fsdp").candidates()
-    rate = max(c.tokens_per_second() for c in one)
+    rate = max(c.tokens_per_second for c in one)
     assert re.search(rf"\n +1 +[\d,]+ +{rate:,.0f}\n", shown), "fsdp on one GPU"
 
 

@@ -4,8 +4,8 @@
     python -m tools.plan config/train_gpt2.py --gpus=8 --nodes=4 --device=H100 --link=3200 --all
     python -m tools.plan config/train_gpt2.py --gpus=2 --measured=benchmark.json --gpu-memory=8
 
-Other --key=value change the recipe, as for the train scripts. Prints the best micro-batch of each strategy, a
-recommendation, and the lines to paste; exit status 2 if nothing fits.
+Other --key=value change the recipe, as for the train scripts; those of a layout, such as --tensor_parallel=8, a model,
+too. Prints the best of each strategy, a recommendation, and the lines to paste; exit status 2 if nothing fits.
 """
 
 import json
@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from data.errors import did_you_mean
 from model import GPTConfig
 from tools.plan_formulas import ALIKE, HOST_BANDWIDTH, Candidate, Machines, best_of_each, recommend
 from tools.terminal import align, underscored
-from training import distributed
 from training.config import ROOT, PlainTrainConfig, Problem, key, parse
 from training.deepspeed_config import DeepSpeedTrainConfig
+from training.deepspeed_parallel import check
+from training.distributed import SINGLE_PROCESS, Layout, run
 from training.errors import ConfigError, UserError
 from training.figures import label_ends, line_style, new_figure, style_axes
 from training.gpus import DEVICES, Device, find_device
-from training.strategies import find_strategy, gigabytes, strategies
+from training.parallel import problems as rules
+from training.strategies import Strategy, find_strategy, gigabytes, strategies
 
 # name -> block_size, vocab_size, n_layer, n_head, n_embd (Radford et al., 2019, table 2; arXiv:2005.14165, table 2.1)
 GPT2_VOCABULARY = 50257
@@ -47,6 +50,7 @@ RANGES = {"gpus": (1, 10**5), "nodes": (1, 10**5), "achievable": (0.01, 1), "lin
 RANGES |= {"fragmentation": (0, 1), "link": (0.001, 10**6)}
 ON_CPU = {"device": "cpu", "overlap": 0.5, "fragmentation": 0.0, "link_share": 1.0}  # results/zero_links
 MOST_RANKS, CONFIG = 1024, "config/planned.py"
+SEARCHED = ("zero1", "zero2", "zero3")  # with layouts
 CURVE = "single,ddp,zero1,zero2,zero3,zero3_offload"  # if --strategies does not name others
 FOOTER = """\
 GB per rank: model state (parameters, gradients, optimizer states), activations, buffers (gathered parameters, gradients
@@ -63,6 +67,9 @@ class PlanConfig(Machines):
     measured: str = key("", "benchmark.json: matmul peak, link and process memory as tools.benchmark measured them")
     global_batch: int = key(0, f"sequences per step; 0: the recipe's, or about {STEP_TOKENS:,} tokens", "Step")
     strategies: str = key("", f"{','.join(strategies())}; empty: all")
+    layouts: bool = key(
+        False, "also try layouts, with ZeRO-1 to 3; by default only if nothing fits without offloading", "Layout"
+    )
     all: bool = key(False, "print every micro-batch, with and without activation checkpointing", "Output")
     curve: str = key("", "table: from 1 to 1,024 GPUs, of five strategies or those named; FILE.png: drawn as well")
 
@@ -80,6 +87,11 @@ class PlanConfig(Machines):
 @dataclass(frozen=True)
 class RecipeConfig(DeepSpeedTrainConfig, PlainTrainConfig):
     """Every key that a recipe of either train script may set."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules of one process: the planner has the ranks of the layout."""
+        sizes: dict[str, Any] = {f"{name}_parallel": 1 for name in vars(Layout())}
+        yield from super(RecipeConfig, replace(self, **sizes)).problems()
 
 
 def read_benchmark(path: str, dtype: str) -> list[str]:
@@ -128,28 +140,54 @@ class Request:
 
     cfg: PlanConfig
     model: GPTConfig
+    recipe: RecipeConfig  # with the model's shape
     recipes: list[str]  # and settings
     global_batch: int  # sequences per step
     tokens: float  # of the run
 
-    def candidates(self) -> list[Candidate]:
-        """All strategies and micro-batches, also those that do not fit; ConfigError if the batch is not divisible."""
-        cfg, ranks = self.cfg, self.cfg.ranks
-        sequences, rest = divmod(self.global_batch, ranks)
-        if rest or not sequences:
-            near = ranks * max(1, sequences)
-            raise ConfigError(f"global_batch = {self.global_batch}: must be divisible by the {ranks} ranks; set {near}")
+    def problems(self, strategy: Strategy, layout: Layout) -> list[str]:
+        """Why such a run would be refused, with what config_lines sets for a pipeline."""
+        ranks = replace(SINGLE_PROCESS, world_size=self.cfg.ranks, layout=layout)
+        sizes: dict[str, Any] = {f"{name}_parallel": size for name, size in vars(layout).items()}
+        cfg = replace(self.recipe, compile=False, eval_iters=0, **sizes)
+        found = rules(cfg, ranks.world_size, self.cfg.gpus)
+        if problems := [f"{name} = {getattr(cfg, name)}: {rule}" for name, rule in found]:
+            return problems
+        if self.global_batch % ranks.data_size:
+            kind, near = "ranks" if layout == Layout() else "data-parallel ranks", self.global_batch // ranks.data_size
+            rule = f"must be divisible by the {ranks.data_size} {kind}; set {max(1, near) * ranks.data_size}"
+            return [f"global_batch = {self.global_batch}: {rule}"]
+        stage = strategy.stage if strategy.script == "train_deepspeed.py" else 0
+        return list(check(cfg, ranks, self.model, (stage, strategy.optimizer_device, strategy.parameter_device)))
+
+    def layouts(self) -> Iterator[Layout]:
+        """All whose sizes are powers of two, with matrices shared inside a node, and equal stages."""
+        powers = [2**power for power in range(self.cfg.ranks.bit_length())]
+        tensor = [size for size in powers if self.cfg.gpus % size == 0]
+        pipeline = [size for size in powers if self.model.n_layer % size == 0]
+        return starmap(Layout, product(tensor, powers, pipeline, powers if self.model.n_expert else [1]))
+
+    def candidates(self, search: bool = False) -> list[Candidate]:
+        """Every strategy and micro-batch, also what does not fit; search: with all layouts, not only the given one."""
+        cfg, refused, possible = self.cfg, list[str](), list[Candidate]()
         chosen = [find_strategy(name) for name in cfg.strategies.split(",") if name] or strategies().values()
-        impossible = "ddp" if ranks == 1 else "single"
+        impossible = "ddp" if cfg.ranks == 1 else "single"
         several = cfg.nodes > 1 and cfg.gpus > 1  # nodes of several GPUs, which HSDP needs
-        return [
-            Candidate(self.model, strategy, cfg, batch, sequences // batch, checkpointing)
-            for strategy in chosen
-            if strategy.name != impossible and (several or not strategy.hybrid)
-            for batch in range(1, sequences + 1)
-            if sequences % batch == 0
-            for checkpointing in (False, True)
-        ]
+        chosen = [one for one in chosen if one.name != impossible and (several or not one.hybrid)]
+        for strategy in chosen:
+            for layout in self.layouts() if search and strategy.name in SEARCHED else [self.recipe.layout()]:
+                problems = self.problems(strategy, layout)
+                refused += problems
+                sequences = 0 if problems else self.global_batch // layout.data(cfg.ranks)
+                possible += [
+                    Candidate(self.model, strategy, cfg, batch, sequences // batch, checkpointing, layout)
+                    for batch in range(1, sequences + 1)
+                    if sequences % batch == 0
+                    for checkpointing in (False, True)
+                ]
+        if refused and not possible:
+            raise ConfigError(refused[0])
+        return possible
 
     def at(self, ranks: int) -> "Request":
         """The same on so many ranks, nodes filled first; the global batch is rounded up to a multiple of them."""
@@ -167,7 +205,7 @@ def build_request(argv: list[str]) -> Request:
         of_recipe = is_path or (not hasattr(PlanConfig, name) and did_you_mean(name, vars(RecipeConfig())))
         (recipes if of_recipe else options).append(argument)
     cfg = parse(PlanConfig, options, __doc__ or "")
-    if bool(cfg.model) == bool(recipes):
+    if bool(cfg.model) == any("_parallel=" not in argument for argument in recipes):  # a model may have a layout
         raise ConfigError("give a model, --model=gpt2-xl, or a recipe, config/x.py --key=value, and not both")
     recipe = parse(RecipeConfig, recipes, "")
     meta = ROOT / "data" / recipe.dataset / "meta.json"
@@ -182,14 +220,16 @@ def build_request(argv: list[str]) -> Request:
     if cfg.model:
         batch = cfg.ranks * 2 ** round(math.log2(max(1.0, STEP_TOKENS / model.block_size / cfg.ranks)))
         tokens = TOKENS_PER_PARAMETER * model.parameter_count()
-    return Request(cfg, model, recipes, cfg.global_batch or batch, tokens)
+    recipe = replace(recipe, **{name: value for name, value in vars(model).items() if hasattr(recipe, name)})
+    return Request(cfg, model, recipe, recipes, cfg.global_batch or batch, tokens)
 
 
 def header(request: Request) -> str:
     """What is planned, in three lines."""
     cfg, model, tokens = request.cfg, request.model, request.global_batch * request.model.block_size
-    where = f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}, {cfg.device}"
-    where += f", {gigabytes(1e9 * cfg.gpu_memory)} each, {cfg.dtype}"
+    where = (
+        f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}, {cfg.device}, {cfg.gpu_memory:,.1f} GB each, {cfg.dtype}"
+    )
     if cfg.nodes > 1:
         where = f"{cfg.nodes} nodes of {where}, {cfg.link:,.4g} Gbit/s between them"
     step = f"{request.global_batch:,} sequences of {model.block_size:,} = {tokens:,} tokens"
@@ -206,26 +246,31 @@ def table(request: Request, candidates: list[Candidate]) -> str:
     rows = []
     for c in candidates:
         sizes = {"state": c.model_state, "activ.": c.activations, "buffers": c.buffers, "other": c.other}
-        sizes |= {"total": c.memory, "free": c.spare(), "host": c.host, "NVMe": c.nvme, "sent": c.sent}
-        row = {"strategy": c.strategy.name, "batch": f"{c.batch} x {c.micro_steps}{' *' * c.checkpointing}"}
+        sizes |= {"total": c.memory, "free": c.spare, "host": c.host, "NVMe": c.nvme, "sent": c.sent}
+        row = {"strategy": c.strategy.name, "layout": c.sizes}
+        row |= {"batch": f"{c.batch} x {c.micro_steps}{' *' * c.checkpointing}"}
         row |= {title: cell(size / 1e9) for title, size in sizes.items()}
-        row |= {"step, s": cell(c.seconds), "tokens/s": f"{c.tokens_per_second():,.0f}", "MFU": f"{c.mfu():.0%}"}
-        rows.append({**row, "days": cell(request.tokens / c.tokens_per_second() / 86400)})
-    return align([list(rows[0]), *(list(row.values()) for row in rows)], ("strategy", "batch"))
+        row |= {"step, s": cell(c.seconds), "tokens/s": f"{c.tokens_per_second:,.0f}", "MFU": f"{c.mfu:.0%}"}
+        rows.append({**row, "days": cell(request.tokens / c.tokens_per_second / 86400)})
+    return align([list(rows[0]), *(list(row.values()) for row in rows)], ("strategy", "layout", "batch"))
 
 
 def config_lines(request: Request, taken: Candidate) -> list[str]:
     """A config file to paste: a whole model, or only what the plan adds to the user's recipe."""
     step = request.global_batch * request.model.block_size
-    names = ("n_layer", "n_head", "n_embd", "bias") if not request.recipes else ()
+    names = ("n_layer", "n_head", "n_embd", "bias") if request.cfg.model else ()
+    ranks = taken.layout.data(taken.system.ranks)
+    pipeline = ["compile = False", f"eval_iters = {math.ceil(request.recipe.eval_iters / ranks) * ranks}"]
     return [
         f"batch_size = {taken.batch}",
-        f"gradient_accumulation_steps = {taken.micro_steps * taken.system.ranks}  # all ranks together",
+        f"gradient_accumulation_steps = {taken.micro_steps * ranks}  # all ranks together",
         f"activation_checkpointing = {taken.checkpointing}",
         f"dtype = '{taken.system.dtype}'",
         f"block_size = {request.model.block_size}",
         f"max_iters = {math.ceil(request.tokens / step)}  # {step:,} tokens each",
         *(f"{name} = {getattr(request.model, name)}" for name in names),
+        *(f"{name}_parallel = {size}" for name, size in vars(taken.layout).items() if size > 1),
+        *(pipeline if taken.layout.pipeline > 1 else []),
     ]
 
 
@@ -243,28 +288,32 @@ def command(request: Request, taken: Candidate) -> str:
 
 def print_report(request: Request) -> None:
     """Print every candidate, or the best of each strategy, and what to do; UserError if none fits."""
-    if not (candidates := request.candidates()):
+    candidates, given = request.candidates(request.cfg.layouts), request.recipe.layout() != Layout()
+    if not (given or any(one.spare >= 0 and not one.offloads for one in candidates)):
+        candidates = request.candidates(search=True)
+    if not candidates:
         raise UserError(f"strategies: not possible with {request.cfg.ranks} ranks on {request.cfg.nodes} nodes")
     bests = best_of_each(candidates)
     print(header(request), table(request, candidates if request.cfg.all else bests), FOOTER, sep="\n\n")
     if not (taken := recommend(bests)):
-        nearest = max(candidates, key=Candidate.spare)
-        lacking = f"{nearest.strategy.name} comes nearest and lacks {gigabytes(-nearest.spare())} per rank"
+        nearest = max(candidates, key=lambda one: one.spare)
+        lacking = f"{nearest.name} comes nearest and lacks {gigabytes(-nearest.spare)} per rank"
         raise UserError(f"nothing fits: {lacking}; take more or larger GPUs, or shorter sequences")
-    print(f"\nTake {taken.strategy.name}, the simplest within {ALIKE:.0%} of the fastest that fits.")
+    print(f"\nTake {taken.name}, the simplest within {ALIKE:.0%} of the fastest that fits.")
     print(f"\n# {CONFIG}", *config_lines(request, taken), "", command(request, taken), sep="\n")
 
 
 def print_curve(request: Request) -> None:
     """Print tokens/s per GPU from 1 to MOST_RANKS GPUs, "-" where nothing fits; if --curve is a PNG, draw it."""
     request = replace(request, cfg=replace(request.cfg, strategies=request.cfg.strategies or CURVE))
-    counts = [2**power for power in range(MOST_RANKS.bit_length())]
+    shared = math.prod(vars(request.recipe.layout()).values())
+    counts = [2**power for power in range(MOST_RANKS.bit_length()) if 2**power % shared == 0]
     rates = dict[str, dict[int, float]]()  # strategy -> GPUs -> tokens/s
     for ranks in counts:
         for best in best_of_each(request.at(ranks).candidates()):
             line = rates.setdefault(best.strategy.name.replace("single", "ddp"), {})  # on one GPU, DDP is one process
-            if best.spare() >= 0:
-                line[ranks] = best.tokens_per_second() / ranks
+            if best.spare >= 0:
+                line[ranks] = best.tokens_per_second / ranks
     rows = [
         [f"{ranks:,}", *(f"{line[ranks]:,.0f}" if ranks in line else "-" for line in rates.values())]
         for ranks in counts
@@ -298,4 +347,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    run(main)

@@ -5,13 +5,16 @@ number in matmuls (2 or 4); n: ranks that take part. Sizes are bytes of one rank
 """
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from model import GPTConfig
 from training.config import ROOT, Settings, key
+from training.deepspeed_parallel import splits_vocabulary
+from training.distributed import Layout
 from training.gpus import DEVICES
 from training.strategies import ModelState, Strategy, model_state_bytes
 
@@ -54,56 +57,93 @@ class Machines(Settings):
     def on_gpu(self) -> bool:
         return self.device != "cpu"
 
+    def bandwidth(self, span: int, streams: int = 1) -> float:
+        """Bytes/s of a rank in a group that spans so many consecutive ranks, if as many streams leave its node."""
+        rate = self.node_link if span <= self.gpus else min(self.node_link, self.link) / streams
+        return self.link_share * rate * 1e9 / 8  # from Gbit/s
+
 
 @dataclass
 class Candidate:
-    """A model under a strategy with a micro-batch, on a system, and what is predicted for it."""
+    """A model under a strategy and a layout, with a micro-batch, on a system, and what is predicted for it."""
 
     model: GPTConfig
     strategy: Strategy
     system: Machines
-    batch: int  # sequences per rank and micro-step
+    batch: int  # sequences per micro-step, of a rank with batches of its own
     micro_steps: int
     checkpointing: bool
+    layout: Layout = field(default=Layout())
 
     def __post_init__(self) -> None:
-        model, strategy, system = self.model, self.strategy, self.system
-        self.parameters = model.parameter_count()
-        self.head = model.vocab_size * model.n_embd  # the largest matrix, which embeds tokens and projects to logits
-        positions = 0 if model.rope_theta else model.block_size * model.n_embd
-        self.block = (self.parameters - self.head * (1 if model.tied else 2) - positions) // model.n_layer
-        self.hidden = (4 if model.mlp == "swiglu" else 2) * model.n_hidden  # what the MLP's activation saves
+        model, strategy, system, layout = self.model, self.strategy, self.system, self.layout
         self.deepspeed = strategy.script == "train_deepspeed.py"
         self.zero: dict[str, Any] = {}
         if self.deepspeed:
             config = json.loads((ROOT / strategy.arguments[0].removeprefix("--deepspeed_config=")).read_text())
             zero = config.get("zero_optimization", {})  # "auto" as in the Hugging Face Trainer
             self.zero = {name: model.n_embd**2 if value == "auto" else value for name, value in zero.items()}
+        # what offloads, shares and partitions less is simpler
+        place = ("gpu", "cpu", "nvme").index(strategy.optimizer_device)
+        self.complexity = place, math.prod(vars(layout).values()), strategy.stage
         self.offloads = strategy.optimizer_device != "gpu" and system.on_gpu  # CPU ranks have only one memory
-        self.shards = system.gpus if strategy.hybrid else system.ranks  # ranks that share one copy of the model state
+        self.count_parameters()
         self.compute_bytes = FP32 if system.dtype == "float32" else 2
         # parameters, norms and the residual stream stay in fp32 while matmuls are in half precision
         self.autocast = strategy.stage == 0 and self.compute_bytes < FP32
         self.residual_bytes = FP32 if self.autocast else self.compute_bytes
-        self.tokens = self.batch * model.block_size  # per micro-step
-        # whether stages 1 to 3 communicate beside computing; FSDP2 always does
+        self.sizes = " ".join(f"{name[0]}p{size}" for name, size in vars(layout).items() if size > 1)  # "tp8 pp4"
+        self.name = f"{strategy.name} {self.sizes}".strip()
+        self.tokens = self.batch * model.block_size // layout.sequence  # of any rank, per micro-step
+        # numbers per token: queries, keys, values, the input of c_proj; what the MLP's activation saves
+        self.heads = 2 * (model.n_head + model.n_kv_head) * model.head_size / layout.tensor
+        self.hidden = (4 if model.mlp == "swiglu" else 2) * model.n_hidden / self.mlp_ranks
+        if model.n_expert:  # their inputs and outputs, too
+            self.hidden = model.n_active * (self.hidden + 2 * model.n_embd / self.mlp_ranks)
+        # whether stages 1 to 3 communicate beside computing; FSDP2 always does, a pipeline never
         overlaps = not self.deepspeed or self.zero.get("overlap_comm", strategy.stage == 3)  # DeepSpeed's default
-        self.overlap_comm = system.on_gpu and bool(overlaps)
+        self.overlap_comm = system.on_gpu and bool(overlaps) and layout.pipeline == 1
         # how often a micro-step gathers the parameters; FSDP2's root unit keeps the head until backward
         again = 0.0 if strategy.keeps_parameters else 1.0 if self.deepspeed else 1 - self.head / self.parameters
         self.gathers = 1 + again if strategy.stage == 3 else 0.0
         self.predict_memory()
         self.predict_time()
 
-    def predict_memory(self) -> None:
-        """Bytes of a rank at peak; host and nvme per node.
+    def count_parameters(self) -> None:
+        """Parameters and FLOPs per token of a rank; in a pipeline, those of the first and of the last stage.
 
-        Model state: (2 + 2 + 12) P bytes less what is partitioned (ZeRO, arXiv:1910.02054, section 3.1). DDP, FSDP2 and
-        fp32 have 4 + 4 + 8. DDP's buckets, 4 P, lie beside gradients that several micro-steps add up.
+        Tensor parallelism divides the matrices of blocks and, without a pipeline, the logits (Shoeybi et al., arXiv:
+        1909.08053, section 3), expert parallelism the experts, and ZeRO the rest over all ranks that have the same.
+        FLOPs: 6 P + 12 L h s, where P leaves out idle experts (PaLM, arXiv:2204.02311, appendix B).
         """
+        model, layout, ranks = self.model, self.layout, self.system.ranks
+        head = model.vocab_size * model.n_embd  # the largest matrix, which embeds tokens and projects to logits
+        positions = 0 if model.rope_theta else model.block_size * model.n_embd
+        blocks = model.parameter_count() - head * (1 if model.tied else 2) - positions
+        self.layers = math.ceil(model.n_layer / layout.pipeline)  # of a stage
+        expert = self.layers * 3 * model.n_hidden * model.n_embd  # one in each block
+        shared = (self.layers / model.n_layer * blocks - model.n_expert * expert) / layout.tensor
+        experts = model.n_expert * expert / layout.expert
+        self.block = (shared + experts) / self.layers
+        self.vocabulary = model.vocab_size // (layout.tensor if splits_vocabulary(model, layout) else 1)
+        self.head = self.vocabulary * model.n_embd
+        outside = positions + self.head + (0 if model.tied or layout.pipeline > 1 else head)
+        self.parameters = shared + experts + outside
+        self.shards = self.system.gpus if self.strategy.hybrid else ranks // (layout.tensor * layout.pipeline)
+        copies = ranks // (layout.pipeline * layout.expert) if layout.expert > 1 else self.shards  # of an expert
+        self.partition = (self.parameters - experts) / self.shards + experts / copies
+        # ranks that share a token's MLP: AutoTP divides no experts, AutoEP the tokens that go to them
+        self.mlp_ranks = layout.tensor if layout.expert > 1 or not model.n_expert else 1
+        active = min(model.n_expert, model.n_active) * expert / self.mlp_ranks
+        attention = self.layers * model.n_head * model.head_size * model.block_size / layout.tensor
+        self.flops = 6 * (shared + active + self.head) + 12 * attention
+
+    def predict_memory(self) -> None:
+        """Bytes of a rank at peak; host and nvme per node. DDP's buckets are beside gradients of micro-steps."""
         strategy, system = self.strategy, self.system
         name = f"zero{strategy.stage}" if self.deepspeed else strategy.name  # whatever the JSON is called
-        state = model_state_bytes(name, self.shards, self.parameters, getattr(torch, system.dtype))
+        ranks, dtype = self.parameters / self.partition, getattr(torch, system.dtype)
+        state = model_state_bytes(name, ranks, self.parameters, dtype)
         sizes = by_device(state, strategy.optimizer_device, strategy.parameter_device)
         on_host = sizes["cpu"] if system.on_gpu else 0.0
         self.model_state = sizes["gpu"] + sizes["cpu"] - on_host
@@ -113,40 +153,34 @@ class Candidate:
         self.other = 1e9 * system.baseline + system.fragmentation * (self.activations + self.buffers)
         self.buffers += FP32 * self.parameters if strategy.name == "ddp" and self.micro_steps > 1 else 0
         self.memory = self.model_state + self.activations + self.buffers + self.other
+        self.spare = 1e9 * system.gpu_memory - self.memory  # negative if it does not fit
 
     def predict_time(self) -> None:
-        """s b (6 P + 12 L h s) FLOPs a micro-step (PaLM, arXiv:2204.02311, appendix B), a third more to recompute.
+        """m micro-steps, and a pipeline's bubble, (p - 1) / m of their time (arXiv:2104.04473, section 2.2.1).
 
         Communication counts where it is longer than the `overlap` share of the computing beside it. The update moves 40
         bytes a parameter of the shard; offload moves weights and gradients over PCIe in each micro-step.
         """
         system, strategy, work = self.system, self.strategy, RECOMPUTED if self.checkpointing else 1.0
-        once = self.tokens * self.model.flops_per_token() / (1e12 * system.tflops * system.achievable)
-        self.computing = self.micro_steps * work * once
-        found = transfers(self, FORWARD * once, (work - FORWARD) * once)
+        once = self.tokens * self.flops / (1e12 * system.tflops * system.achievable)
+        self.computing = (self.micro_steps + self.layout.pipeline - 1) * work * once
+        found = transfers(self, FORWARD * once, (work - FORWARD) * once) + layout_transfers(self)
         self.sent = sum(sent for sent, _, _ in found)
         self.communication = sum(max(0.0, seconds - system.overlap * beside) for _, seconds, beside in found)
-        shard = self.parameters / (self.shards if strategy.stage else 1)
+        shard = self.partition if strategy.stage else self.parameters
         bandwidth = HOST_BANDWIDTH / system.gpus if self.offloads else 1e9 * system.memory_bandwidth
         self.update = shard * UPDATE_BYTES / bandwidth
         if self.offloads:
             slowest = NVME_BANDWIDTH / system.gpus if strategy.parameter_device == "nvme" else HOST_LINK
             seconds = self.micro_steps * (1 / HOST_LINK + self.gathers / slowest) + 1 / HOST_LINK
-            self.communication += seconds * self.compute_bytes * self.parameters / self.shards
+            self.communication += seconds * self.compute_bytes * self.partition
         if strategy.optimizer_device == "nvme":
             self.update += 2 * SWAP_BYTES * shard * system.gpus / NVME_BANDWIDTH
         self.seconds = self.computing + self.communication + self.update
-
-    def spare(self) -> float:
-        """Bytes of the device that stay free; negative if the candidate does not fit."""
-        return 1e9 * self.system.gpu_memory - self.memory
-
-    def tokens_per_second(self) -> float:
-        return self.tokens * self.micro_steps * self.system.ranks / self.seconds
-
-    def mfu(self) -> float:
-        """Model FLOP/s, without recomputation, over the matmul peak or the measured ceiling."""
-        return self.tokens_per_second() * self.model.flops_per_token() / (self.system.ranks * 1e12 * self.system.tflops)
+        tokens = self.batch * self.micro_steps * self.layout.data(system.ranks) * self.model.block_size
+        self.tokens_per_second = tokens / self.seconds
+        # model FLOP/s, without recomputation, over the matmul peak or the measured ceiling
+        self.mfu = self.tokens_per_second * self.model.flops_per_token() / (system.ranks * 1e12 * system.tflops)
 
 
 def by_device(state: ModelState, optimizer_device: str, parameter_device: str) -> dict[str, float]:
@@ -163,38 +197,43 @@ def block_activations(case: Candidate) -> float:
 
     Korthikanti et al. (arXiv:2205.05198, section 4.1) count s b h (34 + 5 a s / h) in half precision for a heads. The
     5 a s² b are the attention matrix, which FlashAttention (arXiv:2205.14135) never stores; 2 s b h are dropout masks.
+    Of t tensor-parallel ranks, each has what enters norms and matrices, and a part of the rest: 10 + 24 / t (4.2.1).
     """
     model = case.model
-    attention = 2 * (model.n_head + model.n_kv_head) * model.head_size  # queries, keys, values; the input of c_proj
     # inputs of 2 norms | of c_attn and c_fc, attention, the MLP's activation and the input of its c_proj
-    saved = 2 * case.residual_bytes * model.n_embd + case.compute_bytes * (2 * model.n_embd + attention + case.hidden)
+    saved = 2 * case.residual_bytes * model.n_embd + case.compute_bytes * (2 * model.n_embd + case.heads + case.hidden)
     masks = 2 * model.n_embd if model.dropout else 0  # one byte per element
-    statistics = FP32 * (4 + model.n_head)  # mean and deviation of two norms, logsumexp of each head
+    statistics = FP32 * (4 + model.n_head / case.layout.tensor)  # mean, deviation of two norms; logsumexp of each head
     return case.tokens * (saved + masks + statistics)
 
 
 def head_activations(case: Candidate) -> float:
     """The last norm, the output projection, and c s b V of logits, whose gradient takes their place (model.py)."""
     norm = case.model.n_embd * (case.residual_bytes + case.compute_bytes) + 2 * FP32
-    return case.tokens * (norm + case.model.vocab_size * case.compute_bytes + TOKEN_BYTES)
+    return case.tokens * (norm + case.vocabulary * case.compute_bytes + TOKEN_BYTES)
 
 
 def saved_activations(case: Candidate) -> float:
     """At the end of forward. With activation checkpointing a block saves its input only (section 5 of that paper)."""
     block = case.tokens * case.model.n_embd * case.residual_bytes if case.checkpointing else block_activations(case)
-    return case.model.n_layer * block + head_activations(case)
+    return case.layers * block + head_activations(case)
 
 
 def peak_activations(case: Candidate) -> float:
-    """The larger of two moments: in the loss, and in backward of the last block, when the logits are gone."""
-    model = case.model
-    rows = LOSS_ROWS if case.system.on_gpu else max(1, LOSS_ELEMENTS // model.vocab_size)
-    in_loss = FP32 * model.vocab_size * min(case.tokens, rows)
+    """The larger of two moments: in the loss, and in backward of the last block, when the logits are gone.
+
+    Of p stages, the first then holds min(p, m) micro-batches (1F1B: Narayanan et al., arXiv:2104.04473, section 2.2.1).
+    """
+    model, blocks = case.model, saved_activations(case) - head_activations(case)
+    rows = min(case.tokens, LOSS_ROWS if case.system.on_gpu else max(1, LOSS_ELEMENTS // model.vocab_size))
+    if case.vocabulary < model.vocab_size:  # DeepSpeed's loss keeps all logits in fp32, twice
+        rows = 2 * case.tokens
+    in_loss = saved_activations(case) + FP32 * case.vocabulary * rows
     gradients = case.tokens * (case.hidden + model.n_embd)  # of the MLP's hidden layer, and the residual stream
     # the gradient of the output projection waits for that of the embedding until the end of backward
-    in_backward = case.compute_bytes * (gradients + case.head) - head_activations(case)
+    in_backward = case.compute_bytes * (gradients + case.head)
     in_backward += block_activations(case) if case.checkpointing else 0  # recomputed
-    return saved_activations(case) + max(in_loss, in_backward)
+    return max(in_loss, min(case.layout.pipeline, case.micro_steps) * blocks + in_backward)
 
 
 def gathered_parameters(case: Candidate) -> float:
@@ -233,43 +272,68 @@ def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[fl
     ZeRO paper, section 7, scatters). ZeRO-3 moves c P three times a micro-step: parameters for forward and backward,
     and gradients. FSDP2 does the same with gradients in fp32; HSDP also all-reduces shards between nodes.
     """
-    system, stage, steps = case.system, case.strategy.stage, case.micro_steps
-    ring, rate = (case.shards - 1) / case.shards, system.link_share * 1e9 / 8  # bytes/s per Gbit/s
-    between = rate * min(system.node_link, system.link)
-    bandwidth = rate * system.node_link if case.shards <= system.gpus else between
-    gradients, weights = FP32 * case.parameters, case.compute_bytes * case.parameters
+    system, stage, steps, tensor = case.system, case.strategy.stage, case.micro_steps, case.layout.tensor
+    bandwidth = system.bandwidth(case.shards * tensor, tensor)  # tensor-parallel ranks have a ring each
+    ring = case.parameters - case.partition  # (n - 1) / n of P
+    gradients, weights = FP32 * ring, case.compute_bytes * ring
     if stage == 0:
-        sent = 2 * ring * gradients
+        sent = 2 * gradients
         return [(sent, sent / bandwidth, 0.0 if case.deepspeed else backward)]
     if stage < 3:
-        times, gathered = 1 if stage == 1 else steps, ring * weights
-        reduced, beside = 2 * gathered * times, backward * times if case.overlap_comm else 0.0
-        return [(reduced, reduced / bandwidth, beside), (gathered, gathered / bandwidth, 0.0)]
-    sent = steps * ring * (case.gathers * weights + (weights if case.deepspeed else gradients))
-    copies = system.ranks // case.shards
-    crossing = steps * 2 * (copies - 1) / copies * gradients / case.shards
-    seconds = sent / bandwidth + crossing * system.gpus / between  # all ranks of a node share its link
+        times = 1 if stage == 1 else steps
+        reduced, beside = 2 * weights * times, backward * times if case.overlap_comm else 0.0
+        return [(reduced, reduced / bandwidth, beside), (weights, weights / bandwidth, 0.0)]
+    sent = steps * (case.gathers * weights + (weights if case.deepspeed else gradients))
+    copies = system.ranks // (case.shards * tensor)
+    crossing = steps * 2 * (copies - 1) / copies * FP32 * case.partition
+    seconds = sent / bandwidth + crossing / system.bandwidth(system.ranks, system.gpus)
     return [(sent + crossing, seconds, steps * (forward + backward) if case.overlap_comm else 0.0)]
+
+
+def layout_transfers(case: Candidate) -> list[tuple[float, float, float]]:
+    """The same of tensor, sequence, expert and pipeline parallelism, for which computing waits.
+
+    A block's forward and backward each have two all-reduces of tokens x width (Shoeybi et al., arXiv:1909.08053,
+    section 3), all-to-alls of queries, keys, values and outputs (Ulysses, arXiv:2309.14509, section 3), and two of what
+    experts get and return (arXiv:2006.16668, section 3). Recomputing repeats forward's. Stages pass on activations and
+    gradients (arXiv:2104.04473, section 2.2), of which DeepSpeed sends a tensor-parallel rank's part.
+    """
+    model, layout, system = case.model, case.layout, case.system
+    number = case.compute_bytes * case.tokens * case.layers * (3 if case.checkpointing else 2)  # one per token
+    others = {name: (size - 1) / size for name, size in vars(layout).items()}  # share of a group besides this rank
+    reduced = number * model.n_embd * others["tensor"] * (4 if case.mlp_ranks == layout.tensor else 2)
+    exchanged = number * case.heads * others["sequence"]
+    routed = number * model.n_embd * others["expert"] * 2 * model.n_active / case.mlp_ranks
+    passed = 2 * case.compute_bytes * case.tokens * model.n_embd / layout.tensor if layout.pipeline > 1 else 0.0
+    found = [
+        (reduced, system.bandwidth(layout.tensor)),
+        (exchanged, system.bandwidth(layout.tensor * layout.sequence, system.gpus)),
+        (routed, system.bandwidth(layout.expert, system.gpus)),
+        (passed, system.bandwidth(system.ranks, min(system.gpus, system.ranks // layout.pipeline))),
+    ]
+    slots = case.micro_steps + layout.pipeline - 1  # the bubble waits for other stages' transfers, too
+    return [(case.micro_steps * sent, slots * sent / rate, 0.0) for sent, rate in found]
 
 
 def fast(candidates: list[Candidate]) -> list[Candidate]:
     """The fastest that fits, and those about as fast; only those that leave ROOM, if there are any."""
-    fitting = [candidate for candidate in candidates if candidate.spare() >= 0]
-    fitting = [c for c in fitting if c.spare() >= ROOM * 1e9 * c.system.gpu_memory] or fitting
+    fitting = [candidate for candidate in candidates if candidate.spare >= 0]
+    fitting = [c for c in fitting if c.spare >= ROOM * 1e9 * c.system.gpu_memory] or fitting
     fastest = min((candidate.seconds for candidate in fitting), default=0.0)
     return [candidate for candidate in fitting if candidate.seconds <= fastest * (1 + ALIKE)]
 
 
 def best_of_each(candidates: list[Candidate]) -> list[Candidate]:
-    """Per strategy the largest micro-batch of the fast ones that fit; if none fits, the one that needs least memory."""
+    """Per strategy, of the fast ones that fit, the simplest layout with the largest micro-batch; if none fits, the one
+    that needs least memory."""
     bests = []
     for name in dict.fromkeys(candidate.strategy.name for candidate in candidates):
         group = [candidate for candidate in candidates if candidate.strategy.name == name]
-        bests.append(max(fast(group), key=lambda c: c.batch, default=max(group, key=Candidate.spare)))
+        simplest = sorted(fast(group), key=lambda c: (c.complexity, -c.batch))
+        bests.append(simplest[0] if simplest else max(group, key=lambda c: c.spare))
     return bests
 
 
 def recommend(bests: list[Candidate]) -> Candidate | None:
-    """The simplest of the fast ones that fit, which offloads least and partitions least; None if none fits."""
-    places = ("gpu", "cpu", "nvme")
-    return min(fast(bests), key=lambda c: (places.index(c.strategy.optimizer_device), c.strategy.stage), default=None)
+    """The simplest of the fast ones that fit; None if none fits."""
+    return min(fast(bests), key=lambda case: case.complexity, default=None)

@@ -19,7 +19,7 @@ import torch
 
 from data.errors import did_you_mean
 from model import GPTConfig
-from training.distributed import DTYPES, Layout, rank, world_size
+from training.distributed import DTYPES, Layout, local_world_size, rank, world_size
 from training.errors import ConfigError, list_problems
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
@@ -176,7 +176,7 @@ class TrainConfig(Settings):
         if self.n_expert > 0 or self.layout() != Layout():
             from training import parallel  # most runs do without it
 
-            if problems := list(parallel.problems(self)):
+            if problems := list(parallel.problems(self, world_size(), local_world_size())):
                 yield from problems
                 return
         ranks, micro_steps = self.layout().data(world_size()), self.gradient_accumulation_steps

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from model import CausalSelfAttention, GPTConfig
-from training.distributed import Layout, Ranks, local_world_size, world_size
+from training.distributed import Ranks
 from training.errors import count
 
 
-def problems(cfg: Any) -> Iterator[tuple[str, str]]:
-    """Rules that do not depend on the ZeRO stage. cfg: TrainConfig, which imports this module."""
-    layout, ranks = cfg.layout(), world_size()
+def problems(cfg: Any, ranks: int, local_ranks: int) -> Iterator[tuple[str, str]]:
+    """Rules for so many ranks that do not depend on the ZeRO stage. cfg: TrainConfig, which imports this module."""
+    layout = cfg.layout()
     sizes = {f"{name}_parallel": size for name, size in vars(layout).items() if size != 1}
     names, product = " x ".join(sizes), layout.tensor * layout.sequence * layout.pipeline
     if negative := [name for name, size in sizes.items() if size < 1]:
@@ -37,8 +37,8 @@ def problems(cfg: Any) -> Iterator[tuple[str, str]]:
         return
     if ranks // layout.pipeline % layout.expert:
         yield "expert_parallel", f"must divide the {ranks // layout.pipeline} ranks of a pipeline stage"
-    if local_world_size() % layout.tensor and not cfg.tensor_across_nodes:
-        yield "tensor_parallel", f"must divide the {local_world_size()} ranks of a node; or set --tensor_across_nodes"
+    if local_ranks % layout.tensor and not cfg.tensor_across_nodes:
+        yield "tensor_parallel", f"must divide the {local_ranks} ranks of a node; or set --tensor_across_nodes"
     heads = layout.tensor * layout.sequence
     for name in ("n_kv_head", "n_head"):
         if getattr(cfg, name) % heads:

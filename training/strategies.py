@@ -76,7 +76,7 @@ class ModelState:
 
 
 def model_state_bytes(
-    strategy: str, ranks: int, parameters: int, dtype: torch.dtype, fp32_accumulation: bool = True
+    strategy: str, ranks: float, parameters: float, dtype: torch.dtype, fp32_accumulation: bool = True
 ) -> ModelState:
     """(2 + 2 + K) bytes per parameter, K = 12, divided as the stage says (ZeRO, arXiv:1910.02054, section 3.1).
 
