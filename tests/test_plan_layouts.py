@@ -12,7 +12,7 @@ import torch
 
 from model import GPTConfig
 from tests.running import ROOT, TINY, run, zero_json
-from tests.test_plan import SYSTEM
+from tests.test_plan import SYSTEM, saved_bytes
 from tests.test_plan_command import request
 from tools import plan_formulas
 from tools.plan import MODELS, command, config_lines, print_report
@@ -87,6 +87,14 @@ def test_activations_of_tensor_parallelism_as_in_the_paper():
         assert block_activations(case(Layout(tensor=size))) / unit == pytest.approx(8 + 24 / size, rel=0.01)
     dropout = replace(GPT3, dropout=0.1)
     assert block_activations(case(TP, model=dropout)) / unit == pytest.approx(10 + 24 / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_activations_of_experts_as_pytorch_saves_them(half):
+    config = replace(SMALL, mlp="swiglu", n_hidden=512, n_expert=4, n_active=2)
+    found = case(Layout(), batch=5, model=config, gpus=1, dtype="bfloat16" if half else "float32")
+    measured = saved_bytes(config, 5, half, autocast=False)
+    assert plan_formulas.saved_activations(found) == pytest.approx(measured, rel=0.02)
 
 
 def test_sequence_parallelism_divides_all_activations():

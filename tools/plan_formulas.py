@@ -98,8 +98,8 @@ class Candidate:
         # numbers per token: queries, keys, values, the input of c_proj; what the MLP's activation saves
         self.heads = 2 * (model.n_head + model.n_kv_head) * model.head_size / layout.tensor
         self.hidden = (4 if model.mlp == "swiglu" else 2) * model.n_hidden / self.mlp_ranks
-        if model.n_expert:  # their inputs and outputs, too
-            self.hidden = model.n_active * (self.hidden + 2 * model.n_embd / self.mlp_ranks)
+        if model.n_expert:  # also their input, and their output twice
+            self.hidden = model.n_active * (self.hidden + 3 * model.n_embd / self.mlp_ranks)
         # whether stages 1 to 3 communicate beside computing; FSDP2 always does, a pipeline never
         overlaps = not self.deepspeed or self.zero.get("overlap_comm", strategy.stage == 3)  # DeepSpeed's default
         self.overlap_comm = system.on_gpu and bool(overlaps) and layout.pipeline == 1
