@@ -257,7 +257,7 @@ def test_a_layout_of_a_recipe_or_the_command_line(tmp_path, monkeypatch):
     found = request(
         "config/train_gpt2.py", f"{tmp_path}/mine.py", "--nodes=2", "--tensor_parallel=4", "--global_batch=64"
     )
-    assert found.recipe.layout() == Layout(tensor=4, pipeline=4)
+    assert found.layout == Layout(tensor=4, pipeline=4)
     taken = found.candidates()[0]
     assert taken.micro_steps * taken.batch == 64 and taken.sizes == "tp4 pp4"
     assert "--tensor_parallel=4" in command(found, taken)

@@ -88,10 +88,9 @@ class PlanConfig(Machines):
 class RecipeConfig(DeepSpeedTrainConfig, PlainTrainConfig):
     """Every key that a recipe of either train script may set."""
 
-    def problems(self) -> Iterator[Problem]:
-        """Rules of one process: the planner has the ranks of the layout."""
-        sizes: dict[str, Any] = {f"{name}_parallel": 1 for name in vars(Layout())}
-        yield from super(RecipeConfig, replace(self, **sizes)).problems()
+    def layout(self) -> Layout:
+        """None, for the rules of a run on the ranks of this process, which is not the run that is planned."""
+        return Layout()
 
 
 def read_benchmark(path: str, dtype: str) -> list[str]:
@@ -142,21 +141,19 @@ class Request:
     model: GPTConfig
     recipe: RecipeConfig  # with the model's shape
     recipes: list[str]  # and settings
+    layout: Layout  # the given one
     global_batch: int  # sequences per step
     tokens: float  # of the run
 
     def problems(self, strategy: Strategy, layout: Layout) -> list[str]:
         """Why such a run would be refused, with what config_lines sets for a pipeline."""
-        ranks = replace(SINGLE_PROCESS, world_size=self.cfg.ranks, layout=layout)
-        sizes: dict[str, Any] = {f"{name}_parallel": size for name, size in vars(layout).items()}
-        cfg = replace(self.recipe, compile=False, eval_iters=0, **sizes)
-        found = rules(cfg, ranks.world_size, self.cfg.gpus)
-        if problems := [f"{name} = {getattr(cfg, name)}: {rule}" for name, rule in found]:
+        cfg, size = replace(self.recipe, compile=False, eval_iters=0), self.cfg.ranks
+        if problems := [f"{key} = {getattr(cfg, key)}: {rule}" for key, rule in rules(cfg, layout, size, self.cfg.gpus)]:
             return problems
-        if self.global_batch % ranks.data_size:
-            kind, near = "ranks" if layout == Layout() else "data-parallel ranks", self.global_batch // ranks.data_size
-            rule = f"must be divisible by the {ranks.data_size} {kind}; set {max(1, near) * ranks.data_size}"
-            return [f"global_batch = {self.global_batch}: {rule}"]
+        if self.global_batch % (data := layout.data(size)):
+            kind, near = "ranks" if data == size else "data-parallel ranks", max(1, self.global_batch // data) * data
+            return [f"global_batch = {self.global_batch}: must be divisible by the {data} {kind}; set {near}"]
+        ranks = replace(SINGLE_PROCESS, world_size=size, layout=layout)
         stage = strategy.stage if strategy.script == "train_deepspeed.py" else 0
         return list(check(cfg, ranks, self.model, (stage, strategy.optimizer_device, strategy.parameter_device)))
 
@@ -175,7 +172,7 @@ class Request:
         several = cfg.nodes > 1 and cfg.gpus > 1  # nodes of several GPUs, which HSDP needs
         chosen = [one for one in chosen if one.name != impossible and (several or not one.hybrid)]
         for strategy in chosen:
-            for layout in self.layouts() if search and strategy.name in SEARCHED else [self.recipe.layout()]:
+            for layout in self.layouts() if search and strategy.name in SEARCHED else [self.layout]:
                 problems = self.problems(strategy, layout)
                 refused += problems
                 sequences = 0 if problems else self.global_batch // layout.data(cfg.ranks)
@@ -221,7 +218,8 @@ def build_request(argv: list[str]) -> Request:
         batch = cfg.ranks * 2 ** round(math.log2(max(1.0, STEP_TOKENS / model.block_size / cfg.ranks)))
         tokens = TOKENS_PER_PARAMETER * model.parameter_count()
     recipe = replace(recipe, **{name: value for name, value in vars(model).items() if hasattr(recipe, name)})
-    return Request(cfg, model, recipe, recipes, cfg.global_batch or batch, tokens)
+    layout = DeepSpeedTrainConfig.layout(recipe)
+    return Request(cfg, model, recipe, recipes, layout, cfg.global_batch or batch, tokens)
 
 
 def header(request: Request) -> str:
@@ -288,8 +286,8 @@ def command(request: Request, taken: Candidate) -> str:
 
 def print_report(request: Request) -> None:
     """Print every candidate, or the best of each strategy, and what to do; UserError if none fits."""
-    candidates, given = request.candidates(request.cfg.layouts), request.recipe.layout() != Layout()
-    if not (given or any(one.spare >= 0 and not one.offloads for one in candidates)):
+    candidates = request.candidates(request.cfg.layouts)
+    if request.layout == Layout() and all(one.spare < 0 or one.offloads for one in candidates):
         candidates = request.candidates(search=True)
     if not candidates:
         raise UserError(f"strategies: not possible with {request.cfg.ranks} ranks on {request.cfg.nodes} nodes")
@@ -306,7 +304,7 @@ def print_report(request: Request) -> None:
 def print_curve(request: Request) -> None:
     """Print tokens/s per GPU from 1 to MOST_RANKS GPUs, "-" where nothing fits; if --curve is a PNG, draw it."""
     request = replace(request, cfg=replace(request.cfg, strategies=request.cfg.strategies or CURVE))
-    shared = math.prod(vars(request.recipe.layout()).values())
+    shared = math.prod(vars(request.layout).values())
     counts = [2**power for power in range(MOST_RANKS.bit_length()) if 2**power % shared == 0]
     rates = dict[str, dict[int, float]]()  # strategy -> GPUs -> tokens/s
     for ranks in counts:

@@ -299,18 +299,19 @@ def layout_transfers(case: Candidate) -> list[tuple[float, float, float]]:
     gradients (arXiv:2104.04473, section 2.2), of which DeepSpeed sends a tensor-parallel rank's part.
     """
     model, layout, system = case.model, case.layout, case.system
-    number = case.compute_bytes * case.tokens * case.layers * (3 if case.checkpointing else 2)  # one per token
+    width = case.compute_bytes * case.tokens * model.n_embd  # bytes of a rank's activations between blocks
     others = {name: (size - 1) / size for name, size in vars(layout).items()}  # share of a group besides this rank
-    reduced = number * model.n_embd * others["tensor"] * (4 if case.mlp_ranks == layout.tensor else 2)
-    exchanged = number * case.heads * others["sequence"]
-    routed = number * model.n_embd * others["expert"] * 2 * model.n_active / case.mlp_ranks
-    passed = 2 * case.compute_bytes * case.tokens * model.n_embd / layout.tensor if layout.pipeline > 1 else 0.0
-    found = [
+    passes = case.layers * (3 if case.checkpointing else 2)
+    reduced = passes * width * others["tensor"] * (4 if case.mlp_ranks == layout.tensor else 2)
+    exchanged = passes * width * others["sequence"] * case.heads / model.n_embd
+    routed = passes * width * others["expert"] * 2 * model.n_active / case.mlp_ranks
+    passed = 2 * width / layout.tensor if layout.pipeline > 1 else 0.0
+    found = (
         (reduced, system.bandwidth(layout.tensor)),
         (exchanged, system.bandwidth(layout.tensor * layout.sequence, system.gpus)),
         (routed, system.bandwidth(layout.expert, system.gpus)),
         (passed, system.bandwidth(system.ranks, min(system.gpus, system.ranks // layout.pipeline))),
-    ]
+    )
     slots = case.micro_steps + layout.pipeline - 1  # the bubble waits for other stages' transfers, too
     return [(case.micro_steps * sent, slots * sent / rate, 0.0) for sent, rate in found]
 

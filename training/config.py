@@ -176,7 +176,7 @@ class TrainConfig(Settings):
         if self.n_expert > 0 or self.layout() != Layout():
             from training import parallel  # most runs do without it
 
-            if problems := list(parallel.problems(self, world_size(), local_world_size())):
+            if problems := list(parallel.problems(self, self.layout(), world_size(), local_world_size())):
                 yield from problems
                 return
         ranks, micro_steps = self.layout().data(world_size()), self.gradient_accumulation_steps

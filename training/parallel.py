@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from model import CausalSelfAttention, GPTConfig
-from training.distributed import Ranks
+from training.distributed import Layout, Ranks
 from training.errors import count
 
 
-def problems(cfg: Any, ranks: int, local_ranks: int) -> Iterator[tuple[str, str]]:
-    """Rules for so many ranks that do not depend on the ZeRO stage. cfg: TrainConfig, which imports this module."""
-    layout = cfg.layout()
+def problems(cfg: Any, layout: Layout, ranks: int, local_ranks: int) -> Iterator[tuple[str, str]]:
+    """Rules that do not depend on the ZeRO stage. cfg: TrainConfig, which imports this module."""
     sizes = {f"{name}_parallel": size for name, size in vars(layout).items() if size != 1}
     names, product = " x ".join(sizes), layout.tensor * layout.sequence * layout.pipeline
     if negative := [name for name, size in sizes.items() if size < 1]:
