@@ -4,13 +4,17 @@ import dataclasses
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from model import GPTConfig
+from model import GPT, GPTConfig
+from tests import test_plan
+from tests.checkpoints import initialized
 from tests.running import ROOT, TINY, run, zero_json
 from tests.test_plan import SYSTEM, saved_bytes
 from tests.test_plan_command import request
@@ -23,6 +27,7 @@ from training.deepspeed_parallel import cuts
 from training.distributed import Layout
 from training.errors import ConfigError
 from training.model_state import model_shapes
+from training.parallel import attend
 from training.strategies import find_strategy, model_state_bytes
 
 GPT3 = GPTConfig(*MODELS["gpt3-175b"])
@@ -98,8 +103,28 @@ def test_activations_of_experts_as_pytorch_saves_them(half):
 
 
 def test_sequence_parallelism_divides_all_activations():
-    for found in (block_activations, plan_formulas.head_activations, plan_formulas.saved_activations):
-        assert found(case(SP)) == pytest.approx(found(case(Layout())) / 8)
+    for found in (plan_formulas.head_activations, plan_formulas.saved_activations):
+        assert found(case(SP, checkpointing=True)) == pytest.approx(found(case(Layout(), checkpointing=True)) / 8)
+
+
+def test_ulysses_saves_the_output_of_attention_twice(monkeypatch):
+    """Before and after the exchange, as PyTorch does, here in a group of one process."""
+    more = 8 * block_activations(case(SP)) - block_activations(case(Layout()))
+    assert more == pytest.approx(2 * GPT3.block_size * GPT3.n_embd)
+
+    def exchanging(model: GPT, seed: int) -> GPT:
+        for block in model.transformer.h:
+            block.attn.attend = partial(attend, dist.group.WORLD)
+        return initialized(model, seed)
+
+    whole = saved_bytes(SMALL, 1, half=False, autocast=False)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(test_plan, "initialized", exchanging)
+        measured = saved_bytes(SMALL, 1, half=False, autocast=False) - whole
+    finally:
+        dist.destroy_process_group()
+    assert measured == SMALL.n_layer * 4 * SMALL.block_size * SMALL.n_embd
 
 
 def test_the_logits_are_divided_without_a_pipeline_only():

@@ -202,6 +202,8 @@ def block_activations(case: Candidate) -> float:
     model = case.model
     # inputs of 2 norms | of c_attn and c_fc, attention, the MLP's activation and the input of its c_proj
     saved = 2 * case.residual_bytes * model.n_embd + case.compute_bytes * (2 * model.n_embd + case.heads + case.hidden)
+    if case.layout.sequence > 1:  # attention's output before the exchange, too
+        saved += case.compute_bytes * model.n_head * model.head_size / case.layout.tensor
     masks = 2 * model.n_embd if model.dropout else 0  # one byte per element
     statistics = FP32 * (4 + model.n_head / case.layout.tensor)  # mean, deviation of two norms; logsumexp of each head
     return case.tokens * (saved + masks + statistics)
