@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model import GPT, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig
 from tests import test_plan
 from tests.checkpoints import initialized
 from tests.running import ROOT, TINY, run, zero_json
@@ -113,8 +113,9 @@ def test_ulysses_saves_the_output_of_attention_twice(monkeypatch):
     assert more == pytest.approx(2 * GPT3.block_size * GPT3.n_embd)
 
     def exchanging(model: GPT, seed: int) -> GPT:
-        for block in model.transformer.h:
-            block.attn.attend = partial(attend, dist.group.WORLD)
+        for module in model.modules():
+            if isinstance(module, CausalSelfAttention):
+                module.attend = partial(attend, dist.group.WORLD)
         return initialized(model, seed)
 
     whole = saved_bytes(SMALL, 1, half=False, autocast=False)
