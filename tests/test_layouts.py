@@ -80,18 +80,19 @@ REFUSED = {  # on 4 ranks
     f"{SWIGLU} --n_active=5": "must be at most n_expert = 4",
     f"{SWIGLU} --optimizer=muon": "experts are stacks of matrices, which Muon does not know; set --optimizer=adamw",
 }
-REFUSED_BY_STAGE = [  # also on 4 ranks
-    ("--tensor_parallel=2", 0, "tensor_parallel = 2: needs ZeRO stage 1 or higher"),
-    ("--pipeline_parallel=2", 2, "pipeline_parallel = 2: needs ZeRO stage 1, stage is 2"),
-    ("--pipeline_parallel=4 --n_layer=3", 1, "pipeline_parallel = 4: needs as many blocks, n_layer = 3"),
-    ("--pipeline_parallel=2 --eval_iters=3", 1, "eval_iters = 3: with pipeline_parallel = 2, must be divisible"),
-    ("--tensor_parallel=2 --optimizer=muon", 1, "tensor_parallel = 2: Muon needs whole matrices"),
+REFUSED_BY_STRATEGY = [  # also on 4 ranks
+    ("--tensor_parallel=2", "zero0", "tensor_parallel = 2: needs ZeRO stage 1 or higher"),
+    ("--pipeline_parallel=2", "zero2", "pipeline_parallel = 2: needs ZeRO stage 1, stage is 2"),
+    ("--pipeline_parallel=4 --n_layer=3", "zero1", "pipeline_parallel = 4: needs as many blocks, n_layer = 3"),
+    ("--pipeline_parallel=2 --eval_iters=3", "zero1", "eval_iters = 3: with pipeline_parallel = 2, must be divisible"),
+    ("--tensor_parallel=2 --optimizer=muon", "zero1", "tensor_parallel = 2: Muon needs whole matrices"),
     (
         f"--expert_parallel=2 --tensor_parallel=2 {SWIGLU}",
-        2,
+        "zero2",
         "expert_parallel = 2: with tensor_parallel, needs ZeRO stage 3",
     ),
-    (f"--expert_parallel=2 {SWIGLU}", 3, "expert_parallel = 2: DeepSpeed cannot save experts from NVMe"),
+    (f"--expert_parallel=2 {SWIGLU}", "zero3_nvme", "expert_parallel = 2: DeepSpeed cannot save experts from NVMe"),
+    ("--tensor_parallel=2", "zero3_hpz", "zero_hpz_partition_size: not with tensor or expert parallelism"),
 ]
 
 
@@ -130,12 +131,11 @@ def test_ranks_are_named_by_their_place():
     assert replace(ranks, layout=Layout()).names([0, 5]) == "ranks 0, 5"
 
 
-@pytest.mark.parametrize("words, stage, expected", REFUSED_BY_STAGE)
-def test_a_layout_that_deepspeed_would_train_wrongly_is_refused(four_ranks, words, stage, expected):
+@pytest.mark.parametrize("words, strategy, expected", REFUSED_BY_STRATEGY)
+def test_a_layout_that_deepspeed_would_train_wrongly_is_refused(four_ranks, words, strategy, expected):
     cfg = settings(words)
     ranks = replace(SINGLE_PROCESS, world_size=4, layout=cfg.layout())
-    devices = ("nvme", "gpu") if "NVMe" in expected else ("gpu", "gpu")
-    (problem,) = check(cfg, ranks, cfg.model_config(257), (stage, *devices))
+    (problem,) = check(cfg, ranks, cfg.model_config(257), strategy)
     assert problem.startswith(expected)
 
 

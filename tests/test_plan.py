@@ -52,7 +52,8 @@ def test_a_block_is_that_of_the_model(bias):
     config = replace(SMALL, bias=bias)
     with torch.device("meta"):
         block = sum(p.numel() for p in GPT(config).transformer.h[0].parameters())
-    assert case("fsdp", model=config).block == pytest.approx(block, abs=2 * config.n_embd)  # the last norm is spread
+    found = case("fsdp", model=config).part.block
+    assert found == pytest.approx(block, abs=2 * config.n_embd)  # the last norm is spread
 
 
 def test_the_zero_papers_table_of_7_5_billion_parameters_on_64_gpus():
@@ -123,7 +124,7 @@ def test_step_times_as_measured_over_links():
 def test_fsdp_partitions_16_bytes_a_parameter(name, dtype):
     found = case(name, nodes=4, dtype=dtype)
     shards = 8 if name == "fsdp_hsdp" else 32
-    assert found.model_state == pytest.approx(16 * found.parameters / shards)
+    assert found.model_state == pytest.approx(16 * found.part.parameters / shards)
 
 
 def saved_bytes(config: GPTConfig, batch: int, half: bool, autocast: bool) -> int:
@@ -171,7 +172,7 @@ def test_a_block_in_terms_of_the_activation_paper():
 def sent(strategy: str, micro_steps: int = 1, **changed) -> float:
     """Bytes per parameter and step."""
     found = case(strategy, 1, micro_steps, **changed)
-    return sum(sent for sent, _, _ in transfers(found, 0.0, 0.0)) / found.parameters
+    return sum(sent for sent, _, _ in transfers(found, 0.0, 0.0)) / found.part.parameters
 
 
 def test_what_a_rank_sends():

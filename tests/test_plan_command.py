@@ -8,7 +8,7 @@ import pytest
 
 from tests.running import ROOT, message, run
 from tools.plan import Request, build_request, command, config_lines, draw, header, print_report
-from tools.plan_formulas import Candidate, best_of_each, recommend
+from tools.plan_formulas import Candidate, best_of_each, simplest
 from training.errors import UserError
 
 GPT2 = "--model=gpt2"
@@ -99,7 +99,7 @@ def test_defaults_are_shown():
 def test_larger_models_need_higher_stages():
     taken = {}
     for model in ("gpt2", "gpt3-6.7b", "gpt3-175b"):
-        found = recommend(best_of_each(request(f"--model={model}", "--gpus=8", "--nodes=2").candidates()))
+        found = simplest(best_of_each(request(f"--model={model}", "--gpus=8", "--nodes=2").candidates()))
         assert found, model
         taken[model] = found
     assert taken["gpt2"].strategy.name == "ddp"
@@ -115,8 +115,8 @@ def test_room_is_left_where_there_is_a_choice():
 
     needed = without_checkpointing()[1].memory / 0.97e9  # 2 sequences would fill such a device to 97 %
     found = without_checkpointing(f"--gpu_memory={needed:.3f}")
-    assert [c.batch for c in found if c.spare >= 0] == [1, 2] and recommend(best_of_each(found)) == found[0]
-    assert recommend(best_of_each(found[1:])) == found[1], "what fits is refused"
+    assert [c.batch for c in found if c.spare >= 0] == [1, 2] and simplest(best_of_each(found)) == found[0]
+    assert simplest(best_of_each(found[1:])) == found[1], "what fits is refused"
 
 
 def test_a_recipe_gives_model_batch_and_run(tmp_path):

@@ -20,7 +20,7 @@ from tests.test_plan import SYSTEM, saved_bytes
 from tests.test_plan_command import request
 from tools import plan_formulas
 from tools.plan import MODELS, command, config_lines, print_report
-from tools.plan_formulas import Candidate, best_of_each, block_activations, layout_transfers, recommend, transfers
+from tools.plan_formulas import Candidate, best_of_each, block_activations, layout_transfers, simplest, transfers
 from training.config import TrainConfig
 from training.deepspeed_layout import EXPERTS
 from training.deepspeed_parallel import cuts
@@ -28,7 +28,7 @@ from training.distributed import Layout
 from training.errors import ConfigError
 from training.model_state import model_shapes
 from training.parallel import attend
-from training.strategies import find_strategy, model_state_bytes
+from training.strategies import find_strategy
 
 GPT3 = GPTConfig(*MODELS["gpt3-175b"])
 SMALL = GPTConfig(64, 512, 4, 4, 256, bias=False)
@@ -59,28 +59,29 @@ def test_parameters_of_a_rank_are_those_that_the_cuts_leave_it(model, layout):
     by_name, count = cuts(model, layout), 0.0
     for name, shape in model_shapes(model).items():
         count += shape.numel() / (layout.expert if EXPERTS in name else layout.tensor if name in by_name else 1)
-    assert case(layout, "zero3", model=model).parameters == pytest.approx(count, rel=0.002)
+    assert case(layout, "zero3", model=model).part.parameters == pytest.approx(count, rel=0.002)
 
 
 def test_a_stage_of_gpt3():
     """12 of 96 blocks with 12 h^2 + 13 h parameters each, and the embeddings of 50,257 tokens and 2,048 positions."""
     h = 12288
     block = 12 * h**2 + 13 * h
-    assert case(PP).parameters == pytest.approx(12 * block + (50257 + 2048) * h)
+    assert case(PP).part.parameters == pytest.approx(12 * block + (50257 + 2048) * h)
     both = replace(PP, tensor=8)
-    assert case(both, nodes=8).parameters == pytest.approx(12 * block / 8 + (50257 + 2048) * h), "embeddings stay whole"
-    assert case(both, nodes=8).model_state == pytest.approx(20 * case(both, nodes=8).parameters), "nothing to partition"
-    assert case(both, nodes=16).model_state == pytest.approx((2 + 6 + 12 / 2) * case(both, nodes=16).parameters)
+    count = case(both, nodes=8).part.parameters
+    assert count == pytest.approx(12 * block / 8 + (50257 + 2048) * h), "embeddings stay whole"
+    assert case(both, nodes=8).model_state == pytest.approx(20 * count), "nothing to partition"
+    assert case(both, nodes=16).model_state == pytest.approx((2 + 6 + 12 / 2) * count)
 
 
 def test_ranks_that_share_sequences_are_zeros_too():
     """All / (tensor x pipeline) of them; experts are over as many as hold the same ones."""
-    assert case(SP, "zero3", nodes=2).partition == case(Layout(), "zero3", nodes=2).partition
+    assert case(SP, "zero3", nodes=2).part.partition == case(Layout(), "zero3", nodes=2).part.partition
     assert case(SP, "fsdp").model_state == case(Layout(), "fsdp").model_state
     experts = 4 * 4 * 3 * 512 * 256  # layers x experts x matrices
     split, whole = case(Layout(expert=4), model=MOE), case(Layout(), model=MOE)
-    assert whole.parameters - split.parameters == pytest.approx(experts * 3 / 4)
-    assert split.partition == pytest.approx(whole.partition), (
+    assert whole.part.parameters - split.part.parameters == pytest.approx(experts * 3 / 4)
+    assert split.part.partition == pytest.approx(whole.part.partition), (
         "12 bytes of each parameter are on one rank, whatever the split"
     )
 
@@ -193,11 +194,12 @@ def test_a_pipelines_bubble():
 def test_work_is_divided(model):
     """Except for the logits in a pipeline, which the ranks of the last stage all compute."""
     total = model.flops_per_token()
-    assert case(Layout(), model=model).flops == pytest.approx(total)
+    assert case(Layout(), model=model).part.flops == pytest.approx(total)
     logits = 6 * model.vocab_size * model.n_embd
-    assert case(Layout(pipeline=2), model=model).flops == pytest.approx((total - logits) / 2 + logits)
+    assert case(Layout(pipeline=2), model=model).part.flops == pytest.approx((total - logits) / 2 + logits)
     if model.vocab_size % 2 == 0:
-        assert case(Layout(tensor=2, expert=2 if model.n_expert else 1), model=model).flops == pytest.approx(total / 2)
+        halves = Layout(tensor=2, expert=2 if model.n_expert else 1)
+        assert case(halves, model=model).part.flops == pytest.approx(total / 2)
 
 
 MEASURED = {  # on 2 ranks
@@ -232,7 +234,7 @@ def test_model_states_as_counted_in_runs(name, tmp_path, make_data):
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"state_{rank}.json").read_text()) for rank in (0, 1)]
     predicted = case(layout, strategy, model=model, gpus=2, dtype="float32")
-    state = model_state_bytes(strategy, predicted.parameters / predicted.partition, predicted.parameters, torch.float32)
+    state = predicted.part.state(strategy, torch.float32)
     for kind in ("parameters", "optimizer_states"):
         assert max(sizes[kind] for sizes in found) == pytest.approx(getattr(state, kind), rel=0.01), kind
     total = max(sum(sizes.values()) - sizes["buffers"] for sizes in found)  # with activations of a pipeline
@@ -283,7 +285,7 @@ def test_a_layout_of_a_recipe_or_the_command_line(tmp_path, monkeypatch):
     found = request(
         "config/train_gpt2.py", f"{tmp_path}/mine.py", "--nodes=2", "--tensor_parallel=4", "--global_batch=64"
     )
-    assert found.layout == Layout(tensor=4, pipeline=4)
+    assert found.recipe.layout() == Layout(tensor=4, pipeline=4)
     taken = found.candidates()[0]
     assert taken.micro_steps * taken.batch == 64 and taken.sizes == "tp4 pp4"
     assert "--tensor_parallel=4" in command(found, taken)
@@ -307,7 +309,7 @@ def test_large_models_get_a_sensible_layout(name, monkeypatch):
     words, nodes = SHAPES[name]
     asked = request(*words, f"--nodes={nodes}", "--vocab_size=32000", "--link=400")
     plain = [found for found in asked.candidates() if found.spare >= 0]
-    taken = recommend(best_of_each(asked.candidates(search=True)))
+    taken = simplest(best_of_each(asked.candidates(search=True)))
     assert taken and taken.strategy.name == "zero1" and taken.spare > 0
     assert taken.layout.pipeline > 1 < taken.layout.tensor * taken.layout.sequence <= 8
     assert 0.35 < taken.mfu < 0.5 and taken.seconds < min(found.seconds for found in plain)

@@ -21,16 +21,16 @@ import torch
 
 from data.errors import did_you_mean
 from model import GPTConfig
-from tools.plan_formulas import ALIKE, HOST_BANDWIDTH, Candidate, Machines, best_of_each, recommend
+from tools.plan_formulas import ALIKE, HOST_BANDWIDTH, Candidate, Machines, best_of_each, simplest
 from tools.terminal import align, underscored
+from training import parallel
 from training.config import ROOT, PlainTrainConfig, Problem, key, parse
-from training.deepspeed_config import DeepSpeedTrainConfig
+from training.deepspeed_config import DeepSpeedTrainConfig, strategy_of
 from training.deepspeed_parallel import check
 from training.distributed import SINGLE_PROCESS, Layout, run
 from training.errors import ConfigError, UserError
 from training.figures import label_ends, line_style, new_figure, style_axes
 from training.gpus import DEVICES, Device, find_device
-from training.parallel import problems as rules
 from training.strategies import Strategy, find_strategy, gigabytes, strategies
 
 # name -> block_size, vocab_size, n_layer, n_head, n_embd (Radford et al., 2019, table 2; arXiv:2005.14165, table 2.1)
@@ -50,7 +50,6 @@ RANGES = {"gpus": (1, 10**5), "nodes": (1, 10**5), "achievable": (0.01, 1), "lin
 RANGES |= {"fragmentation": (0, 1), "link": (0.001, 10**6)}
 ON_CPU = {"device": "cpu", "overlap": 0.5, "fragmentation": 0.0, "link_share": 1.0}  # results/zero_links
 MOST_RANKS, CONFIG = 1024, "config/planned.py"
-SEARCHED = ("zero1", "zero2", "zero3")  # with layouts
 CURVE = "single,ddp,zero1,zero2,zero3,zero3_offload"  # if --strategies does not name others
 FOOTER = """\
 GB per rank: model state (parameters, gradients, optimizer states), activations, buffers (gathered parameters, gradients
@@ -67,9 +66,7 @@ class PlanConfig(Machines):
     measured: str = key("", "benchmark.json: matmul peak, link and process memory as tools.benchmark measured them")
     global_batch: int = key(0, f"sequences per step; 0: the recipe's, or about {STEP_TOKENS:,} tokens", "Step")
     strategies: str = key("", f"{','.join(strategies())}; empty: all")
-    layouts: bool = key(
-        False, "also try layouts, with ZeRO-1 to 3; by default only if nothing fits without offloading", "Layout"
-    )
+    layouts: bool = key(False, "also try layouts; the default if nothing fits without offload", "Layout")
     all: bool = key(False, "print every micro-batch, with and without activation checkpointing", "Output")
     curve: str = key("", "table: from 1 to 1,024 GPUs, of five strategies or those named; FILE.png: drawn as well")
 
@@ -88,9 +85,14 @@ class PlanConfig(Machines):
 class RecipeConfig(DeepSpeedTrainConfig, PlainTrainConfig):
     """Every key that a recipe of either train script may set."""
 
-    def layout(self) -> Layout:
-        """None, for the rules of a run on the ranks of this process, which is not the run that is planned."""
-        return Layout()
+    def rank_problems(self) -> Iterator[Problem]:
+        """None: the ranks of this process are not those of the run."""
+        yield from ()
+
+    def refusals(self, layout: Layout, ranks: int, local_ranks: int) -> list[str]:
+        """The rules of a layout that it breaks on so many ranks."""
+        found = parallel.problems(self, layout, ranks, local_ranks)
+        return [f"{name} = {getattr(self, name)}: {rule}" for name, rule in found]
 
 
 def read_benchmark(path: str, dtype: str) -> list[str]:
@@ -141,21 +143,19 @@ class Request:
     model: GPTConfig
     recipe: RecipeConfig  # with the model's shape
     recipes: list[str]  # and settings
-    layout: Layout  # the given one
     global_batch: int  # sequences per step
     tokens: float  # of the run
 
     def problems(self, strategy: Strategy, layout: Layout) -> list[str]:
         """Why such a run would be refused, with what config_lines sets for a pipeline."""
-        cfg, size = replace(self.recipe, compile=False, eval_iters=0), self.cfg.ranks
-        if problems := [f"{key} = {getattr(cfg, key)}: {rule}" for key, rule in rules(cfg, layout, size, self.cfg.gpus)]:
+        cfg, size, data = replace(self.recipe, compile=False, eval_iters=0), self.cfg.ranks, layout.data(self.cfg.ranks)
+        if problems := cfg.refusals(layout, size, self.cfg.gpus):
             return problems
-        if self.global_batch % (data := layout.data(size)):
+        if self.global_batch % data:
             kind, near = "ranks" if data == size else "data-parallel ranks", max(1, self.global_batch // data) * data
             return [f"global_batch = {self.global_batch}: must be divisible by the {data} {kind}; set {near}"]
         ranks = replace(SINGLE_PROCESS, world_size=size, layout=layout)
-        stage = strategy.stage if strategy.script == "train_deepspeed.py" else 0
-        return list(check(cfg, ranks, self.model, (stage, strategy.optimizer_device, strategy.parameter_device)))
+        return list(check(cfg, ranks, self.model, strategy_of({"zero_optimization": strategy.zero})))
 
     def layouts(self) -> Iterator[Layout]:
         """All whose sizes are powers of two, with matrices shared inside a node, and equal stages."""
@@ -172,7 +172,7 @@ class Request:
         several = cfg.nodes > 1 and cfg.gpus > 1  # nodes of several GPUs, which HSDP needs
         chosen = [one for one in chosen if one.name != impossible and (several or not one.hybrid)]
         for strategy in chosen:
-            for layout in self.layouts() if search and strategy.name in SEARCHED else [self.layout]:
+            for layout in self.layouts() if search else [self.recipe.layout()]:
                 problems = self.problems(strategy, layout)
                 refused += problems
                 sequences = 0 if problems else self.global_batch // layout.data(cfg.ranks)
@@ -218,16 +218,14 @@ def build_request(argv: list[str]) -> Request:
         batch = cfg.ranks * 2 ** round(math.log2(max(1.0, STEP_TOKENS / model.block_size / cfg.ranks)))
         tokens = TOKENS_PER_PARAMETER * model.parameter_count()
     recipe = replace(recipe, **{name: value for name, value in vars(model).items() if hasattr(recipe, name)})
-    layout = DeepSpeedTrainConfig.layout(recipe)
-    return Request(cfg, model, recipe, recipes, layout, cfg.global_batch or batch, tokens)
+    return Request(cfg, model, recipe, recipes, cfg.global_batch or batch, tokens)
 
 
 def header(request: Request) -> str:
     """What is planned, in three lines."""
     cfg, model, tokens = request.cfg, request.model, request.global_batch * request.model.block_size
-    where = (
-        f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}, {cfg.device}, {cfg.gpu_memory:,.1f} GB each, {cfg.dtype}"
-    )
+    where = f"{cfg.gpus} {'GPUs' if cfg.on_gpu else 'CPU ranks'}, {cfg.device}"
+    where += f", {gigabytes(1e9 * cfg.gpu_memory)} each, {cfg.dtype}"
     if cfg.nodes > 1:
         where = f"{cfg.nodes} nodes of {where}, {cfg.link:,.4g} Gbit/s between them"
     step = f"{request.global_batch:,} sequences of {model.block_size:,} = {tokens:,} tokens"
@@ -287,15 +285,15 @@ def command(request: Request, taken: Candidate) -> str:
 def print_report(request: Request) -> None:
     """Print every candidate, or the best of each strategy, and what to do; UserError if none fits."""
     candidates = request.candidates(request.cfg.layouts)
-    if request.layout == Layout() and all(one.spare < 0 or one.offloads for one in candidates):
+    if request.recipe.layout() == Layout() and all(one.spare < 0 or one.offloads for one in candidates):
         candidates = request.candidates(search=True)
     if not candidates:
         raise UserError(f"strategies: not possible with {request.cfg.ranks} ranks on {request.cfg.nodes} nodes")
     bests = best_of_each(candidates)
     print(header(request), table(request, candidates if request.cfg.all else bests), FOOTER, sep="\n\n")
-    if not (taken := recommend(bests)):
-        nearest = max(candidates, key=lambda one: one.spare)
-        lacking = f"{nearest.name} comes nearest and lacks {gigabytes(-nearest.spare)} per rank"
+    taken = simplest(bests)
+    if taken.spare < 0:
+        lacking = f"{taken.name} comes nearest and lacks {gigabytes(-taken.spare)} per rank"
         raise UserError(f"nothing fits: {lacking}; take more or larger GPUs, or shorter sequences")
     print(f"\nTake {taken.name}, the simplest within {ALIKE:.0%} of the fastest that fits.")
     print(f"\n# {CONFIG}", *config_lines(request, taken), "", command(request, taken), sep="\n")
@@ -304,7 +302,7 @@ def print_report(request: Request) -> None:
 def print_curve(request: Request) -> None:
     """Print tokens/s per GPU from 1 to MOST_RANKS GPUs, "-" where nothing fits; if --curve is a PNG, draw it."""
     request = replace(request, cfg=replace(request.cfg, strategies=request.cfg.strategies or CURVE))
-    shared = math.prod(vars(request.layout).values())
+    shared = math.prod(vars(request.recipe.layout()).values())
     counts = [2**power for power in range(MOST_RANKS.bit_length()) if 2**power % shared == 0]
     rates = dict[str, dict[int, float]]()  # strategy -> GPUs -> tokens/s
     for ranks in counts:

@@ -4,15 +4,14 @@ P: parameters; b: sequences per rank and micro-step; s: tokens per sequence; h: 
 number in matmuls (2 or 4); n: ranks that take part. Sizes are bytes of one rank.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
 
 import torch
 
 from model import GPTConfig
-from training.config import ROOT, Settings, key
+from training.config import Settings, key
 from training.deepspeed_parallel import splits_vocabulary
 from training.distributed import Layout
 from training.gpus import DEVICES
@@ -64,6 +63,52 @@ class Machines(Settings):
 
 
 @dataclass
+class Part:
+    """What one rank has of a model, and computes for a token; in a pipeline, on the first and on the last stage.
+
+    Tensor parallelism divides the matrices of blocks and, without a pipeline, the logits (Shoeybi et al., arXiv:
+    1909.08053, section 3), expert parallelism the experts, and ZeRO the rest over all ranks that have the same.
+    FLOPs: 6 P + 12 L h s, where P leaves out idle experts (PaLM, arXiv:2204.02311, appendix B).
+    """
+
+    model: GPTConfig
+    layout: Layout
+    ranks: int
+    shard_ranks: int = 0  # that share one copy of the model state; 0: all that have the same part
+
+    def __post_init__(self) -> None:
+        model, layout = self.model, self.layout
+        head = model.vocab_size * model.n_embd  # the largest matrix, which embeds tokens and projects to logits
+        positions = 0 if model.rope_theta else model.block_size * model.n_embd
+        blocks = model.parameter_count() - head * (1 if model.tied else 2) - positions
+        self.layers = math.ceil(model.n_layer / layout.pipeline)  # of a stage
+        expert = self.layers * 3 * model.n_hidden * model.n_embd  # one in each block
+        shared = (self.layers / model.n_layer * blocks - model.n_expert * expert) / layout.tensor
+        experts = model.n_expert * expert / layout.expert
+        self.block = (shared + experts) / self.layers
+        self.vocabulary = model.vocab_size // (layout.tensor if splits_vocabulary(model, layout) else 1)
+        self.head = self.vocabulary * model.n_embd
+        outside = positions + self.head + (0 if model.tied or layout.pipeline > 1 else head)
+        self.parameters = shared + experts + outside
+        self.shards = self.shard_ranks or self.ranks // (layout.tensor * layout.pipeline)
+        copies = self.ranks // (layout.pipeline * layout.expert) if layout.expert > 1 else self.shards  # of an expert
+        self.partition = (self.parameters - experts) / self.shards + experts / copies
+        # ranks that share a token's MLP: AutoTP divides no experts, AutoEP the tokens that go to them
+        self.mlp_ranks = layout.tensor if layout.expert > 1 or not model.n_expert else 1
+        active = min(model.n_expert, model.n_active) * expert / self.mlp_ranks
+        attended = model.n_head * model.head_size / layout.tensor  # numbers per token and block
+        self.flops = 6 * (shared + active + self.head) + 12 * self.layers * attended * model.block_size
+        # numbers that a block saves of a token: queries, keys, values, the input of c_proj; the same of the MLP
+        self.heads = 2 * (model.n_head + model.n_kv_head) * model.head_size / layout.tensor
+        self.hidden = (4 if model.mlp == "swiglu" else 2) * model.n_hidden / self.mlp_ranks
+        if model.n_expert:  # also their input, and their output twice
+            self.hidden = model.n_active * (self.hidden + 3 * model.n_embd / self.mlp_ranks)
+
+    def state(self, strategy: str, dtype: torch.dtype) -> ModelState:
+        return model_state_bytes(strategy, self.parameters / self.partition, self.parameters, dtype)
+
+
+@dataclass
 class Candidate:
     """A model under a strategy and a layout, with a micro-batch, on a system, and what is predicted for it."""
 
@@ -77,73 +122,35 @@ class Candidate:
 
     def __post_init__(self) -> None:
         model, strategy, system, layout = self.model, self.strategy, self.system, self.layout
+        self.sizes = " ".join(f"{name[0]}p{size}" for name, size in vars(layout).items() if size > 1)  # "tp8 pp4"
+        self.name = f"{strategy.name} {self.sizes}".strip()
         self.deepspeed = strategy.script == "train_deepspeed.py"
-        self.zero: dict[str, Any] = {}
-        if self.deepspeed:
-            config = json.loads((ROOT / strategy.arguments[0].removeprefix("--deepspeed_config=")).read_text())
-            zero = config.get("zero_optimization", {})  # "auto" as in the Hugging Face Trainer
-            self.zero = {name: model.n_embd**2 if value == "auto" else value for name, value in zero.items()}
+        self.offloads = strategy.optimizer_device != "gpu" and system.on_gpu  # CPU ranks have only one memory
         # what offloads, shares and partitions less is simpler
         place = ("gpu", "cpu", "nvme").index(strategy.optimizer_device)
-        self.complexity = place, math.prod(vars(layout).values()), strategy.stage
-        self.offloads = strategy.optimizer_device != "gpu" and system.on_gpu  # CPU ranks have only one memory
-        self.count_parameters()
+        self.complexity = place, math.prod(vars(layout).values()), strategy.stage, self.deepspeed
+        self.part = Part(model, layout, system.ranks, system.gpus if strategy.hybrid else 0)
+        self.tokens = self.batch * model.block_size // layout.sequence  # of any rank, per micro-step
         self.compute_bytes = FP32 if system.dtype == "float32" else 2
         # parameters, norms and the residual stream stay in fp32 while matmuls are in half precision
         self.autocast = strategy.stage == 0 and self.compute_bytes < FP32
         self.residual_bytes = FP32 if self.autocast else self.compute_bytes
-        self.sizes = " ".join(f"{name[0]}p{size}" for name, size in vars(layout).items() if size > 1)  # "tp8 pp4"
-        self.name = f"{strategy.name} {self.sizes}".strip()
-        self.tokens = self.batch * model.block_size // layout.sequence  # of any rank, per micro-step
-        # numbers per token: queries, keys, values, the input of c_proj; what the MLP's activation saves
-        self.heads = 2 * (model.n_head + model.n_kv_head) * model.head_size / layout.tensor
-        self.hidden = (4 if model.mlp == "swiglu" else 2) * model.n_hidden / self.mlp_ranks
-        if model.n_expert:  # also their input, and their output twice
-            self.hidden = model.n_active * (self.hidden + 3 * model.n_embd / self.mlp_ranks)
+        # "auto" as in the Hugging Face Trainer
+        self.zero = {name: model.n_embd**2 if value == "auto" else value for name, value in strategy.zero.items()}
         # whether stages 1 to 3 communicate beside computing; FSDP2 always does, a pipeline never
         overlaps = not self.deepspeed or self.zero.get("overlap_comm", strategy.stage == 3)  # DeepSpeed's default
         self.overlap_comm = system.on_gpu and bool(overlaps) and layout.pipeline == 1
         # how often a micro-step gathers the parameters; FSDP2's root unit keeps the head until backward
-        again = 0.0 if strategy.keeps_parameters else 1.0 if self.deepspeed else 1 - self.head / self.parameters
-        self.gathers = 1 + again if strategy.stage == 3 else 0.0
+        kept = 1.0 if strategy.keeps_parameters else 0.0 if self.deepspeed else self.part.head / self.part.parameters
+        self.gathers = 2 - kept if strategy.stage == 3 else 0.0
         self.predict_memory()
         self.predict_time()
-
-    def count_parameters(self) -> None:
-        """Parameters and FLOPs per token of a rank; in a pipeline, those of the first and of the last stage.
-
-        Tensor parallelism divides the matrices of blocks and, without a pipeline, the logits (Shoeybi et al., arXiv:
-        1909.08053, section 3), expert parallelism the experts, and ZeRO the rest over all ranks that have the same.
-        FLOPs: 6 P + 12 L h s, where P leaves out idle experts (PaLM, arXiv:2204.02311, appendix B).
-        """
-        model, layout, ranks = self.model, self.layout, self.system.ranks
-        head = model.vocab_size * model.n_embd  # the largest matrix, which embeds tokens and projects to logits
-        positions = 0 if model.rope_theta else model.block_size * model.n_embd
-        blocks = model.parameter_count() - head * (1 if model.tied else 2) - positions
-        self.layers = math.ceil(model.n_layer / layout.pipeline)  # of a stage
-        expert = self.layers * 3 * model.n_hidden * model.n_embd  # one in each block
-        shared = (self.layers / model.n_layer * blocks - model.n_expert * expert) / layout.tensor
-        experts = model.n_expert * expert / layout.expert
-        self.block = (shared + experts) / self.layers
-        self.vocabulary = model.vocab_size // (layout.tensor if splits_vocabulary(model, layout) else 1)
-        self.head = self.vocabulary * model.n_embd
-        outside = positions + self.head + (0 if model.tied or layout.pipeline > 1 else head)
-        self.parameters = shared + experts + outside
-        self.shards = self.system.gpus if self.strategy.hybrid else ranks // (layout.tensor * layout.pipeline)
-        copies = ranks // (layout.pipeline * layout.expert) if layout.expert > 1 else self.shards  # of an expert
-        self.partition = (self.parameters - experts) / self.shards + experts / copies
-        # ranks that share a token's MLP: AutoTP divides no experts, AutoEP the tokens that go to them
-        self.mlp_ranks = layout.tensor if layout.expert > 1 or not model.n_expert else 1
-        active = min(model.n_expert, model.n_active) * expert / self.mlp_ranks
-        attention = self.layers * model.n_head * model.head_size * model.block_size / layout.tensor
-        self.flops = 6 * (shared + active + self.head) + 12 * attention
 
     def predict_memory(self) -> None:
         """Bytes of a rank at peak; host and nvme per node. DDP's buckets are beside gradients of micro-steps."""
         strategy, system = self.strategy, self.system
         name = f"zero{strategy.stage}" if self.deepspeed else strategy.name  # whatever the JSON is called
-        ranks, dtype = self.parameters / self.partition, getattr(torch, system.dtype)
-        state = model_state_bytes(name, ranks, self.parameters, dtype)
+        state = self.part.state(name, getattr(torch, system.dtype))
         sizes = by_device(state, strategy.optimizer_device, strategy.parameter_device)
         on_host = sizes["cpu"] if system.on_gpu else 0.0
         self.model_state = sizes["gpu"] + sizes["cpu"] - on_host
@@ -151,7 +158,7 @@ class Candidate:
         self.activations = peak_activations(self)
         self.buffers = gathered_parameters(self) + gradient_buffers(self)
         self.other = 1e9 * system.baseline + system.fragmentation * (self.activations + self.buffers)
-        self.buffers += FP32 * self.parameters if strategy.name == "ddp" and self.micro_steps > 1 else 0
+        self.buffers += FP32 * self.part.parameters if strategy.name == "ddp" and self.micro_steps > 1 else 0
         self.memory = self.model_state + self.activations + self.buffers + self.other
         self.spare = 1e9 * system.gpu_memory - self.memory  # negative if it does not fit
 
@@ -162,18 +169,18 @@ class Candidate:
         bytes a parameter of the shard; offload moves weights and gradients over PCIe in each micro-step.
         """
         system, strategy, work = self.system, self.strategy, RECOMPUTED if self.checkpointing else 1.0
-        once = self.tokens * self.flops / (1e12 * system.tflops * system.achievable)
+        once = self.tokens * self.part.flops / (1e12 * system.tflops * system.achievable)
         self.computing = (self.micro_steps + self.layout.pipeline - 1) * work * once
         found = transfers(self, FORWARD * once, (work - FORWARD) * once) + layout_transfers(self)
         self.sent = sum(sent for sent, _, _ in found)
         self.communication = sum(max(0.0, seconds - system.overlap * beside) for _, seconds, beside in found)
-        shard = self.partition if strategy.stage else self.parameters
+        shard = self.part.partition if strategy.stage else self.part.parameters
         bandwidth = HOST_BANDWIDTH / system.gpus if self.offloads else 1e9 * system.memory_bandwidth
         self.update = shard * UPDATE_BYTES / bandwidth
         if self.offloads:
             slowest = NVME_BANDWIDTH / system.gpus if strategy.parameter_device == "nvme" else HOST_LINK
             seconds = self.micro_steps * (1 / HOST_LINK + self.gathers / slowest) + 1 / HOST_LINK
-            self.communication += seconds * self.compute_bytes * self.partition
+            self.communication += seconds * self.compute_bytes * self.part.partition
         if strategy.optimizer_device == "nvme":
             self.update += 2 * SWAP_BYTES * shard * system.gpus / NVME_BANDWIDTH
         self.seconds = self.computing + self.communication + self.update
@@ -199,11 +206,11 @@ def block_activations(case: Candidate) -> float:
     5 a s² b are the attention matrix, which FlashAttention (arXiv:2205.14135) never stores; 2 s b h are dropout masks.
     Of t tensor-parallel ranks, each has what enters norms and matrices, and a part of the rest: 10 + 24 / t (4.2.1).
     """
-    model = case.model
-    # inputs of 2 norms | of c_attn and c_fc, attention, the MLP's activation and the input of its c_proj
-    saved = 2 * case.residual_bytes * model.n_embd + case.compute_bytes * (2 * model.n_embd + case.heads + case.hidden)
+    model, part = case.model, case.part
+    numbers = 2 * model.n_embd + part.heads + part.hidden  # with the inputs of c_attn and c_fc
     if case.layout.sequence > 1:  # attention's output before the exchange, too
-        saved += case.compute_bytes * model.n_head * model.head_size / case.layout.tensor
+        numbers += model.n_head * model.head_size / case.layout.tensor
+    saved = case.compute_bytes * numbers + 2 * case.residual_bytes * model.n_embd  # and the inputs of two norms
     masks = 2 * model.n_embd if model.dropout else 0  # one byte per element
     statistics = FP32 * (4 + model.n_head / case.layout.tensor)  # mean, deviation of two norms; logsumexp of each head
     return case.tokens * (saved + masks + statistics)
@@ -212,13 +219,13 @@ def block_activations(case: Candidate) -> float:
 def head_activations(case: Candidate) -> float:
     """The last norm, the output projection, and c s b V of logits, whose gradient takes their place (model.py)."""
     norm = case.model.n_embd * (case.residual_bytes + case.compute_bytes) + 2 * FP32
-    return case.tokens * (norm + case.vocabulary * case.compute_bytes + TOKEN_BYTES)
+    return case.tokens * (norm + case.part.vocabulary * case.compute_bytes + TOKEN_BYTES)
 
 
 def saved_activations(case: Candidate) -> float:
     """At the end of forward. With activation checkpointing a block saves its input only (section 5 of that paper)."""
     block = case.tokens * case.model.n_embd * case.residual_bytes if case.checkpointing else block_activations(case)
-    return case.layers * block + head_activations(case)
+    return case.part.layers * block + head_activations(case)
 
 
 def peak_activations(case: Candidate) -> float:
@@ -226,40 +233,41 @@ def peak_activations(case: Candidate) -> float:
 
     Of p stages, the first then holds min(p, m) micro-batches (1F1B: Narayanan et al., arXiv:2104.04473, section 2.2.1).
     """
-    model, blocks = case.model, saved_activations(case) - head_activations(case)
+    model, part, saved = case.model, case.part, saved_activations(case)
     rows = min(case.tokens, LOSS_ROWS if case.system.on_gpu else max(1, LOSS_ELEMENTS // model.vocab_size))
-    if case.vocabulary < model.vocab_size:  # DeepSpeed's loss keeps all logits in fp32, twice
+    if part.vocabulary < model.vocab_size:  # DeepSpeed's loss keeps all logits in fp32, twice
         rows = 2 * case.tokens
-    in_loss = saved_activations(case) + FP32 * case.vocabulary * rows
-    gradients = case.tokens * (case.hidden + model.n_embd)  # of the MLP's hidden layer, and the residual stream
+    gradients = case.tokens * (part.hidden + model.n_embd)  # of the MLP's hidden layer, and the residual stream
     # the gradient of the output projection waits for that of the embedding until the end of backward
-    in_backward = case.compute_bytes * (gradients + case.head)
+    in_backward = case.compute_bytes * (gradients + part.head)
     in_backward += block_activations(case) if case.checkpointing else 0  # recomputed
-    return max(in_loss, min(case.layout.pipeline, case.micro_steps) * blocks + in_backward)
+    in_backward += min(case.layout.pipeline, case.micro_steps) * (saved - head_activations(case))
+    return max(saved + FP32 * part.vocabulary * rows, in_backward)
 
 
 def gathered_parameters(case: Candidate) -> float:
     """FSDP2 holds the head and three blocks, or all; ZeRO-3 stage3_max_live_parameters; autocast a 16-bit copy."""
-    limit = case.zero.get("stage3_max_live_parameters", 1e9) if case.deepspeed else case.head + 3 * case.block
+    part = case.part
+    limit = case.zero.get("stage3_max_live_parameters", 1e9) if case.deepspeed else part.head + 3 * part.block
     limited = case.strategy.stage == 3 and not case.strategy.keeps_parameters
-    count = min(case.parameters, limit) if limited else case.parameters
-    count += case.parameters / case.system.gpus if "zero_hpz_partition_size" in case.zero else 0  # hpZ's second copy
-    return case.compute_bytes * count if case.autocast or (case.gathers and case.shards > 1) else 0.0
+    count = min(part.parameters, limit) if limited else part.parameters
+    count += part.parameters / case.system.gpus if "zero_hpz_partition_size" in case.zero else 0  # hpZ's second copy
+    return case.compute_bytes * count if case.autocast or (case.gathers and part.shards > 1) else 0.0
 
 
 def gradient_buffers(case: Candidate) -> float:
     """ZeRO: buckets and a flat copy, or in the optimizer step a partition's fp32 gradients; FSDP2: those of a block."""
-    compute, stage = case.compute_bytes, case.strategy.stage
+    part, compute, stage = case.part, case.compute_bytes, case.strategy.stage
     if not case.deepspeed:
-        return case.block * (compute + FP32) if stage == 3 else 0.0
+        return part.block * (compute + FP32) if stage == 3 else 0.0
     if stage == 0:
-        return max(0.0, FP32 * min(case.parameters, ZERO0_BUCKET) - case.activations)
+        return max(0.0, FP32 * min(part.parameters, ZERO0_BUCKET) - case.activations)
     bucket = case.zero.get("reduce_bucket_size", 5e8)
-    copied: float = compute * min(case.parameters, max(bucket, case.block if stage == 3 else case.head))
-    in_backward = copied + compute * min(case.parameters, bucket * (1 + case.overlap_comm))
-    in_step = 0.0 if case.offloads else FP32 * min(case.parameters / case.shards, case.zero.get("sub_group_size", 1e9))
+    copied: float = compute * min(part.parameters, max(bucket, part.block if stage == 3 else part.head))
+    in_backward = copied + compute * min(part.parameters, bucket * (1 + case.overlap_comm))
+    in_step = 0.0 if case.offloads else FP32 * min(part.partition, case.zero.get("sub_group_size", 1e9))
     if stage == 3:  # its one bucket stays allocated, and what it reduces is a copy
-        return compute * min(case.parameters, bucket) + max(copied, in_step - case.activations)
+        return compute * min(part.parameters, bucket) + max(copied, in_step - case.activations)
     if stage == 1 and not case.overlap_comm:  # reduces when backward is done
         in_backward, in_step = 0.0, max(in_step, copied)
     return max(in_backward, in_step - case.activations)
@@ -274,9 +282,10 @@ def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[fl
     ZeRO paper, section 7, scatters). ZeRO-3 moves c P three times a micro-step: parameters for forward and backward,
     and gradients. FSDP2 does the same with gradients in fp32; HSDP also all-reduces shards between nodes.
     """
-    system, stage, steps, tensor = case.system, case.strategy.stage, case.micro_steps, case.layout.tensor
-    bandwidth = system.bandwidth(case.shards * tensor, tensor)  # tensor-parallel ranks have a ring each
-    ring = case.parameters - case.partition  # (n - 1) / n of P
+    system, part, stage, steps = case.system, case.part, case.strategy.stage, case.micro_steps
+    tensor = case.layout.tensor  # tensor-parallel ranks have a ring each
+    bandwidth = system.bandwidth(part.shards * tensor, tensor)
+    ring = part.parameters - part.partition  # (n - 1) / n of P
     gradients, weights = FP32 * ring, case.compute_bytes * ring
     if stage == 0:
         sent = 2 * gradients
@@ -286,8 +295,8 @@ def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[fl
         reduced, beside = 2 * weights * times, backward * times if case.overlap_comm else 0.0
         return [(reduced, reduced / bandwidth, beside), (weights, weights / bandwidth, 0.0)]
     sent = steps * (case.gathers * weights + (weights if case.deepspeed else gradients))
-    copies = system.ranks // (case.shards * tensor)
-    crossing = steps * 2 * (copies - 1) / copies * FP32 * case.partition
+    copies = system.ranks // (part.shards * tensor)
+    crossing = steps * 2 * (copies - 1) / copies * FP32 * part.partition
     seconds = sent / bandwidth + crossing / system.bandwidth(system.ranks, system.gpus)
     return [(sent + crossing, seconds, steps * (forward + backward) if case.overlap_comm else 0.0)]
 
@@ -300,13 +309,13 @@ def layout_transfers(case: Candidate) -> list[tuple[float, float, float]]:
     experts get and return (arXiv:2006.16668, section 3). Recomputing repeats forward's. Stages pass on activations and
     gradients (arXiv:2104.04473, section 2.2), of which DeepSpeed sends a tensor-parallel rank's part.
     """
-    model, layout, system = case.model, case.layout, case.system
+    model, layout, part, system = case.model, case.layout, case.part, case.system
     width = case.compute_bytes * case.tokens * model.n_embd  # bytes of a rank's activations between blocks
     others = {name: (size - 1) / size for name, size in vars(layout).items()}  # share of a group besides this rank
-    passes = case.layers * (3 if case.checkpointing else 2)
-    reduced = passes * width * others["tensor"] * (4 if case.mlp_ranks == layout.tensor else 2)
-    exchanged = passes * width * others["sequence"] * case.heads / model.n_embd
-    routed = passes * width * others["expert"] * 2 * model.n_active / case.mlp_ranks
+    passes = part.layers * (3 if case.checkpointing else 2)
+    reduced = passes * width * others["tensor"] * (4 if part.mlp_ranks == layout.tensor else 2)
+    exchanged = passes * width * others["sequence"] * part.heads / model.n_embd
+    routed = passes * width * others["expert"] * 2 * model.n_active / part.mlp_ranks
     passed = 2 * width / layout.tensor if layout.pipeline > 1 else 0.0
     found = (
         (reduced, system.bandwidth(layout.tensor)),
@@ -318,25 +327,17 @@ def layout_transfers(case: Candidate) -> list[tuple[float, float, float]]:
     return [(case.micro_steps * sent, slots * sent / rate, 0.0) for sent, rate in found]
 
 
-def fast(candidates: list[Candidate]) -> list[Candidate]:
-    """The fastest that fits, and those about as fast; only those that leave ROOM, if there are any."""
-    fitting = [candidate for candidate in candidates if candidate.spare >= 0]
-    fitting = [c for c in fitting if c.spare >= ROOM * 1e9 * c.system.gpu_memory] or fitting
-    fastest = min((candidate.seconds for candidate in fitting), default=0.0)
-    return [candidate for candidate in fitting if candidate.seconds <= fastest * (1 + ALIKE)]
+def simplest(candidates: list[Candidate]) -> Candidate:
+    """Among the fastest that fit, the simplest with the largest micro-batch; if none fits, the one nearest to it."""
+    fitting = [case for case in candidates if case.spare >= 0]
+    fitting = [case for case in fitting if case.spare >= ROOM * 1e9 * case.system.gpu_memory] or fitting
+    if not fitting:
+        return max(candidates, key=lambda case: case.spare)
+    limit = (1 + ALIKE) * min(case.seconds for case in fitting)
+    fast = [case for case in fitting if case.seconds <= limit]
+    return min(fast, key=lambda case: (case.complexity, -case.batch))
 
 
 def best_of_each(candidates: list[Candidate]) -> list[Candidate]:
-    """Per strategy, of the fast ones that fit, the simplest layout with the largest micro-batch; if none fits, the one
-    that needs least memory."""
-    bests = []
-    for name in dict.fromkeys(candidate.strategy.name for candidate in candidates):
-        group = [candidate for candidate in candidates if candidate.strategy.name == name]
-        simplest = sorted(fast(group), key=lambda c: (c.complexity, -c.batch))
-        bests.append(simplest[0] if simplest else max(group, key=lambda c: c.spare))
-    return bests
-
-
-def recommend(bests: list[Candidate]) -> Candidate | None:
-    """The simplest of the fast ones that fit; None if none fits."""
-    return min(fast(bests), key=lambda case: case.complexity, default=None)
+    """The simplest of each strategy, whose candidates follow each other."""
+    return [simplest(list(group)) for _, group in groupby(candidates, key=lambda case: case.strategy.name)]

@@ -173,6 +173,10 @@ class TrainConfig(Settings):
             yield "benchmark", "cannot resume a run; remove --init_from=resume and --resume"
         if self.n_head > 0 and self.n_embd > 0:
             yield from self.head_problems()
+        yield from self.rank_problems()
+
+    def rank_problems(self) -> Iterator[Problem]:
+        """Rules that depend on the number of ranks."""
         if self.n_expert > 0 or self.layout() != Layout():
             from training import parallel  # most runs do without it
 

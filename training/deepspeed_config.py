@@ -124,7 +124,7 @@ def resolve(cfg: DeepSpeedTrainConfig, ranks: Ranks, model: GPTConfig, config: J
     if ranks.layout != Layout():
         from training import deepspeed_parallel
 
-        problems += deepspeed_parallel.check(cfg, ranks, model, describe_json(config))
+        problems += deepspeed_parallel.check(cfg, ranks, model, strategy_of(config))
         config |= deepspeed_parallel.json_blocks(model, ranks.layout)
     if problems:
         raise ConfigError(list_problems(problems, f"in {cfg.deepspeed_config}"))

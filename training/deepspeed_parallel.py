@@ -79,9 +79,9 @@ def json_blocks(config: GPTConfig, layout: Layout) -> Json:
     return blocks
 
 
-def check(cfg: TrainConfig, ranks: Ranks, config: GPTConfig, zero: tuple[int, str, str]) -> Iterator[str]:
-    """Combinations that DeepSpeed refuses, or trains wrongly without a word."""
-    layout, (stage, *devices) = ranks.layout, zero
+def check(cfg: TrainConfig, ranks: Ranks, config: GPTConfig, strategy: str) -> Iterator[str]:
+    """Combinations that DeepSpeed refuses, or trains wrongly without a word. strategy: strategy_of its JSON."""
+    layout, stage = ranks.layout, int(strategy[len("zero")])
     pipeline = f"pipeline_parallel = {layout.pipeline}"
     for name, size in vars(layout).items():
         if size > 1 and stage == 0 and name != "sequence":
@@ -95,8 +95,10 @@ def check(cfg: TrainConfig, ranks: Ranks, config: GPTConfig, zero: tuple[int, st
         yield f"eval_iters = {cfg.eval_iters}: {rule}"
     if layout.expert > 1 and layout.tensor > 1 and stage < 3:
         yield f"expert_parallel = {layout.expert}: with tensor_parallel, needs ZeRO stage 3, stage is {stage}"
-    if layout.expert > 1 and "nvme" in devices:
+    if layout.expert > 1 and strategy.endswith("nvme"):
         yield f"expert_parallel = {layout.expert}: DeepSpeed cannot save experts from NVMe; offload to the CPU"
+    if layout.tensor * layout.expert > 1 and strategy.endswith("hpz"):
+        yield "zero_hpz_partition_size: not with tensor or expert parallelism; use deepspeed_configs/zero3_config.json"
     if layout.tensor > 1 and cfg.optimizer == "muon":
         yield f"tensor_parallel = {layout.tensor}: Muon needs whole matrices; use --optimizer=adamw"
 

@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import torch
 
 from data.errors import did_you_mean
 from model import GPTConfig
 from training.config import ROOT, TrainConfig
-from training.deepspeed_config import describe_json
+from training.deepspeed_config import Json, describe_json
 from training.distributed import Ranks
 from training.errors import UserError
 
@@ -27,31 +26,30 @@ class Strategy:
     parameter_device: str = "gpu"
     keeps_parameters: bool = False  # FSDP2: gathered parameters stay until backward has used them
     hybrid: bool = False  # FSDP2: sharded over some of the ranks, replicated over the others
-
-
-def fsdp(name: str, *arguments: str, **features: Any) -> Strategy:
-    return Strategy(name, "train.py", "./launch_fsdp.sh", ("--strategy=fsdp", *arguments), stage=3, **features)
+    zero: Json = field(default_factory=dict)  # DeepSpeed's settings of ZeRO
 
 
 @cache
 def strategies() -> dict[str, Strategy]:
     """By name. DeepSpeed's are the files in deepspeed_configs/: a new JSON there is a new strategy."""
+    fsdp = "train.py", "./launch_fsdp.sh"
     table = [
         Strategy("single", "train.py", "python train.py"),
         Strategy("ddp", "train.py", "./launch_traditional_ddp.sh", ("--strategy=ddp",)),
-        fsdp("fsdp"),
-        fsdp("fsdp_grad_op", "--reshard_after_forward=False", keeps_parameters=True),
-        fsdp("fsdp_hsdp", "--shard_ranks={half}", hybrid=True),
-        fsdp("fsdp_offload", "--cpu_offload=True", optimizer_device="cpu", parameter_device="cpu"),
+        Strategy("fsdp", *fsdp, ("--strategy=fsdp",), 3),
+        Strategy("fsdp_grad_op", *fsdp, ("--strategy=fsdp", "--reshard_after_forward=False"), 3, keeps_parameters=True),
+        Strategy("fsdp_hsdp", *fsdp, ("--strategy=fsdp", "--shard_ranks={half}"), 3, hybrid=True),
+        Strategy("fsdp_offload", *fsdp, ("--strategy=fsdp", "--cpu_offload=True"), 3, "cpu", "cpu"),
     ]
     for path in sorted((ROOT / "deepspeed_configs").glob("*_config.json")):
         name = path.name.removesuffix("_config.json")
         launcher = f"./launch_deepspeed_{name}.sh"
-        setting = f"--deepspeed_config=deepspeed_configs/{path.name}"
-        stage, optimizer, parameters = describe_json(json.loads(path.read_text()))
+        setting, config = f"--deepspeed_config=deepspeed_configs/{path.name}", json.loads(path.read_text())
+        stage, *devices = describe_json(config)
         if not (ROOT / launcher).exists():
             launcher = f"./launch_deepspeed_zero{stage}.sh"
-        table.append(Strategy(name, "train_deepspeed.py", launcher, (setting,), stage, optimizer, parameters))
+        zero = config.get("zero_optimization", {})
+        table.append(Strategy(name, "train_deepspeed.py", launcher, (setting,), stage, *devices, zero=zero))
     return {strategy.name: strategy for strategy in table}
 
 
