@@ -21,6 +21,7 @@ from tests.running import ROOT, TINY, message, start_process, zero_json
 from tools import doctor as doctor_tool
 from tools import doctor_host
 from tools.plan import RecipeConfig
+from training.errors import ConfigError
 
 SETTINGS: dict[str, Any] = {**TINY, "gradient_accumulation_steps": 8}
 NVME: dict[str, Any] = {"deepspeed_config": zero_json("zero3_nvme")}
@@ -128,6 +129,12 @@ def test_model_state_by_strategy():
         assert offloaded["state_bytes"] == {"gpu": 0, "cpu": 16 * count / shards, "nvme": 0}
     size = doctor_tool.make_requests(RecipeConfig(), hosts, True)["two"]["state_bytes"]
     assert size == {"gpu": 4 * count + (4 + 12) * count / 4, "cpu": 0, "nvme": 0}
+    untied = RecipeConfig(deepspeed_config=zero_json("zero1"), tied=False, pipeline_parallel=4, compile=False)
+    (stage,) = doctor_tool.make_requests(untied, {"one": 4}, True).values()
+    head = 50304 * 768  # the first stage also has the embeddings
+    assert stage["state_bytes"]["gpu"] == pytest.approx((4 + 4 + 12) * ((count - head) / 4 + head), rel=0.03)
+    with pytest.raises(ConfigError, match="must divide the number of ranks, 3, as 3 does"):
+        doctor_tool.make_requests(untied, {"one": 3}, True)
 
 
 @pytest.mark.needs("libaio")

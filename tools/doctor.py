@@ -21,16 +21,16 @@ from launch.hosts import Slots
 from model import GPTConfig
 from tools.doctor_host import Finding, Request, existing
 from tools.plan import GPT2_VOCABULARY, MODELS, RecipeConfig
-from tools.plan_formulas import by_device
+from tools.plan_formulas import Part, by_device
 from tools.terminal import make_parser, underscored
 from training import deepspeed_config, distributed
 from training.config import ROOT, parse
 from training.deepspeed_config import describe_json, nvme_blocks
 from training.deepspeed_engine import needed
 from training.distributed import LARGER_SHARED_MEMORY, NCCL_SHARED_MEMORY
-from training.errors import UserError, count
+from training.errors import ConfigError, UserError, count
 from training.run_folder import TESTED_TORCH
-from training.strategies import model_state_bytes
+from training.strategies import ModelState
 
 ANSWER = {"findings": list, "data": int, "device": str, **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
@@ -48,9 +48,11 @@ def make_requests(cfg: RecipeConfig, all_hosts: Slots, known: bool, marker: str 
         strategy, config = "fsdp", {}
         optimizer = weights = "cpu" if cfg.cpu_offload else "gpu"
     model = GPTConfig(*MODELS[cfg.init_from]) if cfg.init_from in MODELS else cfg.model_config(GPT2_VOCABULARY)
-    parameters = model.parameter_count() if known else 0
-    ranks = cfg.shard_ranks or sum(all_hosts.values())
-    state = model_state_bytes(strategy, ranks, parameters, torch.float32)  # bf16 takes less
+    parameters, ranks = model.parameter_count() if known else 0, sum(all_hosts.values())
+    if problems := cfg.refusals(cfg.layout(), ranks, min(all_hosts.values())):
+        raise ConfigError(problems[0])
+    part = Part(model, cfg.layout(), ranks, cfg.shard_ranks)
+    state = part.state(strategy, torch.float32) if known else ModelState(0, 0, 0)  # bf16 takes less
     request = {
         "device": cfg.device,  # auto, cpu, cuda
         "environment": hosts.forwarded_environment(os.environ),  # of the ranks
