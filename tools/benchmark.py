@@ -27,11 +27,10 @@ from data.dataset import Dataset, open_dataset
 from launch import hosts
 from tools import benchmark_report as report
 from tools.benchmark_report import Case
+from tools.plan import RecipeConfig
 from tools.terminal import align, make_parser, underscored
-from training.checkpoint import write_text
 from training.config import ROOT, PlainTrainConfig, TrainConfig, parse
-from training.deepspeed_config import DeepSpeedTrainConfig
-from training.distributed import run
+from training.distributed import Layout, run
 from training.errors import UserError
 from training.figures import read_rows
 from training.metrics import WARM_UP_STEPS
@@ -53,19 +52,25 @@ PEER_KEYS = """gradient_accumulation_steps batch_size block_size n_layer n_head 
     weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr compile"""  # the same in both
 
 
-def strategy_case(name: str, ranks: int, launcher: list[str], arguments: list[str], bare: bool = False) -> Case:
-    """launcher: for several ranks; arguments: for the train scripts. bare: by tests.bare_loop instead of them."""
+def strategy_case(row: str, ranks: int, launcher: list[str], arguments: list[str], bare: bool = False) -> Case:
+    """row: a strategy, and settings for it alone: zero1:tensor_parallel=2. launcher: for several ranks.
+
+    arguments: for the train scripts. bare: by tests.bare_loop instead of them.
+    """
+    name, *settings = row.split(":")
     strategy, ranks = find_strategy(name), 1 if name == "single" else ranks
-    if bare and not re.fullmatch("single|ddp|fsdp|zero[0-3]", name):
-        raise UserError(f"--bare: has no loop for {name}; use single, ddp, fsdp or zero0 to zero3")
+    if bare and not re.fullmatch("single|ddp|fsdp|zero[0-3]", row):
+        raise UserError(f"--bare: has no loop for {row}; use single, ddp, fsdp or zero0 to zero3")
     own = [argument.format(half=max(1, ranks // 2)) for argument in strategy.arguments]
+    own += ["--sequence_parallel=1"] if name == "single" else []
+    own += [f"--{setting}" for setting in settings]
     if strategy.script == "train.py":  # leave out DeepSpeed's keys
         plain = PlainTrainConfig.__dataclass_fields__
         arguments = [a for a in arguments if not a.startswith("--") or a[2:].partition("=")[0] in plain]
     launcher = ["-m", "launch.ranks", "1"] if ranks == 1 else launcher
     script = ["-m", "tests.bare_loop", name] if bare else [strategy.script]
-    case_name = f"bare {name}" if bare else name
-    return Case(case_name, ranks, [sys.executable, *launcher], [*script, *arguments, *own], ours=not bare)
+    row = f"bare {row}" if bare else row
+    return Case(row, ranks, [sys.executable, *launcher], [*script, *arguments, *own], ours=not bare)
 
 
 def peer_case(checkout: Path, cfg: TrainConfig, dataset: Dataset, ranks: int, folder: Path) -> Case:
@@ -101,7 +106,7 @@ def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, 
             continue
         print(f"[{number}/{len(turns)}] {title}: {case.name}", flush=True)
         try:
-            launch(case, cfg, folder / f"{case.name}-{number}")
+            launch(case, cfg, folder / str(number))
         except SubprocessError as failure:
             case.status, case.error = failure.args
             print(f"  {case.status}: {case.error}", flush=True)
@@ -200,7 +205,7 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     args, arguments = read_options()
-    cfg = parse(DeepSpeedTrainConfig, [*arguments, "--benchmark", f"--steps={args.steps}"], __doc__ or "")
+    cfg = parse(RecipeConfig, [*arguments, "--benchmark", f"--steps={args.steps}"], __doc__ or "")
     gpus = torch.cuda.device_count() if cfg.device != "cpu" else 0
     if args.hostfile:
         args.ranks = sum(hosts.read_hostfile(args.hostfile).values())
@@ -210,7 +215,9 @@ def main() -> None:
         launcher = ["-m", "launch.ranks", str(args.ranks)]
     if args.ranks < 1 or args.rounds < 1:
         raise UserError(f"--ranks={args.ranks}, --rounds={args.rounds}: both must be 1 or more")
-    names = list(dict.fromkeys(args.strategies.split(",")))
+    if args.bare and cfg.layout() != Layout():
+        raise UserError("--bare: has no loop for tensor, pipeline, sequence or expert parallelism")
+    names = dict.fromkeys(args.strategies.split(","))
     loops = (False, True) if args.bare else (False,)
     cases = [strategy_case(name, args.ranks, launcher, arguments, bare) for name in names for bare in loops]
     dataset = open_dataset(ROOT / "data" / cfg.dataset)  # if it is not prepared, say so once
@@ -228,13 +235,10 @@ def main() -> None:
     print("\n" + align(table, ("strategy", "verdict")), *report.failures(rows), sep="\n\n")
     if args.write:
         environment = next((case.environment for case in cases if case.environment), {})
-        results = {"format": 2, "arguments": arguments, "environment": environment}
-        results |= {"dtype": dtype, "steps": args.steps, "rounds": args.rounds}
-        results |= {"machine": report.machine(cases, dtype), "rows": rows}
+        results = {"format": 2, "arguments": arguments, "environment": environment, "dtype": dtype}
+        results |= {"steps": args.steps, "rounds": args.rounds, "machine": report.machine(cases, dtype), "rows": rows}
         args.write.mkdir(parents=True, exist_ok=True)
-        write_text(args.write / "benchmark.json", json.dumps(results, indent=1) + "\n")
-        written = report.write_page(results, args.write)
-        print("\nwritten:", args.write / "benchmark.json", *written, sep="\n  ")
+        print("\nwritten:", *report.write(results, args.write), sep="\n  ")
     sys.exit(any(row["error"] for row in rows))
 
 

@@ -20,18 +20,19 @@ from torch import Tensor
 from torch.profiler import profile, record_function
 from torch.utils._pytree import tree_leaves
 
-from model import GPT
+from model import GPTConfig
 from tools import all_reduce
+from tools.plan_formulas import Part
 from training.devices import peak_memory_bytes, synchronize, time_matmul
-from training.distributed import run
-from training.strategies import model_state_bytes
+from training.distributed import run, world_size
 
 CENSUS_STEP, TRACED_STEPS = 1, (4, 5, 6)
-STEPS = (f"--max_iters={TRACED_STEPS[-1] + 1}", "--eval_interval=1000000", "--eval_iters=1")
+STEPS = (f"--max_iters={TRACED_STEPS[-1] + 1}", "--eval_interval=1000000")
 PARTS = ("computation", "communication", "offload", "other")  # of a step; where several overlap, the first one counts
 BUFFERS = {  # class of DeepSpeed -> its buffers, for reducing gradients (twice with overlap_comm) and for NVMe
     **{"IPGBucket": "buffer", "IPGBucketZ3": "buffer"},
     **{"SwapBufferManager": "all_buffers", "AsyncPartitionedParameterSwapper": "buffers"},
+    **{"PipelineEngine": "pipe_buffers"},  # activations of micro-batches
 }
 # torch's states, and DeepSpeed's fp32 copy of the parameters
 OPTIMIZER_STATES = ("state", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
@@ -40,22 +41,23 @@ OPTIMIZER_STATES = ("state", "single_partition_of_fp32_groups", "fp32_partitione
 class Probe:
     """Takes the place of a trainer's train_step, and writes what it measured after the last traced step."""
 
-    def __init__(self, trainer: Any, note: dict[str, Any]):
+    def __init__(self, trainer: Any, config: GPTConfig, note: dict[str, Any]):
         self.trainer, self.device, self.train_step = trainer, trainer.ranks.device, trainer.train_step
-        self.note = note  # has process_bytes: the peak before the model was built
+        self.config, self.note = config, note  # has process_bytes: the peak before the model was built
         self.on_gpu = self.device.type == "cuda"
         self.step, self.profiler = 0, profile()  # of CPU and GPU
         self.census: dict[str, dict[str, int]] = {}  # device type -> kind -> bytes
         trainer.train_step = self.take_step
-        updater = getattr(trainer, "engine", trainer.optimizer)
+        steps_by_engine = hasattr(trainer, "engine") and trainer.ranks.layout.pipeline == 1
+        updater = trainer.engine if steps_by_engine else trainer.optimizer
         updater.step = partial(self.take_census, updater.step)
 
-    def take_census(self, update: Callable[..., None], *args: Any) -> None:
+    def take_census(self, update: Callable[..., None], *args: Any, **options: Any) -> None:
         """Count tensors, then update. DeepSpeed calls it after each backward pass; the largest count is kept."""
         if self.step == CENSUS_STEP:
             census = {name: count_tensors(self.trainer, name) for name in {self.device.type, "cpu"}}
             self.census = max(census, self.census, key=model_state)
-        update(*args)
+        update(*args, **options)
 
     def take_step(self, step: int) -> Any:
         self.step = step
@@ -73,15 +75,14 @@ class Probe:
 
     def finish(self) -> None:
         """Measure the machine, on all ranks at once, as they compute and communicate in a run, and write the note."""
-        trainer, ranks, dtype, config = self.trainer, self.trainer.ranks, self.trainer.dtype, self.trainer.model.config
+        trainer, ranks, dtype, config = self.trainer, self.trainer.ranks, self.trainer.dtype, self.config
         matrices = (4096, 8192, 16384) if self.on_gpu else (512, 1024)
         rates = [2 * size**3 / time_matmul(self.device, dtype, size, 5) for size in matrices for _ in range(4)]
         if ranks.world_size > 1:
             self.note["link_bytes_per_second"] = all_reduce.measure(ranks)["bytes_per_second"]
         memory = {**self.census[self.device.type], "interpreter": 0 if self.on_gpu else self.note["process_bytes"]}
         peak = self.note["peak_device_bytes" if self.on_gpu else "peak_host_bytes"]
-        shards, size = getattr(trainer.cfg, "shard_ranks", 0) or ranks.world_size, config.parameter_count()
-        expected = model_state_bytes(trainer.strategy, shards, size, dtype)
+        part = Part(config, ranks.layout, ranks.world_size, getattr(trainer.cfg, "shard_ranks", 0))
         trace = Path(trainer.cfg.out_dir) / f"trace_{ranks.rank}.json"
         self.profiler.export_chrome_trace(str(trace))
         self.note |= {
@@ -89,8 +90,8 @@ class Probe:
             "matmul_flops": max(rates),
             "memory": {**memory, "activations": max(0, peak - sum(memory.values()))},  # the rest of the peak
             "model_state_bytes": model_state(self.census),
-            "expected_bytes": round(expected.total()),
-            "parameter_count": size,
+            "expected_bytes": round(part.state(trainer.strategy, dtype).total()),
+            "parameter_count": config.parameter_count(),
             "flops_per_token": config.flops_per_token(),
             "breakdown_ms": break_down(json.loads(trace.read_text())["traceEvents"]),
         }
@@ -169,14 +170,16 @@ def main() -> None:
     name, *arguments = sys.argv[1:]
     script: Any = importlib.import_module(name.removesuffix(".py"))
     trainer_class, note = script.Trainer, dict[str, Any]()
+    method = "build" if hasattr(trainer_class, "build") else "__init__"  # that creates the model
+    create_model = getattr(trainer_class, method)
 
-    def build_model(*args: Any) -> GPT:
+    def measure(*args: Any) -> None:
         note["process_bytes"] = peak_memory_bytes(torch.device("cpu"))
-        return GPT(*args)
+        create_model(*args)
 
-    script.GPT = build_model
-    script.Trainer = lambda *args: Probe(trainer_class(*args), note).trainer
-    sys.argv = [name, *arguments, *STEPS, "--always_save_checkpoint=True"]
+    setattr(trainer_class, method, measure)
+    script.Trainer = lambda *args: Probe(trainer_class(*args), args[3].model, note).trainer  # args[3]: InitState
+    sys.argv = [name, *arguments, *STEPS, f"--eval_iters={world_size()}", "--always_save_checkpoint=True"]
     script.main()
 
 

@@ -1,5 +1,6 @@
 """Results of a benchmark: comparable numbers of each strategy, in the terminal, and on a page with figures."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, quantiles
@@ -182,8 +183,9 @@ def bars(rows: list[Row], caption: str, parts: list[dict[str, float]]) -> Any:
     return figure
 
 
-def write_page(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write benchmark.md, which has all numbers, and figures of those that were measured."""
+def write(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write benchmark.json, benchmark.md, which has all numbers, and figures of those that were measured."""
+    (folder / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     rows = results["rows"]
     rates = [{"tokens/s": row["tokens_per_second"]} if "tokens_per_second" in row else {} for row in rows]
     memory = [{kind: size / 1e6 for kind, size in row.get("memory", {}).items()} for row in rows]
@@ -204,4 +206,4 @@ def write_page(results: dict[str, Any], folder: Path) -> list[Path]:
     lines += [f"\n{failure}" for failure in failures(rows)]
     lines += ["", "## How it was measured", "", *(f"- {key}: {value}" for key, value in facts.items())]
     (folder / "benchmark.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return [folder / name for name in ("benchmark.md", *charts)]
+    return [folder / name for name in ("benchmark.json", "benchmark.md", *charts)]
