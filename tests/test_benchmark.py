@@ -33,19 +33,21 @@ def read(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, data):
-    """The finished process and its results: DDP, ZeRO-2, and a strategy whose disk does not exist."""
+    """The finished process and its results: DDP, ZeRO-2, tensor parallelism, and a strategy whose disk is missing."""
     folder = tmp_path_factory.mktemp("benchmark")
     settings = {**SETTINGS, "dataset": data, "out_dir": folder / "out", "nvme_path": "/proc/none"}
-    done = run_benchmark("ddp,zero2,zero3_nvme", gpus=2, steps=6, write=folder / "results", **settings)
+    strategies = "ddp,zero2,zero3_nvme,zero1:tensor_parallel=2"
+    done = run_benchmark(strategies, gpus=2, steps=6, write=folder / "results", **settings)
     assert done.returncode == 1, done.stdout + done.stderr
     return done, folder / "results"
 
 
 def test_every_number_of_a_strategy_is_there(measured):
     results = read(measured[1] / "benchmark.json")
-    ddp, zero2, _ = results["rows"]
-    assert [row["verdict"] for row in (ddp, zero2)] == ["baseline", "same"] and zero2["loss_difference"] <= 1e-5
-    for row in (ddp, zero2):
+    ddp, zero2, _, split = results["rows"]
+    assert [row["verdict"] for row in (ddp, zero2, split)] == ["baseline", "same", "same"]
+    assert zero2["loss_difference"] <= 1e-5 and split["strategy"] == "zero1:tensor_parallel=2"
+    for row in (ddp, zero2, split):
         assert row["status"] == "ok" and row["ranks"] == 2 and row["steps_timed"] == 3 == len(row["losses"]) - 3
         low, high = row["tokens_per_second_quartiles"]
         assert 0 < low <= row["tokens_per_second"] <= high and row["start_s"] > 0.1
@@ -55,7 +57,9 @@ def test_every_number_of_a_strategy_is_there(measured):
         assert tuple(row["breakdown_ms"]) == PARTS and row["breakdown_ms"]["offload"] == 0
         assert all(row["breakdown_ms"][part] > 0 for part in ("computation", "communication"))
     assert zero2["memory"]["parameters"] == 4 * zero2["parameter_count"], "fp32, whole on every rank"
-    for row, bytes_each in ((ddp, 8), (zero2, 12 / 2)):
+    assert split["memory"]["parameters"] < 0.8 * zero2["memory"]["parameters"], "of which embeddings are whole"
+    own = split["memory"]["parameters"] / zero2["memory"]["parameters"]
+    for row, bytes_each in ((ddp, 8), (zero2, 12 / 2), (split, 12 * own)):
         assert row["memory"]["optimizer_states"] == pytest.approx(bytes_each * row["parameter_count"], rel=0.02)
         assert row["model_state_bytes"] == pytest.approx(row["expected_bytes"], rel=0.05)
     assert results["machine"].keys() == {"process_bytes", "matmul_flops", "link_bytes_per_second"}
@@ -69,8 +73,8 @@ def test_a_failure_is_a_row(measured):
     row = read(folder / "benchmark.json")["rows"][2]
     assert row["status"] == "failed" and "/proc/none" in row["error"] and "tokens_per_second" not in row
     assert f"zero3_nvme: failed: {row['error']}" in (folder / "benchmark.md").read_text()
-    assert re.search(r"^\[1/6\] round 1 of 1: ddp$", done.stdout, re.M)
-    assert re.search(r"^\[5/6\] memory and parts of a step: zero2", done.stdout, re.M)
+    assert re.search(r"^\[1/8\] round 1 of 1: ddp$", done.stdout, re.M)
+    assert re.search(r"^\[6/8\] memory and parts of a step: zero2", done.stdout, re.M)
     assert not list(folder.parent.glob(".benchmark-*")), "run folders are left behind"
 
 
@@ -84,7 +88,7 @@ def test_figures_and_the_page(measured):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^\| zero2 \| same \| 2 \|", text, re.M) and "\n- steps: 6\n" in text
     assert "\n![step.png](step.png)\n\n| strategy | verdict | ranks |" in text
-    assert "\n\nzero3_nvme: failed: " in text and text.count("\n| ") == 5, "titles, a rule, and three strategies"
+    assert "\n\nzero3_nvme: failed: " in text and text.count("\n| ") == 6, "titles, a rule, and four strategies"
 
 
 def test_a_terminal_has_six_columns(measured):
@@ -207,5 +211,7 @@ def test_a_bare_loop_beside_each_strategy(tmp_path, data):
         ratios = [rows[name][key] for key in ("bare_step", "bare_memory", "bare_start")]
         assert all(0.01 < ratio < 100 for ratio in ratios) and "bare_step" not in rows[f"bare {name}"]
     assert "fastest step / bare" in (tmp_path / "benchmark.md").read_text()
+    refused = run_benchmark("zero1", "--bare", tensor_parallel=2, **settings)
+    assert message(refused) == "--bare: has no loop for tensor, pipeline, sequence or expert parallelism"
     refused = run_benchmark("fsdp_hsdp", "--bare", **settings)
     assert message(refused) == "--bare: has no loop for fsdp_hsdp; use single, ddp, fsdp or zero0 to zero3"

@@ -173,5 +173,11 @@ def test_the_command_of_a_launch():
     assert hsdp.script == ["train.py", "config/x.py", "--seed=1", "--strategy=fsdp", "--shard_ranks=4"]
     json = "--deepspeed_config=deepspeed_configs/zero3_offload_config.json"
     assert strategy_case("zero3_offload", 8, launcher, arguments).script == ["train_deepspeed.py", *arguments, json]
+    arguments += ["--tensor_parallel=2", "--sequence_parallel=2"]
     single = strategy_case("single", 1, launcher, arguments)
-    assert single.launcher[1:] + single.script == ["-m", "launch.ranks", "1", "train.py", "config/x.py", "--seed=1"]
+    alone = ["--sequence_parallel=2", "--sequence_parallel=1"]
+    assert single.launcher[1:] == ["-m", "launch.ranks", "1"]
+    assert single.script == ["train.py", "config/x.py", "--seed=1", *alone]
+    split = strategy_case("zero1:tensor_parallel=4:seed=2", 8, launcher, arguments)
+    assert split.name == "zero1:tensor_parallel=4:seed=2"
+    assert split.script[-2:] == ["--tensor_parallel=4", "--seed=2"] and "--tensor_parallel=2" in split.script

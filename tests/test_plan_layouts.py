@@ -100,12 +100,12 @@ def test_activations_of_experts_as_pytorch_saves_them(half):
     config = replace(SMALL, mlp="swiglu", n_hidden=512, n_expert=4, n_active=2)
     found = case(Layout(), batch=5, model=config, gpus=1, dtype="bfloat16" if half else "float32")
     measured = saved_bytes(config, 5, half, autocast=False)
-    assert plan_formulas.saved_activations(found) == pytest.approx(measured, rel=0.02)
+    assert sum(plan_formulas.saved_activations(found)) == pytest.approx(measured, rel=0.02)
 
 
 def test_sequence_parallelism_divides_all_activations():
-    for found in (plan_formulas.head_activations, plan_formulas.saved_activations):
-        assert found(case(SP, checkpointing=True)) == pytest.approx(found(case(Layout(), checkpointing=True)) / 8)
+    whole, split = (plan_formulas.saved_activations(case(found, checkpointing=True)) for found in (Layout(), SP))
+    assert [8 * part for part in split] == pytest.approx(whole)
 
 
 def test_ulysses_saves_the_output_of_attention_twice(monkeypatch):
@@ -133,7 +133,8 @@ def test_the_logits_are_divided_without_a_pipeline_only():
     logits = 2 * GPT3.block_size * GPT3.vocab_size  # bytes
     even = replace(GPT3, vocab_size=50304)
     layouts = Layout(), TP, replace(TP, pipeline=8)
-    whole, split, staged = (plan_formulas.head_activations(case(layout, model=even, nodes=8)) for layout in layouts)
+    cases = (case(layout, model=even, nodes=8) for layout in layouts)
+    whole, split, staged = (plan_formulas.saved_activations(found)[1] for found in cases)
     assert staged == whole and (whole - split) / logits == pytest.approx(7 / 8, rel=0.01)
 
 

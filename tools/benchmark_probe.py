@@ -29,10 +29,9 @@ from training.distributed import run, world_size
 CENSUS_STEP, TRACED_STEPS = 1, (4, 5, 6)
 STEPS = (f"--max_iters={TRACED_STEPS[-1] + 1}", "--eval_interval=1000000")
 PARTS = ("computation", "communication", "offload", "other")  # of a step; where several overlap, the first one counts
-BUFFERS = {  # class of DeepSpeed -> its buffers, for reducing gradients (twice with overlap_comm) and for NVMe
-    **{"IPGBucket": "buffer", "IPGBucketZ3": "buffer"},
+BUFFERS = {  # class of DeepSpeed -> its buffers: of gradients to reduce (twice with overlap_comm), a pipeline's, NVMe's
+    **{"IPGBucket": "buffer", "IPGBucketZ3": "buffer", "PipelineEngine": "pipe_buffers"},
     **{"SwapBufferManager": "all_buffers", "AsyncPartitionedParameterSwapper": "buffers"},
-    **{"PipelineEngine": "pipe_buffers"},  # activations of micro-batches
 }
 # torch's states, and DeepSpeed's fp32 copy of the parameters
 OPTIMIZER_STATES = ("state", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")

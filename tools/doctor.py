@@ -23,7 +23,7 @@ from tools.doctor_host import Finding, Request, existing
 from tools.plan import GPT2_VOCABULARY, MODELS, RecipeConfig
 from tools.plan_formulas import Part, by_device
 from tools.terminal import make_parser, underscored
-from training import deepspeed_config, distributed
+from training import deepspeed_config, distributed, parallel
 from training.config import ROOT, parse
 from training.deepspeed_config import describe_json, nvme_blocks
 from training.deepspeed_engine import needed
@@ -49,8 +49,8 @@ def make_requests(cfg: RecipeConfig, all_hosts: Slots, known: bool, marker: str 
         optimizer = weights = "cpu" if cfg.cpu_offload else "gpu"
     model = GPTConfig(*MODELS[cfg.init_from]) if cfg.init_from in MODELS else cfg.model_config(GPT2_VOCABULARY)
     parameters, ranks = model.parameter_count() if known else 0, sum(all_hosts.values())
-    if problems := cfg.refusals(cfg.layout(), ranks, min(all_hosts.values())):
-        raise ConfigError(problems[0])
+    for name, rule in parallel.problems(cfg, cfg.layout(), ranks, min(all_hosts.values())):
+        raise ConfigError(f"{name} = {getattr(cfg, name)}: {rule}")
     part = Part(model, cfg.layout(), ranks, cfg.shard_ranks)
     state = part.state(strategy, torch.float32) if known else ModelState(0, 0, 0)  # bf16 takes less
     request = {

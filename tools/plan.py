@@ -89,11 +89,6 @@ class RecipeConfig(DeepSpeedTrainConfig, PlainTrainConfig):
         """None: the ranks of this process are not those of the run."""
         yield from ()
 
-    def refusals(self, layout: Layout, ranks: int, local_ranks: int) -> list[str]:
-        """The rules of a layout that it breaks on so many ranks."""
-        found = parallel.problems(self, layout, ranks, local_ranks)
-        return [f"{name} = {getattr(self, name)}: {rule}" for name, rule in found]
-
 
 def read_benchmark(path: str, dtype: str) -> list[str]:
     """Keys and values that benchmark.json measured in its first timed row, as arguments; dtype: empty for its own."""
@@ -149,7 +144,8 @@ class Request:
     def problems(self, strategy: Strategy, layout: Layout) -> list[str]:
         """Why such a run would be refused, with what config_lines sets for a pipeline."""
         cfg, size, data = replace(self.recipe, compile=False, eval_iters=0), self.cfg.ranks, layout.data(self.cfg.ranks)
-        if problems := cfg.refusals(layout, size, self.cfg.gpus):
+        broken = parallel.problems(cfg, layout, size, self.cfg.gpus)
+        if problems := [f"{name} = {getattr(cfg, name)}: {rule}" for name, rule in broken]:
             return problems
         if self.global_batch % data:
             kind, near = "ranks" if data == size else "data-parallel ranks", max(1, self.global_batch // data) * data
@@ -157,31 +153,27 @@ class Request:
         ranks = replace(SINGLE_PROCESS, world_size=size, layout=layout)
         return list(check(cfg, ranks, self.model, strategy_of({"zero_optimization": strategy.zero})))
 
-    def layouts(self) -> Iterator[Layout]:
-        """All whose sizes are powers of two, with matrices shared inside a node, and equal stages."""
-        powers = [2**power for power in range(self.cfg.ranks.bit_length())]
-        tensor = [size for size in powers if self.cfg.gpus % size == 0]
-        pipeline = [size for size in powers if self.model.n_layer % size == 0]
-        return starmap(Layout, product(tensor, powers, pipeline, powers if self.model.n_expert else [1]))
-
     def candidates(self, search: bool = False) -> list[Candidate]:
-        """Every strategy and micro-batch, also what does not fit; search: with all layouts, not only the given one."""
+        """Every strategy and micro-batch, also what does not fit; search: in every layout of powers of two."""
         cfg, refused, possible = self.cfg, list[str](), list[Candidate]()
         chosen = [find_strategy(name) for name in cfg.strategies.split(",") if name] or strategies().values()
         impossible = "ddp" if cfg.ranks == 1 else "single"
         several = cfg.nodes > 1 and cfg.gpus > 1  # nodes of several GPUs, which HSDP needs
         chosen = [one for one in chosen if one.name != impossible and (several or not one.hybrid)]
-        for strategy in chosen:
-            for layout in self.layouts() if search else [self.recipe.layout()]:
-                problems = self.problems(strategy, layout)
-                refused += problems
-                sequences = 0 if problems else self.global_batch // layout.data(cfg.ranks)
-                possible += [
-                    Candidate(self.model, strategy, cfg, batch, sequences // batch, checkpointing, layout)
-                    for batch in range(1, sequences + 1)
-                    if sequences % batch == 0
-                    for checkpointing in (False, True)
-                ]
+        layouts = [self.recipe.layout()]
+        if search:
+            powers = [2**power for power in range(cfg.ranks.bit_length())]
+            layouts = list(starmap(Layout, product(powers, powers, powers, powers if self.model.n_expert else [1])))
+        for strategy, layout in product(chosen, layouts):
+            problems = self.problems(strategy, layout)
+            refused += problems
+            sequences = 0 if problems else self.global_batch // layout.data(cfg.ranks)
+            possible += [
+                Candidate(self.model, strategy, cfg, batch, sequences // batch, checkpointing, layout)
+                for batch in range(1, sequences + 1)
+                if sequences % batch == 0
+                for checkpointing in (False, True)
+            ]
         if refused and not possible:
             raise ConfigError(refused[0])
         return possible

@@ -216,16 +216,16 @@ def block_activations(case: Candidate) -> float:
     return case.tokens * (saved + masks + statistics)
 
 
-def head_activations(case: Candidate) -> float:
-    """The last norm, the output projection, and c s b V of logits, whose gradient takes their place (model.py)."""
-    norm = case.model.n_embd * (case.residual_bytes + case.compute_bytes) + 2 * FP32
-    return case.tokens * (norm + case.part.vocabulary * case.compute_bytes + TOKEN_BYTES)
+def saved_activations(case: Candidate) -> tuple[float, float]:
+    """Of the blocks and of the head, at the end of forward.
 
-
-def saved_activations(case: Candidate) -> float:
-    """At the end of forward. With activation checkpointing a block saves its input only (section 5 of that paper)."""
+    With activation checkpointing a block saves its input only (section 5 of that paper). The head saves the last norm
+    and c s b V of logits, whose gradient takes their place (model.py).
+    """
     block = case.tokens * case.model.n_embd * case.residual_bytes if case.checkpointing else block_activations(case)
-    return case.part.layers * block + head_activations(case)
+    norm = case.model.n_embd * (case.residual_bytes + case.compute_bytes) + 2 * FP32
+    logits = case.part.vocabulary * case.compute_bytes
+    return case.part.layers * block, case.tokens * (norm + logits + TOKEN_BYTES)
 
 
 def peak_activations(case: Candidate) -> float:
@@ -233,7 +233,7 @@ def peak_activations(case: Candidate) -> float:
 
     Of p stages, the first then holds min(p, m) micro-batches (1F1B: Narayanan et al., arXiv:2104.04473, section 2.2.1).
     """
-    model, part, saved = case.model, case.part, saved_activations(case)
+    model, part, (blocks, head) = case.model, case.part, saved_activations(case)
     rows = min(case.tokens, LOSS_ROWS if case.system.on_gpu else max(1, LOSS_ELEMENTS // model.vocab_size))
     if part.vocabulary < model.vocab_size:  # DeepSpeed's loss keeps all logits in fp32, twice
         rows = 2 * case.tokens
@@ -241,8 +241,8 @@ def peak_activations(case: Candidate) -> float:
     # the gradient of the output projection waits for that of the embedding until the end of backward
     in_backward = case.compute_bytes * (gradients + part.head)
     in_backward += block_activations(case) if case.checkpointing else 0  # recomputed
-    in_backward += min(case.layout.pipeline, case.micro_steps) * (saved - head_activations(case))
-    return max(saved + FP32 * part.vocabulary * rows, in_backward)
+    in_backward += min(case.layout.pipeline, case.micro_steps) * blocks
+    return max(blocks + head + FP32 * part.vocabulary * rows, in_backward)
 
 
 def gathered_parameters(case: Candidate) -> float:

@@ -123,11 +123,10 @@ def out_of_memory_advice(
 
 def smaller_strategies(current: str, ranks: Ranks, size: int, dtype: torch.dtype, total: float) -> Iterator[str]:
     """Launchers with less model state per rank than now; after them those that move it off the GPU."""
-    for other in sorted(strategies().values(), key=lambda strategy: strategy.stage):
-        less = model_state_bytes(other.name, ranks.world_size, size, dtype).total()
-        partitioned = other.optimizer_device == "gpu" and not (other.keeps_parameters or other.hybrid)
-        if less < total and partitioned and not other.name.endswith("hpz"):  # which keeps parameters once more
-            yield f"{other.launcher}: {gigabytes(less)}"
+    for name in ("zero1", "zero2", "fsdp", "zero3"):
+        less = model_state_bytes(name, ranks.world_size, size, dtype).total()
+        if less < total:
+            yield f"{strategies()[name].launcher}: {gigabytes(less)}"
     for name in ("zero3_offload", "zero3_nvme"):  # on CPU ranks, an offload to the CPU frees nothing
         if name != current and not current.endswith("nvme") and (name.endswith("nvme") or ranks.device.type == "cuda"):
             less = model_state_bytes(name, ranks.world_size, size, dtype).total()
