@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -213,10 +214,9 @@ MEASURED = {  # on 2 ranks
 }
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_model_states_as_counted_in_runs(name, tmp_path, make_data):
-    model, layout, strategy = MEASURED[name]
-    data = make_data(np.arange(2000) % model.vocab_size, model.vocab_size)
+def measured(folder: Path, make_data: Any, model: GPTConfig, layout: Layout, strategy: str, what: str) -> list[Any]:
+    """What tests.layout_state counts on each of two ranks: "state" or "saved"."""
+    data = make_data(np.arange(5000) % model.vocab_size, model.vocab_size)
     settings: dict[str, Any] = {
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(model)
@@ -230,10 +230,25 @@ def test_model_states_as_counted_in_runs(name, tmp_path, make_data):
         "always_save_checkpoint": False,
         "gradient_accumulation_steps": 2,
     }
-    given = {**TINY, **settings, "dataset": data, "out_dir": tmp_path / "out", "deepspeed_config": zero_json(strategy)}
-    done = run("-m", "tests.layout_state", str(tmp_path), ranks=2, **given)
+    given = {**TINY, **settings, "dataset": data, "out_dir": folder / "out", "deepspeed_config": zero_json(strategy)}
+    done = run("-m", "tests.layout_state", str(folder), ranks=2, **given)
     assert done.returncode == 0, done.stderr
-    found = [json.loads((tmp_path / f"state_{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((folder / f"{what}_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_activations_of_long_sequences_as_counted_in_runs(sequence, tmp_path, make_data):
+    """Sequences of 2,048 tokens: half as much on each of two ranks, and attention's output once more."""
+    model, layout = replace(SMALL, block_size=2048), Layout(sequence=sequence)
+    found = measured(tmp_path, make_data, model, layout, "zero2", "saved")
+    predicted = case(layout, "zero2", model=model, gpus=2, dtype="float32")
+    assert found == pytest.approx([sum(plan_formulas.saved_activations(predicted))] * 2, rel=0.001)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_model_states_as_counted_in_runs(name, tmp_path, make_data):
+    model, layout, strategy = MEASURED[name]
+    found = measured(tmp_path, make_data, model, layout, strategy, "state")
     predicted = case(layout, strategy, model=model, gpus=2, dtype="float32")
     state = predicted.part.state(strategy, torch.float32)
     for kind in ("parameters", "optimizer_states"):
