@@ -1,7 +1,7 @@
 # The shape of Qwen3 0.6B (arXiv:2505.09388): 0.6B parameters. Val loss: not measured.
 #   ./launch_fsdp.sh 8 config/train_qwen3_0.6b.py    or ./launch_deepspeed_zero3.sh, ./launch_deepspeed_zero3_offload.sh
 # python -m tools.plan config/train_qwen3_0.6b.py --vocab_size=151936 --device=H100 --gpus=8
-# Predicted for 8 H100: FSDP2 61 GB each and 618,000 tokens/s, ZeRO-3 62 and 618,000, offloaded 61 and 465,000.
+# Predicted for 8 H100: FSDP2 33 GB each and 616,000 tokens/s, ZeRO-3 34 and 616,000, offloaded 33 and 276,000.
 from config.train_llama2_7b import *
 out_dir = 'out-qwen3-0.6b'
 tied = True
