@@ -262,6 +262,7 @@ REFUSED = {
     "--model=gpt2-xl --tensor-parallel=2": "n_kv_head = 25: must be divisible by tensor_parallel x",
     "--model=gpt2 --tensor-parallel=-1": "tensor_parallel = -1: must be above 0",
     "--model=gpt2 --tensor-parallel=two": "tensor_parallel = 'two' (command line): must be a whole number (int)",
+    "--model=gpt2 --gpus=2 --nodes=2 --tensor-parallel=4": "must divide the 2 ranks of a node; or set --tensor_across",
     "--model=gpt2 --expert-parallel=2": "expert_parallel = 2: needs a model with experts; set --n_expert",
     "--model=gpt2 --pipeline-parallel=2 --strategies=zero2": "pipeline_parallel = 2: needs ZeRO stage 1, stage is 2",
     "--model=gpt2 --pipeline-parallel=2 --strategies=fsdp": "pipeline_parallel = 2: needs ZeRO stage 1 or higher",
@@ -305,6 +306,8 @@ def test_a_layout_of_a_recipe_or_the_command_line(tmp_path, monkeypatch):
     taken = found.candidates()[0]
     assert taken.micro_steps * taken.batch == 64 and taken.sizes == "tp4 pp4"
     assert "--tensor_parallel=4" in command(found, taken)
+    across = ("--tensor_parallel=4", "--tensor_across_nodes=True")
+    assert request("--model=gpt2", "--gpus=2", "--nodes=2", *across).candidates()
     found = request("--model=gpt2", "--sequence_parallel=2", "--pipeline_parallel=2")
     lines = config_lines(found, found.candidates()[0])
     assert lines[-4:] == ["sequence_parallel = 2", "pipeline_parallel = 2", "compile = False", "eval_iters = 200"]

@@ -53,10 +53,7 @@ PEER_KEYS = """gradient_accumulation_steps batch_size block_size n_layer n_head 
 
 
 def strategy_case(row: str, ranks: int, launcher: list[str], arguments: list[str], bare: bool = False) -> Case:
-    """row: a strategy, and settings for it alone: zero1:tensor_parallel=2. launcher: for several ranks.
-
-    arguments: for the train scripts. bare: by tests.bare_loop instead of them.
-    """
+    """row: a strategy with settings (zero1:tensor_parallel=2); launcher: for several ranks; bare: a bare loop."""
     name, *settings = row.split(":")
     strategy, ranks = find_strategy(name), 1 if name == "single" else ranks
     if bare and not re.fullmatch("single|ddp|fsdp|zero[0-3]", row):

@@ -50,6 +50,7 @@ RANGES = {"gpus": (1, 10**5), "nodes": (1, 10**5), "achievable": (0.01, 1), "lin
 RANGES |= {"fragmentation": (0, 1), "link": (0.001, 10**6)}
 ON_CPU = {"device": "cpu", "overlap": 0.5, "fragmentation": 0.0, "link_share": 1.0}  # results/zero_links
 MOST_RANKS, CONFIG = 1024, "config/planned.py"
+LAYOUT = ("--tensor_", "--sequence_", "--pipeline_", "--expert_parallel")  # how its keys begin
 CURVE = "single,ddp,zero1,zero2,zero3,zero3_offload"  # if --strategies does not name others
 FOOTER = """\
 GB per rank: model state (parameters, gradients, optimizer states), activations, buffers (gathered parameters, gradients
@@ -194,7 +195,7 @@ def build_request(argv: list[str]) -> Request:
         of_recipe = is_path or (not hasattr(PlanConfig, name) and did_you_mean(name, vars(RecipeConfig())))
         (recipes if of_recipe else options).append(argument)
     cfg = parse(PlanConfig, options, __doc__ or "")
-    if bool(cfg.model) == any("_parallel=" not in argument for argument in recipes):  # a model may have a layout
+    if bool(cfg.model) == any(not argument.startswith(LAYOUT) for argument in recipes):  # a model may have one
         raise ConfigError("give a model, --model=gpt2-xl, or a recipe, config/x.py --key=value, and not both")
     recipe = parse(RecipeConfig, recipes, "")
     meta = ROOT / "data" / recipe.dataset / "meta.json"

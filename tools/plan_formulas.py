@@ -88,8 +88,8 @@ class Part:
         self.block = (shared + experts) / self.layers
         self.vocabulary = model.vocab_size // (layout.tensor if splits_vocabulary(model, layout) else 1)
         self.head = self.vocabulary * model.n_embd
-        outside = positions + self.head + (0 if model.tied or layout.pipeline > 1 else head)
-        self.parameters = shared + experts + outside
+        embedding = 0 if model.tied or layout.pipeline > 1 else head
+        self.parameters = shared + experts + positions + embedding + self.head
         self.shards = self.shard_ranks or self.ranks // (layout.tensor * layout.pipeline)
         copies = self.ranks // (layout.pipeline * layout.expert) if layout.expert > 1 else self.shards  # of an expert
         self.partition = (self.parameters - experts) / self.shards + experts / copies
@@ -288,8 +288,7 @@ def transfers(case: Candidate, forward: float, backward: float) -> list[tuple[fl
     ring = part.parameters - part.partition  # (n - 1) / n of P
     gradients, weights = FP32 * ring, case.compute_bytes * ring
     if stage == 0:
-        sent = 2 * gradients
-        return [(sent, sent / bandwidth, 0.0 if case.deepspeed else backward)]
+        return [(2 * gradients, 2 * gradients / bandwidth, 0.0 if case.deepspeed else backward)]
     if stage < 3:
         times = 1 if stage == 1 else steps
         reduced, beside = 2 * weights * times, backward * times if case.overlap_comm else 0.0

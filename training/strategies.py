@@ -1,7 +1,6 @@
 """Strategies: how the model state is divided over ranks and devices, and what to try when memory runs out."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -117,17 +116,13 @@ def out_of_memory_advice(
         lines.append(f"  --batch_size={cfg.batch_size // factor} --gradient_accumulation_steps={micro_steps}")
     if not cfg.activation_checkpointing:
         lines.append("  --activation_checkpointing=True")
-    lines += [f"  {line}" for line in smaller_strategies(strategy, ranks, size, dtype, state.total())]
-    return "\n  ".join(lines)
-
-
-def smaller_strategies(current: str, ranks: Ranks, size: int, dtype: torch.dtype, total: float) -> Iterator[str]:
-    """Launchers with less model state per rank than now; after them those that move it off the GPU."""
     for name in ("zero1", "zero2", "fsdp", "zero3"):
         less = model_state_bytes(name, ranks.world_size, size, dtype).total()
-        if less < total:
-            yield f"{strategies()[name].launcher}: {gigabytes(less)}"
-    for name in ("zero3_offload", "zero3_nvme"):  # on CPU ranks, an offload to the CPU frees nothing
-        if name != current and not current.endswith("nvme") and (name.endswith("nvme") or ranks.device.type == "cuda"):
+        if less < state.total():
+            lines.append(f"  {strategies()[name].launcher}: {gigabytes(less)}")
+    places = {"zero3_offload": "CPU"} if ranks.device.type == "cuda" else {}  # CPU ranks have no other memory
+    for name, place in {**places, "zero3_nvme": "disk"}.items():
+        if name != strategy and not strategy.endswith("nvme"):
             less = model_state_bytes(name, ranks.world_size, size, dtype).total()
-            yield f"{strategies()[name].launcher}: {gigabytes(less)}, on the {'CPU' if 'off' in name else 'disk'}"
+            lines.append(f"  {strategies()[name].launcher}: {gigabytes(less)}, on the {place}")
+    return "\n  ".join(lines)
