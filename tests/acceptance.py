@@ -116,9 +116,9 @@ def correctness(gpu: bool, data: Path, gpt2: str) -> list[Stage]:
     ]
 
 
-def speed(gpu: bool, gpt2: str, peer: str) -> list[Stage]:
+def speed(gpu: bool, gpt2: str, beside: str) -> list[Stage]:
     """Stages that run alone on the device, the most important first, because time may run out."""
-    bench = f"-m tools.benchmark --strategies=single --gpus=1 --speed --steps=25 --write={{out}} {peer}"
+    bench = f"-m tools.benchmark --strategies=single --gpus=1 --speed --steps=25 --write={{out}} {beside}"
     bench += f" {gpt2} --gradient_accumulation_steps=4 --out_dir={{out}}/run"
     eager = f"{gpt2} --benchmark --steps=15 --gradient_accumulation_steps=4 --compile=False"
     large = f"{gpt2} --benchmark --steps=8 --gradient_accumulation_steps=2 --batch_size="
@@ -342,8 +342,10 @@ def main(usage: str) -> None:
         acceptance, data = Acceptance(Path(folder), write, gpu, args.minutes), Path(folder, "data")
         write_data(data, tokenizer_from({"name": "gpt2" if gpu else "byte"}), 8_000_000 if gpu else 50_000)
         gpt2 = f"config/train_gpt2.py --dataset={data}{'' if gpu else TINY + ' --device=cpu'}"
-        peer = f"--peer={args.peer.resolve()}" if args.peer else ""
-        stages = [*correctness(bool(gpu), data, gpt2), *speed(bool(gpu), gpt2, peer)]
+        if args.peer:
+            acceptance.environment["NANOGPT"] = str(args.peer.resolve())
+        beside = "--beside=tests.nanogpt" if args.peer else ""
+        stages = [*correctness(bool(gpu), data, gpt2), *speed(bool(gpu), gpt2, beside)]
         passed = acceptance.run(choose(stages, args.only.split(",")))
     counts = Counter(result["status"] for result in acceptance.results.values())
     acceptance.say(", ".join(f"{number} {status}" for status, number in counts.items()))

@@ -1,15 +1,18 @@
-"""A training loop with nothing around it, which tools.benchmark --bare times beside this code's.
+"""A training loop with nothing around it, which tools.benchmark --beside=tests.bare_loop times beside this code's.
 
     python -m launch.ranks 2 -m tests.bare_loop zero2 config/train_debug.py --steps=30
 
 The same model, settings, optimizer and DeepSpeed JSON, with nanoGPT's way of reading batches, and a line for each step
-as nanoGPT prints it; no checks, other logs or checkpoints.
+as nanoGPT prints it; no checks, other logs or checkpoints. At the end it writes out_dir/metrics.jsonl.
 """
 
+import json
+import re
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,9 @@ from model import GPT, GPTConfig, initial_value
 from training.config import ROOT, PlainTrainConfig, TrainConfig, parse
 from training.deepspeed_config import DeepSpeedTrainConfig, describe_json, read, resolve
 from training.devices import peak_memory_bytes
-from training.distributed import Ranks, pick_dtype, run, start
+from training.distributed import Layout, Ranks, pick_dtype, run, start
+from training.errors import UserError
+from training.metrics import WARM_UP_STEPS
 from training.optim import make_optimizer, parameter_groups
 
 Batch = Callable[[], tuple[Tensor, Tensor]]
@@ -109,21 +114,41 @@ def make_batch(cfg: TrainConfig, dataset: Dataset, ranks: Ranks) -> Batch:
     return batch
 
 
+def write_metrics(cfg: TrainConfig, steps: list[tuple[float, float, int]]) -> None:
+    """steps: loss, milliseconds, and the peak memory in bytes. As in our runs, the warm-up steps have no time."""
+    tokens, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, []
+    for number, (loss, ms, peak) in enumerate(steps):
+        row = {"kind": "train", "step": number, "loss": loss, "mfu": None, "peak_memory_bytes": peak}
+        timed = number >= WARM_UP_STEPS
+        rows.append(
+            {**row, "step_ms": ms if timed else None, "tokens_per_second": 1e3 * tokens / ms if timed else None}
+        )
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    Path(cfg.out_dir, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def main() -> None:
     name, *arguments = sys.argv[1:]
+    if not re.fullmatch("single|ddp|fsdp|zero[0-3]", name):
+        raise UserError(f"tests.bare_loop has no loop for {name}; use single, ddp, fsdp or zero0 to zero3")
     zero = name.startswith("zero")
     cfg = parse(DeepSpeedTrainConfig if zero else PlainTrainConfig, arguments, "")
+    if cfg.layout() != Layout():
+        raise UserError("tests.bare_loop has no loop for tensor, pipeline, sequence or expert parallelism")
     dataset = open_dataset(ROOT / "data" / cfg.dataset)
     shape = cfg.model_config(dataset.vocab_size)
     with start(cfg.device, cfg.backend, process_group=name != "single", tf32=cfg.tf32) as ranks:
         batch = make_batch(cfg, dataset, ranks)
         step = deepspeed_loop(cfg, ranks, shape, batch) if zero else plain_loop(name, cfg, ranks, shape, batch)
+        steps = []
         for number in range(cfg.steps):
             since = time.perf_counter()
             loss = step().item()  # waits for the device
-            ms, peak = 1e3 * (time.perf_counter() - since), peak_memory_bytes(ranks.device)
+            steps.append((loss, 1e3 * (time.perf_counter() - since), peak_memory_bytes(ranks.device)))
             if ranks.main:
-                print(f"iter {number}: loss {loss:.4f}, time {ms:.2f}ms, peak {peak} bytes", flush=True)
+                print(f"iter {number}: loss {loss:.4f}, time {steps[-1][1]:.2f}ms", flush=True)
+        if ranks.main:
+            write_metrics(cfg, steps)
 
 
 if __name__ == "__main__":

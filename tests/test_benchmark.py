@@ -147,10 +147,10 @@ def test_nanogpt_beside_ours(tmp_path, data):
     checkout = Path(os.environ["NANOGPT"]).resolve()
     before = sorted(checkout.rglob("*"))
     settings = {**SETTINGS, "dataset": data, "out_dir": tmp_path / "out"}
-    done = run_benchmark("single", "--speed", steps=8, peer=checkout, write=tmp_path, **settings)
+    done = run_benchmark("single", "--speed", steps=8, beside="tests.nanogpt", write=tmp_path, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
-    assert theirs["strategy"] == "nanogpt" and theirs["verdict"] == "not compared" and theirs["ranks"] == 1
+    assert theirs["strategy"] == "tests.nanogpt single" and theirs["verdict"] == "not compared"
     assert ours["steps_timed"] == theirs["steps_timed"] == 5 and theirs["tokens_per_second"] > 0
     assert sorted(checkout.rglob("*")) == before, "the checkout was changed"
 
@@ -164,7 +164,6 @@ def test_nanogpt_beside_ours(tmp_path, data):
         ("ddp", {"batchsize": 4}, "batchsize = '4' (command line): unknown key; did you mean batch_size?"),
         ("ddp", {"batch-size": 0}, "batch_size = 0 (command line): must be above 0"),
         ("ddp", {"hostfile": "none"}, "none: no such hostfile"),
-        ("single", {"peer": "."}, "--peer=.: is not a checkout of nanoGPT: it has no configurator.py"),
     ],
 )
 def test_what_cannot_be_measured(monkeypatch, data, strategies, settings, expected):
@@ -202,16 +201,15 @@ def test_the_flag_of_the_train_scripts(tmp_path, data):
 def test_a_bare_loop_beside_each_strategy(tmp_path, data):
     """It trains: its loss falls as ours does."""
     settings = {**SETTINGS, "learning_rate": 1e-2, "dataset": data, "out_dir": tmp_path / "out"}
-    done = run_benchmark("single,ddp,fsdp,zero2", "--bare", "--speed", gpus=2, steps=8, write=tmp_path, **settings)
+    settings |= {"beside": "tests.bare_loop", "gpus": 2, "steps": 8}
+    done = run_benchmark("single,ddp,fsdp,zero2", "--speed", write=tmp_path, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["strategy"]: row for row in read(tmp_path / "benchmark.json")["rows"]}
     for name in ("single", "ddp", "fsdp", "zero2"):
-        ours, bare = (dict(rows[which]["losses"]) for which in (name, f"bare {name}"))
+        ours, bare = (dict(rows[which]["losses"]) for which in (name, f"tests.bare_loop {name}"))
         assert ours[7] < ours[0] - 0.1 and bare[7] < bare[0] - 0.1 and abs(ours[0] - bare[0]) < 0.1
-        ratios = [rows[name][key] for key in ("bare_step", "bare_memory", "bare_start")]
-        assert all(0.01 < ratio < 100 for ratio in ratios) and "bare_step" not in rows[f"bare {name}"]
-    assert "fastest step / bare" in (tmp_path / "benchmark.md").read_text()
-    refused = run_benchmark("zero1", "--bare", tensor_parallel=2, **settings)
-    assert message(refused) == "--bare: has no loop for tensor, pipeline, sequence or expert parallelism"
-    refused = run_benchmark("fsdp_hsdp", "--bare", **settings)
-    assert message(refused) == "--bare: has no loop for fsdp_hsdp; use single, ddp, fsdp or zero0 to zero3"
+        assert all(rows[which]["peak_memory_bytes"] > 0 for which in (name, f"tests.bare_loop {name}"))
+    refused = run_benchmark("fsdp_hsdp,zero1:tensor_parallel=2", "--speed", **settings)
+    assert refused.returncode == 1
+    assert "tests.bare_loop has no loop for fsdp_hsdp; use single, ddp, fsdp or zero0 to zero3" in refused.stdout
+    assert "tests.bare_loop has no loop for tensor, pipeline, sequence or expert parallelism" in refused.stdout

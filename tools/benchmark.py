@@ -10,7 +10,6 @@ one did not, 2 for a wrong option.
 
 import argparse
 import json
-import pickle
 import re
 import shutil
 import signal
@@ -19,21 +18,19 @@ import tempfile
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, SubprocessError
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from data.dataset import Dataset, open_dataset
+from data.dataset import open_dataset
 from launch import hosts
 from tools import benchmark_report as report
 from tools.benchmark_report import Case
 from tools.plan import RecipeConfig
 from tools.terminal import align, make_parser, underscored
 from training.config import ROOT, PlainTrainConfig, TrainConfig, parse
-from training.distributed import Layout, run
+from training.distributed import run
 from training.errors import UserError
 from training.figures import read_rows
-from training.metrics import WARM_UP_STEPS
 from training.run_folder import OUT_OF_MEMORY
 from training.speed import summarize
 from training.strategies import find_strategy, strategies
@@ -45,19 +42,13 @@ COMPARE = (
     *("--dtype=float32", "--tf32=False", "--compile=False", "--dropout=0.0", "--grad_clip=1.0"),
     *("--learning_rate=1e-4", "--min_lr=1e-5", "--warmup_iters=10"),
 )
-# A step as nanoGPT and the bare loop print it, the latter with its peak memory; and as all scripts begin to.
-PRINTED_STEP = re.compile(r"iter (\d+): loss ([\d.]+|nan), time ([\d.]+)ms(?:, peak (\d+) bytes)?")
-ANY_STEP = re.compile(r"iter \d+: loss|step +\d+/")
-PEER_KEYS = """gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate
-    weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr compile"""  # the same in both
+STEP = re.compile(r"step +\d+/|iter \d+:")  # how a step is printed, by our scripts and nanoGPT's
 
 
-def strategy_case(row: str, ranks: int, launcher: list[str], arguments: list[str], bare: bool = False) -> Case:
-    """row: a strategy with settings (zero1:tensor_parallel=2); launcher: for several ranks; bare: a bare loop."""
+def strategy_case(row: str, ranks: int, launcher: list[str], arguments: list[str], module: str = "") -> Case:
+    """row: a strategy with settings (zero1:tensor_parallel=2); launcher: for several ranks; module: of --beside."""
     name, *settings = row.split(":")
     strategy, ranks = find_strategy(name), 1 if name == "single" else ranks
-    if bare and not re.fullmatch("single|ddp|fsdp|zero[0-3]", row):
-        raise UserError(f"--bare: has no loop for {row}; use single, ddp, fsdp or zero0 to zero3")
     own = [argument.format(half=max(1, ranks // 2)) for argument in strategy.arguments]
     own += ["--sequence_parallel=1"] if name == "single" else []
     own += [f"--{setting}" for setting in settings]
@@ -65,31 +56,9 @@ def strategy_case(row: str, ranks: int, launcher: list[str], arguments: list[str
         plain = PlainTrainConfig.__dataclass_fields__
         arguments = [a for a in arguments if not a.startswith("--") or a[2:].partition("=")[0] in plain]
     launcher = ["-m", "launch.ranks", "1"] if ranks == 1 else launcher
-    script = ["-m", "tests.bare_loop", name] if bare else [strategy.script]
-    row = f"bare {row}" if bare else row
-    return Case(row, ranks, [sys.executable, *launcher], [*script, *arguments, *own], ours=not bare)
-
-
-def peer_case(checkout: Path, cfg: TrainConfig, dataset: Dataset, ranks: int, folder: Path) -> Case:
-    """nanoGPT's train.py, in one process where there are no GPUs for its DDP; folder: for the data that it reads."""
-    if not (checkout / "configurator.py").is_file():
-        raise UserError(f"--peer={checkout}: is not a checkout of nanoGPT: it has no configurator.py")
-    if dataset.dtype.itemsize != 2:
-        raise UserError(f"--peer: nanoGPT reads 16-bit token ids; {dataset.path('train')} has {dataset.dtype}")
-    folder.mkdir()
-    for split in ("train", "val"):
-        (folder / f"{split}.bin").symlink_to(dataset.path(split).resolve())
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": cfg.model_config(dataset.vocab_size).vocab_size}))
-    on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    settings = {key: getattr(cfg, key) for key in PEER_KEYS.split()}
-    settings |= {"dataset": folder, "out_dir": folder, "device": "cuda" if on_gpu else "cpu"}
-    settings |= {"max_iters": cfg.steps - 1, "log_interval": 1, "eval_interval": 10**9, "eval_iters": 1}
-    settings |= {"dtype": cfg.dtype} if cfg.dtype != "auto" else {}  # on GPUs its default is ours
-    ranks = ranks if on_gpu else 1
-    launcher = ["env", "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-u"]  # no caches in the checkout
-    launcher += [str(ROOT / "launch" / "ranks.py"), str(ranks)] if ranks > 1 else []
-    script = ["train.py", *(f"--{key}={value}" for key, value in settings.items())]
-    return Case("nanogpt", ranks, launcher, script, checkout, ours=False)  # its weights and batches are others
+    script = ["-m", module, name] if module else [strategy.script]
+    title, start = f"{module} {row}".strip(), [sys.executable, *launcher]
+    return Case(title, ranks, start, [*script, *arguments, *own], ours=not module)
 
 
 def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, folder: Path) -> None:
@@ -115,15 +84,13 @@ def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, 
 
 def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
     """Add a round: its training rows, their summary, and the seconds from the launch to the end of the first step."""
-    options = [] if case.peer_folder else ["--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"]
-    output, start_s = run_process([*case.launcher, *case.script, *options], case.peer_folder)
+    options = "--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"
+    start_s = run_process([*case.launcher, *case.script, *options])
+    rows = [row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
+    case.rounds.append({**summarize(rows), "start_s": start_s, "rows": rows})
     if case.ours:
-        rows = [row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
         case.environment = json.loads((folder / "environment.json").read_text())
         del case.environment["command"]  # it names a temporary folder; benchmark.json has the arguments
-    else:
-        rows = parse_rows(output, cfg)
-    case.rounds.append({**summarize(rows), "start_s": start_s, "rows": rows})
 
 
 def probe(case: Case, cfg: TrainConfig, folder: Path) -> None:
@@ -135,27 +102,14 @@ def probe(case: Case, cfg: TrainConfig, folder: Path) -> None:
     shutil.rmtree(folder)  # make room for the next one
 
 
-def parse_rows(output: list[str], cfg: TrainConfig) -> list[dict[str, Any]]:
-    """Printed steps as rows of metrics.jsonl. As in our runs, the warm-up steps have no time."""
-    tokens, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, list[dict[str, Any]]()
-    for match in filter(None, map(PRINTED_STEP.match, output)):
-        row: dict[str, Any] = {"step": int(match[1]), "loss": float(match[2]), "step_ms": None, "mfu": None}
-        if row["step"] >= WARM_UP_STEPS:
-            row |= {"step_ms": float(match[3]), "tokens_per_second": 1e3 * tokens / float(match[3])}
-        rows.append({**row, "peak_memory_bytes": int(match[4] or 0)})
-    if len(rows) < cfg.steps:
-        raise SubprocessError("failed", f"{len(rows)} of {cfg.steps} steps in its output")
-    return rows
-
-
-def run_process(line: list[str], cwd: Path | None = None) -> tuple[list[str], float]:
-    """Output lines, and seconds until the first step's. Raises SubprocessError(status, error) of a Case."""
+def run_process(line: list[str]) -> float:
+    """Seconds until the first step is printed. Raises SubprocessError(status, error) of a Case."""
     output, since, seconds = [], perf_counter(), 0.0
-    process = Popen(line, cwd=cwd, stdout=PIPE, stderr=STDOUT, text=True)
+    process = Popen(line, stdout=PIPE, stderr=STDOUT, text=True)
     try:
         for text in process.stdout or ():
             output.append(text.rstrip())
-            if not seconds and ANY_STEP.match(text):
+            if not seconds and STEP.match(text):
                 seconds = perf_counter() - since
         process.wait()
     finally:  # after Ctrl-C, the launcher ends its ranks
@@ -163,7 +117,7 @@ def run_process(line: list[str], cwd: Path | None = None) -> tuple[list[str], fl
         process.wait()
     if process.returncode:
         raise explain(output, process.returncode)
-    return output, seconds
+    return seconds
 
 
 def explain(output: list[str], status: int) -> SubprocessError:
@@ -187,8 +141,7 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rounds", type=int, default=1, help="timed runs per strategy; the strategies take turns")
     parser.add_argument("--compare", action="store_true", help="only losses, with settings that make them comparable")
     parser.add_argument("--speed", action="store_true", help="leave out the probe")
-    parser.add_argument("--bare", action="store_true", help="time a loop with nothing around it beside each strategy")
-    parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT, whose train.py is timed as well")
+    parser.add_argument("--beside", default="", help="a module that trains by other code, timed as well")
     parser.add_argument("--write", type=Path, help="folder for benchmark.json, benchmark.md and its figures")
     args, arguments = parser.parse_known_args(underscored(sys.argv[1:]))
     if args.compare:
@@ -212,22 +165,16 @@ def main() -> None:
         launcher = ["-m", "launch.ranks", str(args.ranks)]
     if args.ranks < 1 or args.rounds < 1:
         raise UserError(f"--ranks={args.ranks}, --rounds={args.rounds}: both must be 1 or more")
-    if args.bare and cfg.layout() != Layout():
-        raise UserError("--bare: has no loop for tensor, pipeline, sequence or expert parallelism")
-    names = dict.fromkeys(args.strategies.split(","))
-    loops = (False, True) if args.bare else (False,)
-    cases = [strategy_case(name, args.ranks, launcher, arguments, bare) for name in names for bare in loops]
-    dataset = open_dataset(ROOT / "data" / cfg.dataset)  # if it is not prepared, say so once
+    rows, modules = dict.fromkeys(args.strategies.split(",")), dict.fromkeys(("", args.beside))
+    cases = [strategy_case(row, args.ranks, launcher, arguments, module) for row in rows for module in modules]
+    open_dataset(ROOT / "data" / cfg.dataset)  # if it is not prepared, say so once
     out = Path(cfg.out_dir).parent  # the disk where a run's checkpoints would be; hosts share it
     with tempfile.TemporaryDirectory(prefix=".benchmark-", dir=out if out.is_dir() else Path.cwd()) as temporary:
-        folder = Path(temporary).resolve()
-        if args.peer:
-            cases.append(peer_case(args.peer, cfg, dataset, max(case.ranks for case in cases), folder / "peer"))
-        run_all(cases, cfg, args.rounds, not (args.speed or args.compare), folder)
+        run_all(cases, cfg, args.rounds, not (args.speed or args.compare), Path(temporary).resolve())
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpus else "float32"
     dtype = next((note["dtype"] for case in cases for note in case.notes), dtype)  # as the ranks chose it
     rows = report.make_rows(cases, dtype)
-    titles = report.COMPARED if args.compare else report.BARE if args.bare else report.TITLES
+    titles = report.COMPARED if args.compare else report.TITLES
     table = report.make_table(rows, {title: report.COLUMNS[title] for title in titles})
     print("\n" + align(table, ("strategy", "verdict")), *report.failures(rows), sep="\n\n")
     if args.write:

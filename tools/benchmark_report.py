@@ -26,36 +26,32 @@ COLUMNS = {  # title -> cell of a row whose bytes are in MB
     "interquartile range": "{tokens_per_second_quartiles[0]:,.0f} to {tokens_per_second_quartiles[1]:,.0f}",
     "step, ms": "{step_ms:,.1f}",
     "steps/s, ratio": "{steps_per_second_ratio:.2f}",
-    "fastest step / bare": "{bare_step:.3f}",
-    "peak memory / bare": "{bare_memory:.3f}",
-    "start / bare": "{bare_start:.3f}",
     "MFU": "{mfu:.1%}",
     "share of matmul ceiling": "{ceiling_share:.1%}",
     **{f"{part}, ms": f"{{breakdown_ms[{part}]:,.1f}}" for part in PARTS},
     "GPU peak, MB": "{peak_device_bytes:,.0f}",
     "process peak, MB": "{peak_host_bytes:,.0f}",
+    "peak of rank 0, MB": "{peak_memory_bytes:,.0f}",  # in the timed runs, by metrics.jsonl
     "model state per rank, MB": "{model_state_bytes:,.1f}",
     "by formula, MB": "{expected_bytes:,.1f}",
     "start to first step, s": "{start_s:.1f}",
     "checkpoint, s": "{checkpoint_s:.2f}",
     "checkpoint, MB": "{checkpoint_bytes:,.1f}",
 }
-# In a terminal, and there with --bare and --compare
+# In a terminal, and there with --compare
 TITLES = ("strategy", "tokens/s", "steps/s, ratio", "GPU peak, MB", "process peak, MB", "loss difference", "verdict")
-BARE = ("strategy", "step, ms", "fastest step / bare", "peak memory / bare", "start / bare", "verdict")
 COMPARED = ("strategy", "ranks", "loss difference", "gradient norm difference", "verdict")
 
 
 @dataclass
 class Case:
-    """A strategy, or the peer, and what its launches measured."""
+    """A strategy, and what its launches measured."""
 
     name: str
     ranks: int
     launcher: list[str]  # what starts a script on the ranks
     script: list[str]  # with its arguments
-    peer_folder: Path | None = None  # the checkout of nanoGPT, where it is started
-    ours: bool = True  # not the peer, nor a loop with nothing around it
+    ours: bool = True  # False: other code, of --beside
     rounds: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.jsonl with their summary, by launch
     notes: list[dict[str, Any]] = field(default_factory=list)  # the probe's, by rank
     checkpoint: dict[str, float] = field(default_factory=dict)
@@ -67,7 +63,6 @@ class Case:
 def make_rows(cases: list[Case], dtype: str) -> list[Row]:
     """A row for each case, compared with the first strategy that worked. dtype: of the matmuls."""
     base = next((case for case in cases if case.rounds and case.ours), None)
-    bare_loops = {case.name: case for case in cases if case.rounds and not case.ours}
     rows = []
     for case in cases:
         row: Row = {"strategy": case.name, "ranks": case.ranks, "status": case.status, "error": case.error}
@@ -75,10 +70,6 @@ def make_rows(cases: list[Case], dtype: str) -> list[Row]:
         if case.rounds and base:
             row |= speed(case, base)
             row |= parity(case, base, dtype) if case.ours else {}
-        if case.rounds and (bare := bare_loops.get(f"bare {case.name}")):
-            fastest, bare_fastest = (min(one["fastest_ms"] for one in each.rounds) for each in (case, bare))
-            row["bare_step"] = fastest / bare_fastest  # other load on the machine only ever slows a step down
-            row |= {"bare_memory": ratio(case, bare, "peak_memory_bytes"), "bare_start": ratio(case, bare, "start_s")}
         if case.notes:
             row |= probed(case.notes)
             row["ceiling_share"] = row["tokens_per_second"] * row["flops_per_token"] / row["ceiling_flops"]
@@ -97,6 +88,8 @@ def probed(notes: list[Row]) -> Row:
 
 
 def speed(case: Case, base: Case) -> Row:
+    """The ratio is taken round by round, because other load on the machine varies."""
+    ratios = [theirs["step_ms"] / own["step_ms"] for own, theirs in zip(case.rounds, base.rounds, strict=False)]
     rates = [row["tokens_per_second"] for one in case.rounds for row in one["rows"] if row["step_ms"]]
     low, middle, high = quantiles(rates, n=4, method="inclusive")
     return {
@@ -104,15 +97,10 @@ def speed(case: Case, base: Case) -> Row:
         "steps_timed": len(rates),
         **{"tokens_per_second": middle, "tokens_per_second_quartiles": [low, high]},
         "mfu": case.rounds[0]["mfu"] and median(one["mfu"] for one in case.rounds),
-        "steps_per_second_ratio": ratio(base, case, "step_ms"),
-        "start_s": median(one["start_s"] for one in case.rounds),
+        "steps_per_second_ratio": median(ratios),
+        **{name: median(one[name] for one in case.rounds) for name in ("start_s", "peak_memory_bytes")},
         "losses": [[row["step"], row["loss"]] for row in case.rounds[0]["rows"]],
     }
-
-
-def ratio(case: Case, other: Case, name: str) -> float:
-    """A number of a case over that of another, round by round, because other load on the machine varies."""
-    return median(own[name] / theirs[name] for own, theirs in zip(case.rounds, other.rounds, strict=False))
 
 
 def parity(case: Case, base: Case, dtype: str) -> Row:
