@@ -165,8 +165,8 @@ def main() -> None:
         launcher = ["-m", "launch.ranks", str(args.ranks)]
     if args.ranks < 1 or args.rounds < 1:
         raise UserError(f"--ranks={args.ranks}, --rounds={args.rounds}: both must be 1 or more")
-    rows, modules = dict.fromkeys(args.strategies.split(",")), dict.fromkeys(("", args.beside))
-    cases = [strategy_case(row, args.ranks, launcher, arguments, module) for row in rows for module in modules]
+    names, modules = dict.fromkeys(args.strategies.split(",")), dict.fromkeys(("", args.beside))
+    cases = [strategy_case(row, args.ranks, launcher, arguments, module) for row in names for module in modules]
     open_dataset(ROOT / "data" / cfg.dataset)  # if it is not prepared, say so once
     out = Path(cfg.out_dir).parent  # the disk where a run's checkpoints would be; hosts share it
     with tempfile.TemporaryDirectory(prefix=".benchmark-", dir=out if out.is_dir() else Path.cwd()) as temporary:
