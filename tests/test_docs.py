@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page.name.startswith("from_")]
 OPTIONS = {"key", "restarts"}  # of the launchers
 OPTIONS |= {"to", "tokenizer"}  # of tools.convert
-OPTIONS |= {"file"}  # of tools.evaluate
+OPTIONS |= {"beside", "file"}  # of tools.benchmark and tools.evaluate
 OPTIONS |= {"achievable", "curve", "device", "gpus", "model", "nodes", "overlap", "ranks"}  # of tools.plan
 KEYS = {field.name for config in (PlainTrainConfig, DeepSpeedTrainConfig) for field in dataclasses.fields(config)}
 

@@ -49,7 +49,7 @@ class Line:
     """
 
     def __init__(self, line: str):
-        first, *words = [word for word in shlex.split(line) if not word.startswith("HOSTFILE=")]
+        first, *words = [word for word in shlex.split(line) if not word.startswith(("HOSTFILE=", "NANOGPT="))]
         self.hostfile = line.startswith("HOSTFILE=") or "--hostfile=" in line
         self.launcher = [] if first == "python" else [first]
         if first == "python" and words[:1] == ["-m"] and words[1].startswith("launch."):
