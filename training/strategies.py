@@ -44,11 +44,11 @@ def strategies() -> dict[str, Strategy]:
         name = path.name.removesuffix("_config.json")
         launcher = f"./launch_deepspeed_{name}.sh"
         setting, config = f"--deepspeed_config=deepspeed_configs/{path.name}", json.loads(path.read_text())
-        stage, *devices = describe_json(config)
+        stage, optimizer, weights = describe_json(config)
         if not (ROOT / launcher).exists():
             launcher = f"./launch_deepspeed_zero{stage}.sh"
         zero = config.get("zero_optimization", {})
-        table.append(Strategy(name, "train_deepspeed.py", launcher, (setting,), stage, *devices, zero=zero))
+        table.append(Strategy(name, "train_deepspeed.py", launcher, (setting,), stage, optimizer, weights, zero=zero))
     return {strategy.name: strategy for strategy in table}
 
 
