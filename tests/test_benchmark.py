@@ -178,6 +178,8 @@ def test_what_cannot_be_measured(monkeypatch, data, strategies, settings, expect
 def test_a_setting_against_those_of_compare(data):
     text = message(run_benchmark("ddp", "--compare", "--dtype=bfloat16", "--compile=False", dataset=data))
     assert text.startswith("--dtype=bfloat16: contradicts --compare, which sets --dtype=float32 --tf32=False ")
+    text = message(run_benchmark("ddp,zero1:tensor_parallel=2:grad_clip=0", "--compare", dataset=data))
+    assert text.startswith("--grad_clip=0: contradicts --compare, which sets ")
 
 
 def test_wrong_options_are_one_message(data, tmp_path):

@@ -20,7 +20,7 @@ from tests.running import ROOT, TINY, run, zero_json
 from tests.test_plan import SYSTEM, saved_bytes
 from tests.test_plan_command import request
 from tools import plan_formulas
-from tools.plan import MODELS, command, config_lines, print_report
+from tools.plan import MODELS, command, config_lines, print_curve, print_report
 from tools.plan_formulas import Candidate, best_of_each, block_activations, layout_transfers, simplest, transfers
 from training.config import TrainConfig
 from training.deepspeed_layout import EXPERTS
@@ -261,6 +261,9 @@ REFUSED = {
     "--model=gpt3-175b --tensor-parallel=3": "tensor_parallel = 3: must divide the number of ranks, 8, as 2 does",
     "--model=gpt2-xl --tensor-parallel=2": "n_kv_head = 25: must be divisible by tensor_parallel x",
     "--model=gpt2 --tensor-parallel=-1": "tensor_parallel = -1: must be above 0",
+    "--model=gpt2 --tensor-parallel=0": "tensor_parallel = 0: must be above 0",
+    "--model=gpt2 --tensor-parallel=0 --curve=table": "tensor_parallel = 0: must be above 0",
+    "--model=gpt2 --pipeline-parallel=3 --curve=table": "pipeline_parallel = 3: must divide the number of ranks, 4",
     "--model=gpt2 --tensor-parallel=two": "tensor_parallel = 'two' (command line): must be a whole number (int)",
     "--model=gpt2 --gpus=2 --nodes=2 --tensor-parallel=4": "must divide the 2 ranks of a node; or set --tensor_across",
     "--model=gpt2 --expert-parallel=2": "expert_parallel = 2: needs a model with experts; set --n_expert",
@@ -279,7 +282,8 @@ REFUSED = {
 def test_an_impossible_layout_ends_in_one_message(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError) as error:
-        print_report(request(*words.split()))
+        asked = request(*words.split())
+        (print_curve if asked.cfg.curve else print_report)(asked)
     assert REFUSED[words] in str(error.value)
 
 

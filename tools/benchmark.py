@@ -133,7 +133,8 @@ def explain(output: list[str], status: int) -> SubprocessError:
 def read_options() -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the arguments for the train scripts."""
     parser = make_parser("benchmark", __doc__)
-    parser.add_argument("--strategies", required=True, help=f"comma-separated: {', '.join(strategies())}")
+    names = f"comma-separated, also with settings (zero1:tensor_parallel=2): {', '.join(strategies())}"
+    parser.add_argument("--strategies", required=True, help=names)
     parser.add_argument("--ranks", "--gpus", type=int, help="per strategy (single uses 1); default: all GPUs, else 2")
     parser.add_argument("--hostfile", help="run on these hosts, which share this folder, instead of --ranks")
     parser.add_argument("--ssh", default="ssh", help="ssh command with its options, for --hostfile")
@@ -145,8 +146,9 @@ def read_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--write", type=Path, help="folder for benchmark.json, benchmark.md and its figures")
     args, arguments = parser.parse_known_args(underscored(sys.argv[1:]))
     if args.compare:
-        names = [word.partition("=")[0] for word in COMPARE]
-        if clashes := [word for word in arguments if word.partition("=")[0] in names and word not in COMPARE]:
+        keys = [word.partition("=")[0] for word in COMPARE]
+        settings = [*arguments, *(f"--{setting}" for setting in re.findall("(?<=:)[^:,]+", args.strategies))]
+        if clashes := [word for word in settings if word.partition("=")[0] in keys and word not in COMPARE]:
             raise UserError(f"{clashes[0]}: contradicts --compare, which sets {' '.join(COMPARE)}")
         print("compare: a difference beyond rounding is a fault with", *COMPARE)
         arguments += COMPARE

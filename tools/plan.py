@@ -144,11 +144,11 @@ class Request:
 
     def problems(self, strategy: Strategy, layout: Layout) -> list[str]:
         """Why such a run would be refused, with what config_lines sets for a pipeline."""
-        cfg, size, data = replace(self.recipe, compile=False, eval_iters=0), self.cfg.ranks, layout.data(self.cfg.ranks)
+        cfg, size = replace(self.recipe, compile=False, eval_iters=0), self.cfg.ranks
         broken = parallel.problems(cfg, layout, size, self.cfg.gpus)
         if problems := [f"{name} = {getattr(cfg, name)}: {rule}" for name, rule in broken]:
             return problems
-        if self.global_batch % data:
+        if self.global_batch % (data := layout.data(size)):
             kind, near = "ranks" if data == size else "data-parallel ranks", max(1, self.global_batch // data) * data
             return [f"global_batch = {self.global_batch}: must be divisible by the {data} {kind}; set {near}"]
         ranks = replace(SINGLE_PROCESS, world_size=size, layout=layout)
@@ -295,8 +295,8 @@ def print_report(request: Request) -> None:
 def print_curve(request: Request) -> None:
     """Print tokens/s per GPU from 1 to MOST_RANKS GPUs, "-" where nothing fits; if --curve is a PNG, draw it."""
     request = replace(request, cfg=replace(request.cfg, strategies=request.cfg.strategies or CURVE))
-    shared = math.prod(vars(request.recipe.layout()).values())
-    counts = [2**power for power in range(MOST_RANKS.bit_length()) if 2**power % shared == 0]
+    fewest = math.prod(vars(request.recipe.layout()).values())
+    counts = [2**power for power in range(MOST_RANKS.bit_length()) if 2**power >= fewest]
     rates = dict[str, dict[int, float]]()  # strategy -> GPUs -> tokens/s
     for ranks in counts:
         for best in best_of_each(request.at(ranks).candidates()):
