@@ -239,7 +239,7 @@ def measured(folder: Path, make_data: Any, model: GPTConfig, layout: Layout, str
 @pytest.mark.parametrize("sequence", [1, 2])
 def test_activations_of_long_sequences_as_counted_in_runs(sequence, tmp_path, make_data):
     """Sequences of 2,048 tokens: half as much on each of two ranks, and attention's output once more."""
-    model, layout = replace(SMALL, block_size=2048), Layout(sequence=sequence)
+    model, layout = GPTConfig(2048, 512, 2, 2, 64, bias=False), Layout(sequence=sequence)
     found = measured(tmp_path, make_data, model, layout, "zero2", "saved")
     predicted = case(layout, "zero2", model=model, gpus=2, dtype="float32")
     assert found == pytest.approx([sum(plan_formulas.saved_activations(predicted))] * 2, rel=0.001)
