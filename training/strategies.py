@@ -100,12 +100,8 @@ def out_of_memory_advice(
 ) -> str:
     size, shards = model.parameter_count(), getattr(cfg, "shard_ranks", 0) or ranks.world_size
     state = model_state_bytes(strategy, shards, size, dtype)
-    lines = [
-        reason,
-        f"by formula, the model state per rank under {strategy} is {gigabytes(state.total())}: parameters "
-        f"{gigabytes(state.parameters)}, gradients {gigabytes(state.gradients)}, optimizer states "
-        f"{gigabytes(state.optimizer_states)}",
-    ]
+    parts = ", ".join(f"{part.replace('_', ' ')} {gigabytes(count)}" for part, count in vars(state).items())
+    lines = [reason, f"by formula, the model state per rank under {strategy} is {gigabytes(state.total())}: {parts}"]
     if ranks.device.type == "cuda":
         others = torch.cuda.max_memory_allocated(ranks.device) - state.total()
         lines.append(f"activations and buffers used up to {gigabytes(max(0, others))} more")
