@@ -273,7 +273,7 @@ def test_a_run_with_a_literal_json_records_its_values_and_resumes_bit_for_bit(tm
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     refused = run("train_deepspeed.py", init_from="resume", out_dir=tmp_path / "parts", max_iters=9)
-    assert 'train_batch_size = 30: is not 3 sequences x 5 micro-steps x 1 rank = 15; write 15' in message(refused)
+    assert "train_batch_size = 30: is not 3 sequences x 5 micro-steps x 1 rank = 15; write 15" in message(refused)
 
 
 def test_the_known_keys_are_deepspeeds():

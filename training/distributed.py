@@ -273,8 +273,12 @@ def local_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
 def pick_device(name: str, local_rank: int, ranks: int) -> torch.device:
     """This rank's device. Raises ConfigError where it does not exist, or torch cannot use it."""
     if name == "auto":
-        check_driver()
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if name == "cpu" and NVIDIA_DEVICE.exists() and not hidden:  # an error, instead of training on the CPU
+            problem = "torch cannot use the NVIDIA GPU of this machine"
+            fix = f"install a driver and a torch of one CUDA version (torch has {torch.version.cuda})"
+            raise ConfigError(f"device = 'auto': {problem}; {fix}, or set --device=cpu")
     if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
         raise ConfigError(f"device = {name!r}: unknown; write auto, cpu, cuda, cuda:1 or mps")
     device = torch.device(name)
@@ -288,14 +292,6 @@ def pick_device(name: str, local_rank: int, ranks: int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device = 'mps': not available on this machine; use --device=cpu")
     return device
-
-
-def check_driver() -> None:
-    """Raise ConfigError where torch cannot use this machine's NVIDIA GPUs, instead of training on the CPU."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if NVIDIA_DEVICE.exists() and not hidden and not torch.cuda.is_available():
-        fix = f"install a driver and a torch of one CUDA version (torch has {torch.version.cuda}), or set --device=cpu"
-        raise ConfigError(f"device = 'auto': torch cannot use the NVIDIA GPU of this machine; {fix}")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
