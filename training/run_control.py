@@ -192,10 +192,9 @@ class Watchdog:
         places: dict[str, list[int]] = {}
         for rank in written:
             places.setdefault(stack_summary(self.paths[rank].read_text()), []).append(rank)
-        name = self.ranks.names
-        groups = [f"{name(ranks)} {place}" for place, ranks in sorted(places.items())]  # "stuck", then "waiting"
+        groups = [f"{self.ranks.names(ranks)} {place}" for place, ranks in sorted(places.items())]  # "stuck" first
         if silent := [rank for rank in range(self.ranks.world_size) if rank not in written]:
-            groups.insert(0, f"no sign of life from {name(silent)} (process, machine or network)")
+            groups.insert(0, f"no sign of life from {self.ranks.names(silent)} (process, machine or network)")
         elif all(place.startswith("waiting") for place in places):
             groups.append("no rank is stuck elsewhere, so suspect the network or the device")
         text = f"no progress for {self.limit:.0f} s after {self.last_event}: {'; '.join(groups)}"
