@@ -89,8 +89,7 @@ def pieces_of_stages_1_and_2(saved: SavedState, ranks: dict[int, dict]) -> Piece
             momentum, offset = flat.pop(MOMENTUM_BUFFER, None), 0
             for name, place in places.items():
                 for kind, tensor in flat.items():
-                    piece = tensor[place.start : place.start + place.numel]
-                    pieces.setdefault((name, kind), {})[rank] = piece
+                    pieces.setdefault((name, kind), {})[rank] = tensor[place.start : place.start + place.numel]
                 if momentum is not None:  # has all of each matrix that the partition has a part of
                     end = offset + saved.shapes[name].numel()
                     pieces.setdefault((name, MOMENTUM_BUFFER), {rank: momentum[offset:end]})
