@@ -35,14 +35,12 @@ def open_weights(source: str) -> tuple[GPTConfig, SavedState]:
         short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         tensors = {name if name == TIED else f"transformer.{name}": tensor for name, tensor in short.items()}
     for name in model_shapes(config):
-        parts = [tensors.pop(part) for part in their_parameters(name, config) if part in tensors]
-        if parts:
+        if parts := [tensors.pop(part) for part in their_parameters(name, config) if part in tensors]:
             parts = [part.t() for part in parts] if is_transposed(name, config) else parts
             saved.pieces[name, WEIGHT] = parts
             saved.shapes[name] = torch.Size((sum(len(part) for part in parts), *parts[0].shape[1:]))
-    rest = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
-    if config.tied:
-        rest.pop(TIED, None)
+    ignored = (*BUFFERS, TIED) if config.tied else BUFFERS
+    rest = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(ignored)}
     saved.shapes.update(rest)  # which check_parameters reports
     return config, check_parameters(saved, config)
 
