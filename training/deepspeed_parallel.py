@@ -47,8 +47,8 @@ def splits_vocabulary(config: GPTConfig, layout: Layout) -> bool:
     return layout.tensor > 1 and layout.pipeline == 1 and config.vocab_size % layout.tensor == 0
 
 
-def partition_specs(config: GPTConfig, layout: Layout) -> list[Json]:
-    """AutoTP's layer_specs. It leaves out what no pattern matches."""
+def partition_config(config: GPTConfig, layout: Layout) -> Json:
+    """AutoTP's. It leaves out what no pattern matches."""
     specs: list[Json] = []
     for name, (dimension, sections) in cuts(config, layout).items():
         if name.startswith(FIRST_BLOCK) and name.endswith(".weight"):
@@ -57,15 +57,14 @@ def partition_specs(config: GPTConfig, layout: Layout) -> list[Json]:
             specs.append({"patterns": [pattern], "partition_type": ("column", "row")[dimension], **fused})
     if config.qk_norm:  # each rank has the gradient of its heads
         specs.append({"patterns": [r".*\.[qk]_norm\.weight$"], "partition_type": "skip", "grad_allreduce": True})
-    return specs
+    return {"use_default_specs": False, "layer_specs": specs}
 
 
 def json_blocks(config: GPTConfig, layout: Layout) -> Json:
     """The blocks of DeepSpeed's JSON; a pipeline's stages are cut by deepspeed_pipeline.py."""
     blocks: Json = {}
     if layout.tensor > 1 and layout.pipeline == 1:
-        partition = {"use_default_specs": False, "layer_specs": partition_specs(config, layout)}
-        blocks["tensor_parallel"] = {"autotp_size": layout.tensor, "partition_config": partition}
+        blocks["tensor_parallel"] = {"autotp_size": layout.tensor, "partition_config": partition_config(config, layout)}
         blocks["tensor_parallel"]["vocab_parallel_lm_head"] = splits_vocabulary(config, layout)
     if layout.expert > 1:
         blocks["expert_parallel"] = {

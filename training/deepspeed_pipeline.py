@@ -13,7 +13,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from model import Block, GPTConfig, Linear, cross_entropy, make_norm, rotations
-from training.deepspeed_parallel import partition_specs
+from training.deepspeed_parallel import partition_config
 from training.distributed import Ranks
 
 
@@ -80,8 +80,7 @@ def cut_matrices(model: PipelineModule, config: GPTConfig, ranks: Ranks) -> None
     """Tensor parallelism inside a stage, which DeepSpeed's engine cannot do but its parts can."""
     groups._TENSOR_MODEL_PARALLEL_GROUP = group = model._grid.get_slice_parallel_group()
     set_autotp_mode(training=True)  # without it, these layers have no gradients
-    specs = partition_specs(config, ranks.layout)
-    plan, kinds = AutoTPConfig.from_dict({"use_default_specs": False, "layer_specs": specs}), (nn.Linear, nn.Embedding)
+    plan, kinds = AutoTPConfig.from_dict(partition_config(config, ranks.layout)), (nn.Linear, nn.Embedding)
     cutter = AutoTP(model, (), "", None, kinds, None, training_mode=True, partition_config=plan)
     cutter.set_tensor_parallel_config(ranks.layout.tensor, group)
     cutter.update_linear_policies()
