@@ -38,10 +38,9 @@ def problems(cfg: Any, layout: Layout, ranks: int, local_ranks: int) -> Iterator
         yield "expert_parallel", f"must divide the {ranks // layout.pipeline} ranks of a pipeline stage"
     if local_ranks % layout.tensor and not cfg.tensor_across_nodes:
         yield "tensor_parallel", f"must divide the {local_ranks} ranks of a node; or set --tensor_across_nodes"
-    heads = layout.tensor * layout.sequence
-    for name in ("n_kv_head", "n_head"):
-        if getattr(cfg, name) % heads:
-            yield name, f"must be divisible by tensor_parallel x sequence_parallel = {heads}"
+    heads, name = layout.tensor * layout.sequence, "n_kv_head" if cfg.n_kv_head else "n_head"
+    if getattr(cfg, name) % heads:  # n_head is a multiple of n_kv_head
+        yield name, f"must be divisible by tensor_parallel x sequence_parallel = {heads}"
     if cfg.block_size % layout.sequence:
         yield "block_size", f"must be divisible by sequence_parallel = {layout.sequence}"
     if cfg.dropout and sizes:
