@@ -107,10 +107,9 @@ class RunControl:
 
     def stop_reason(self) -> int:
         """This rank's: a signal's number, DEADLINE, STOP_FILE, or 0."""
-        minutes = (time.monotonic() - PROCESS_START) / 60
         if self.signal or not self.ranks.main:
             return self.signal
-        if self.cfg.max_minutes and minutes > self.cfg.max_minutes:
+        if 0 < self.cfg.max_minutes < (time.monotonic() - PROCESS_START) / 60:
             return DEADLINE
         return STOP_FILE if self.files["stop"].exists() else 0
 
