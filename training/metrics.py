@@ -150,12 +150,11 @@ class Metrics:
             print(text, flush=True)
 
     def write(self, row: dict[str, Any]) -> None:
-        if not self.recording:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for tracker in self.trackers:
-            tracker.log(row)
+        if self.recording:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            for tracker in self.trackers:
+                tracker.log(row)
 
     def close(self, best_val_loss: float) -> None:
         """Draw loss.png, and say what the run reached and how to continue it."""
