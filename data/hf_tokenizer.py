@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from data.errors import DataError
 from data.tokenizer import BPETokenizer
@@ -23,10 +24,8 @@ class HFTokenizer(BPETokenizer):
         self.description, self.path = description, folder / FILE
 
     @cached_property
-    def encoding(self) -> Any:
-        """A tokenizers.Tokenizer. Raises DataError if the file is missing or another."""
-        import tokenizers
-
+    def encoding(self) -> tokenizers.Tokenizer:
+        """Raises DataError if the file is missing or another."""
         if not self.path.is_file():
             raise DataError(f"{self.path} is missing; copy it there from the data set or the model's folder")
         content = self.path.read_bytes()
@@ -49,8 +48,6 @@ class HFTokenizer(BPETokenizer):
 
 def from_model(folder: Path) -> HFTokenizer:
     """The tokenizer in a model's folder; the end of a text is the eos_token of its tokenizer_config.json."""
-    import tokenizers
-
     try:
         content = (folder / FILE).read_bytes()
         encoding = tokenizers.Tokenizer.from_buffer(content)
