@@ -13,15 +13,15 @@ import tokenizers
 from data.errors import DataError
 from data.tokenizer import BPETokenizer
 
-FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 class HFTokenizer(BPETokenizer):
     """folder: where the file is, which is needed to prepare data and to sample text, but not to train."""
 
     def __init__(self, description: dict[str, Any], folder: Path):
-        self.name, self.vocab_size, self.end_of_text = FILE, description["vocab_size"], description.get("end_of_text")
-        self.description, self.path = description, folder / FILE
+        self.description, self.name, self.path = description, TOKENIZER_FILE, folder / TOKENIZER_FILE
+        self.vocab_size, self.end_of_text = description["vocab_size"], description.get("end_of_text")
 
     @cached_property
     def encoding(self) -> tokenizers.Tokenizer:
@@ -49,14 +49,14 @@ class HFTokenizer(BPETokenizer):
 def from_model(folder: Path) -> HFTokenizer:
     """The tokenizer in a model's folder; the end of a text is the eos_token of its tokenizer_config.json."""
     try:
-        content = (folder / FILE).read_bytes()
+        content = (folder / TOKENIZER_FILE).read_bytes()
         encoding = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises plain Exception
-        raise DataError(f"{folder / FILE} is no tokenizer of Hugging Face ({error})") from None
+        raise DataError(f"{folder / TOKENIZER_FILE} is no tokenizer of Hugging Face ({error})") from None
     config, end = folder / CONFIG, None
     if config.is_file():
         end = json.loads(config.read_bytes()).get("eos_token")
     end = encoding.token_to_id(end["content"] if isinstance(end, dict) else end) if end else None
     size = 1 + max(encoding.get_vocab(with_added_tokens=True).values())
     about = {"vocab_size": size, "end_of_text": end, "sha256": hashlib.sha256(content).hexdigest()}
-    return HFTokenizer({"name": FILE, **about}, folder)
+    return HFTokenizer({"name": TOKENIZER_FILE, **about}, folder)

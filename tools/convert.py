@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from data.dataset import DATA_FOLDER, open_dataset
 from data.errors import DataError
-from data.hf_tokenizer import FILE as TOKENIZER_FILE
+from data.hf_tokenizer import TOKENIZER_FILE
 from data.tokenizer import END_OF_TEXT, BPETokenizer, copy_files, tokenizer_from
 from model import GPT, GPTConfig
 from tools.convert_read import ADAMW_KINDS, HEADER, MODEL_ARGS, NANOGPT_FILE, Metadata, open_source, recognize

@@ -13,8 +13,7 @@ from typing import Any
 from torch.serialization import safe_globals
 
 from data.errors import DataError
-from data.hf_tokenizer import FILE as TOKENIZER_FILE
-from data.hf_tokenizer import from_model
+from data.hf_tokenizer import TOKENIZER_FILE, from_model
 from data.tokenizer import tokenizer_from
 from model import GPTConfig
 from training import pretrained
