@@ -253,8 +253,7 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves nothing, as an error does
     tokenizer = open_dataset(DATA_FOLDER / args.dataset).tokenizer.description if args.dataset else None
-    lines = convert(args.source, args.target, args.to, args.dtype, tokenizer, args.force)
-    print("\n  ".join(lines))
+    print(*convert(args.source, args.target, args.to, args.dtype, tokenizer, args.force), sep="\n  ")
 
 
 if __name__ == "__main__":
