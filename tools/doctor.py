@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 
 import torch
 
@@ -36,7 +37,6 @@ ANSWER = {"findings": list, "data": int, "device": str, **hosts.ANSWER}
 CHECKPOINT_BYTES = 16  # per parameter: weights, their fp32 copy, two moments
 SLOW_LINK, MIN_GBIT = 0.5, 0.05  # a link fails below this share of the fastest one, or below this rate
 LINK_FIX = "check cable, switch and firewall, or name another network in GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME)"
-Bandwidth = tuple[float, str]  # Gbit/s and its text; 0 and why there is none
 
 
 def make_requests(cfg: RecipeConfig, all_hosts: Slots, known: bool, marker: str = "") -> dict[str, Request]:
@@ -90,12 +90,11 @@ def check_links(
     reachable: Slots, answers: hosts.Answers, ssh: str, address: str, command: list[str]
 ) -> Iterator[Finding]:
     """One rank per host: each pair of neighbors, then all hosts together. On a single host, all its ranks."""
-    one_each = list(dict.fromkeys(reachable, 1).items())
-    groups = [dict(one_each[i : i + 2]) for i in range(len(one_each) - 1)]
-    if len(one_each) > 2:
-        groups.append(dict(one_each))
-    elif len(one_each) == 1 and sum(reachable.values()) > 1:
-        groups = [reachable]
+    groups = [dict.fromkeys(pair, 1) for pair in pairwise(reachable)]
+    if len(reachable) > 2:
+        groups.append(dict.fromkeys(reachable, 1))
+    elif len(reachable) == 1 and sum(reachable.values()) > 1:
+        groups.append(reachable)
     results = [all_reduce(group, answers, ssh, address, command) for group in groups]
     fastest = max((gbit for gbit, _ in results), default=0.0)
     for group, (gbit, value) in zip(groups, results, strict=True):
@@ -104,8 +103,8 @@ def check_links(
         yield Finding("all-reduce", value, gbit > 0 and gbit >= least, LINK_FIX, name)
 
 
-def all_reduce(group: Slots, answers: hosts.Answers, ssh: str, address: str, command: list[str]) -> Bandwidth:
-    """Measure between the hosts of a group. address: of the first host of the hostfile."""
+def all_reduce(group: Slots, answers: hosts.Answers, ssh: str, address: str, command: list[str]) -> tuple[float, str]:
+    """Gbit/s between the hosts of a group and its text, or 0 and why. address: of the first host of the hostfile."""
     first = next(iter(group))  # it has rank 0, which prints
     try:
         plans = hosts.make_plans(group, answers, address if first == next(iter(answers)) else "", command)
