@@ -6,7 +6,7 @@ import pytest
 
 from tools import benchmark_probe, benchmark_report
 from tools.benchmark import explain, strategy_case
-from tools.benchmark_report import COLUMNS, Case
+from tools.benchmark_report import Case
 from training.speed import summarize
 
 STEPS: list[dict[str, Any]] = [
@@ -103,7 +103,7 @@ def test_the_baseline_is_the_first_strategy_that_works():
     broken = Case("ddp", 2, [], [], status="failed", error="no disk")
     rows = benchmark_report.make_rows([broken, case("zero1"), case("zero2")], "float32")
     assert [row["verdict"] for row in rows] == ["failed", "baseline", "same"]
-    table = benchmark_report.make_table(rows, {name: COLUMNS[name] for name in benchmark_report.COMPARED})
+    table = benchmark_report.make_table(rows, benchmark_report.COMPARED)
     assert table[1] == ("ddp", "2", "", "", "failed") and benchmark_report.failures(rows) == ["ddp: failed: no disk"]
 
 

@@ -84,8 +84,7 @@ def run_all(cases: list[Case], cfg: TrainConfig, rounds: int, with_probe: bool, 
 
 def time_run(case: Case, cfg: TrainConfig, folder: Path) -> None:
     """Add a round: its training rows, their summary, and the seconds from the launch to the end of the first step."""
-    options = "--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"
-    start_s = run_process([*case.launcher, *case.script, *options])
+    start_s = run_process([*case.launcher, *case.script, "--benchmark", f"--steps={cfg.steps}", f"--out_dir={folder}"])
     rows = [row for _, row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
     case.rounds.append({**summarize(rows), "start_s": start_s, "rows": rows})
     if case.ours:
@@ -176,8 +175,7 @@ def main() -> None:
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpus else "float32"
     dtype = next((note["dtype"] for case in cases for note in case.notes), dtype)  # as the ranks chose it
     rows = report.make_rows(cases, dtype)
-    titles = report.COMPARED if args.compare else report.TITLES
-    table = report.make_table(rows, {title: report.COLUMNS[title] for title in titles})
+    table = report.make_table(rows, report.COMPARED if args.compare else report.TITLES)
     print("\n" + align(table, ("strategy", "verdict")), *report.failures(rows), sep="\n\n")
     if args.write:
         environment = next((case.environment for case in cases if case.environment), {})

@@ -136,10 +136,10 @@ def machine(cases: list[Case], dtype: str) -> Row:
     return result
 
 
-def make_table(rows: list[Row], forms: dict[str, str]) -> list[tuple[str, ...]]:
+def make_table(rows: list[Row], titles: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The titles, and the cells of each row, without the columns that no row has."""
     scaled = [{k: v / 1e6 if v and k.endswith("_bytes") else v for k, v in row.items()} for row in rows]
-    columns = [[title, *(cell(form, row) for row in scaled)] for title, form in forms.items()]
+    columns = [[title, *(cell(COLUMNS[title], row) for row in scaled)] for title in titles]
     return list(zip(*(column for column in columns if any(column[1:])), strict=True))
 
 
@@ -187,7 +187,7 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
         bars(rows, caption, parts).savefig(folder / name, dpi=160)
     facts = {**results["environment"], **{key: results[key] for key in ("dtype", "steps", "rounds")}}
     facts["settings"] = " ".join(results["arguments"])
-    titles, *cells = make_table(rows, COLUMNS)
+    titles, *cells = make_table(rows, tuple(COLUMNS))
     rules = ["---", "---", *["---:"] * (len(titles) - 2)]
     lines = ["# Strategies side by side", "", *(f"![{name}]({name})" for name in charts), ""]
     lines += [f"| {' | '.join(line)} |" for line in (titles, rules, *cells)]
