@@ -303,12 +303,11 @@ def print_curve(request: Request) -> None:
             line = rates.setdefault(best.strategy.name.replace("single", "ddp"), {})  # on one GPU, DDP is one process
             if best.spare >= 0:
                 line[ranks] = best.tokens_per_second / ranks
-    rows = [
-        [f"{ranks:,}", *(f"{line[ranks]:,.0f}" if ranks in line else "-" for line in rates.values())]
-        for ranks in counts
-    ]
+    rows = [["GPUs", *rates]]
+    for ranks in counts:
+        rows.append([f"{ranks:,}", *(f"{line[ranks]:,.0f}" if ranks in line else "-" for line in rates.values())])
     title = header(request.at(MOST_RANKS))
-    print(title, "tokens/s per GPU", align([["GPUs", *rates], *rows], ()), sep="\n\n")
+    print(title, "tokens/s per GPU", align(rows, ()), sep="\n\n")
     if (file := request.cfg.curve) != "table":
         draw(title, rates).savefig(file)
         print(f"\n{file}")
