@@ -116,9 +116,8 @@ def read_item(line: bytes, tokenizer: Tokenizer, block_size: int) -> tuple[int, 
 def read_hellaswag(path: Path, tokenizer: Tokenizer, block_size: int) -> list[tuple[int, list[Text]]]:
     items: list[tuple[int, list[Text]]] = []
     try:
-        with path.open("rb") as file:
-            for line in file:
-                items.append(read_item(line, tokenizer, block_size))
+        for line in path.read_bytes().splitlines():
+            items.append(read_item(line, tokenizer, block_size))
     except OSError as error:
         raise ConfigError(f"--file={path}: {error.strerror}; give JSON lines of HellaSwag") from None
     except (ValueError, TypeError, RecursionError) as error:
