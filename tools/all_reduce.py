@@ -15,14 +15,13 @@ import torch.distributed as dist
 from tools.terminal import make_parser
 from training import distributed
 from training.devices import synchronize
-from training.distributed import Ranks
 from training.errors import UserError
 
 LARGEST_BYTES = 2**26  # of one all-reduce; more bytes take several
 TIMEOUT_MINUTES = 0.1  # for ranks that cannot reach each other
 
 
-def measure(ranks: Ranks) -> dict[str, float]:
+def measure(ranks: distributed.Ranks) -> dict[str, float]:
     """Bus bandwidth between the ranks, a collective. Bytes grow from 1 MiB until the slowest rank takes a second."""
     size, seconds = 2**18, torch.zeros(1)
     while seconds < 1:
