@@ -122,7 +122,7 @@ def find_files(inputs: list[Path]) -> list[Path]:
     """The files among inputs and, sorted, those in folders among them. Raises DataError if an input has none."""
     files: list[Path] = []
     for path in inputs:
-        candidates = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
         readable = [p for p in candidates if p.suffix in READERS and p.is_file()]  # no pipe, which would be waited for
         if not readable:
             raise DataError(f"{path}: no {', '.join(READERS)} file there; rename or convert the text")
