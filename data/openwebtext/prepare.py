@@ -33,12 +33,11 @@ def download_parquet(repository: str, folder: str, count: int, target: Path) -> 
     try:
         hub.get_session().head(hub.constants.ENDPOINT, timeout=5)  # without a network, it fails at once
         for revision in ("main", "refs/convert/parquet"):
-            names = hub.list_repo_files(repository, repo_type="dataset", revision=revision)
+            where: dict = {"repo_type": "dataset", "revision": revision}
+            names = hub.list_repo_files(repository, **where)
             names = sorted(n for n in names if n.startswith(f"{folder}/") and n.endswith(".parquet"))[: count or None]
             if names:
-                hub.snapshot_download(
-                    repository, repo_type="dataset", revision=revision, allow_patterns=names, local_dir=target
-                )
+                hub.snapshot_download(repository, **where, allow_patterns=names, local_dir=target)
                 return [target / name for name in names]
     except Exception as error:  # the hub's HTTP library raises other types in other versions
         fix = "without a network, download its parquet files elsewhere and pass --input FOLDER"
