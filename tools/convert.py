@@ -149,13 +149,12 @@ def write_nanogpt(saved: SavedState, metadata: Metadata, target: Path, dtype: st
     saved.into(model, optimizer)
     for group in optimizer.param_groups:
         group["fused"] = None  # nanoGPT sets it for GPUs alone
-    loss = metadata["best_val_loss"]
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "model_args": {key: metadata["model"][key] for key in MODEL_ARGS},
         "iter_num": metadata["step"],
-        "best_val_loss": 1e9 if loss is None else loss,  # 1e9: where nanoGPT starts
+        "best_val_loss": metadata["best_val_loss"] or 1e9,  # 1e9: where nanoGPT starts
         "config": metadata["settings"],
     }
     with path.open("wb") as file:
