@@ -53,9 +53,8 @@ def from_model(folder: Path) -> HFTokenizer:
         encoding = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises plain Exception
         raise DataError(f"{folder / TOKENIZER_FILE} is no tokenizer of Hugging Face ({error})") from None
-    config, end = folder / CONFIG, None
-    if config.is_file():
-        end = json.loads(config.read_bytes()).get("eos_token")
+    config = folder / CONFIG
+    end = json.loads(config.read_bytes()).get("eos_token") if config.is_file() else None
     end = encoding.token_to_id(end["content"] if isinstance(end, dict) else end) if end else None
     size = 1 + max(encoding.get_vocab(with_added_tokens=True).values())
     about = {"vocab_size": size, "end_of_text": end, "sha256": hashlib.sha256(content).hexdigest()}
