@@ -36,8 +36,7 @@ class ByteTokenizer:
         return np.concatenate(ids)[:-1]
 
     def decode(self, ids: Sequence[int]) -> str:
-        end = END_OF_TEXT.encode()
-        return b"".join(end if i == 256 else bytes([i]) for i in ids).decode(errors="replace")
+        return b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in ids).decode(errors="replace")
 
 
 class CharTokenizer:
