@@ -42,8 +42,8 @@ def main() -> None:
     output = args.output or (folder / "loss.png" if len(names) == 1 else Path(f"loss_{'_'.join(names)}.png"))
     if output.suffix != ".png":
         raise UserError(f"--output={output}: must end in .png")
-    figure = new_figure(8, 5 + 2 * len(metrics))
     heights = [5, *[2] * len(metrics)]
+    figure = new_figure(8, sum(heights))
     losses, *panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     plot_losses(losses, args.run, args.x)
     for panel, name in zip(panels, metrics, strict=True):
