@@ -166,8 +166,7 @@ def write_weights(saved: SavedState, metadata: Metadata, target: Path, dtype: st
     tensors = {name: cast(name, saved.whole(name), getattr(torch, dtype)) for name in saved.shapes}
     if metadata["model"]["tied"]:
         tensors[TIED] = tensors["transformer.wte.weight"].clone()  # other readers may not know that they are tied
-    header = {key: json.dumps(metadata[key]) for key in HEADER if key in metadata}
-    save_file(tensors, target, header)
+    save_file(tensors, target, {key: json.dumps(metadata[key]) for key in HEADER if key in metadata})
 
 
 def cast(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
