@@ -28,7 +28,6 @@ from training import deepspeed_config, distributed, parallel
 from training.config import ROOT, parse
 from training.deepspeed_config import describe_json, nvme_blocks
 from training.deepspeed_engine import needed
-from training.distributed import LARGER_SHARED_MEMORY, NCCL_SHARED_MEMORY
 from training.errors import ConfigError, UserError, count
 from training.run_folder import TESTED_TORCH
 from training.strategies import ModelState
@@ -64,7 +63,7 @@ def make_requests(cfg: RecipeConfig, all_hosts: Slots, known: bool, marker: str 
         "dataset": str(ROOT / "data" / cfg.dataset) if known else "",
         "marker": marker,  # a file in out_dir, which all hosts see if they share it
         "torch": TESTED_TORCH,
-        **{"nccl_shm_bytes": NCCL_SHARED_MEMORY, "shm_fix": LARGER_SHARED_MEMORY},
+        **{"nccl_shm_bytes": distributed.NCCL_SHARED_MEMORY, "shm_fix": distributed.LARGER_SHARED_MEMORY},
     }
     return {host: {**request, "slots": slots} for host, slots in all_hosts.items()}
 
