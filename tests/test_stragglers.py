@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ import torch
 
 from model import GPTConfig
 from tests.running import ROOT, TINY, command, message, rows, wait_for_step, zero_json
-from training.config import PlainTrainConfig, parse
-from training.distributed import SINGLE_PROCESS
+from training.config import PlainTrainConfig, TrainConfig, parse
+from training.distributed import SINGLE_PROCESS, Layout
 from training.errors import RankError
 from training.run_folder import explain_out_of_memory
-from training.strategies import model_state_bytes
+from training.strategies import gigabytes, model_state_bytes, out_of_memory_advice
 
 
 def test_a_slow_rank_is_named_with_its_host(tmp_path, data):
@@ -84,6 +85,16 @@ def test_full_memory_of_cublas_is_full_memory(tmp_path):
         explain_out_of_memory(cfg, SINGLE_PROCESS, GPTConfig(), "single", torch.float32),
     ):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def test_full_memory_of_a_part_of_the_model():
+    """Two stages of two tensor-parallel ranks: a quarter of the parameters, and ZeRO-1 over the two that have it."""
+    ranks = replace(SINGLE_PROCESS, world_size=8, layout=Layout(tensor=2, pipeline=2))
+    cfg, model = parse(TrainConfig, ["--gradient_accumulation_steps=8"], ""), GPTConfig()
+    quarter = model.parameter_count() / 4
+    told = out_of_memory_advice(cfg, ranks, model, "zero1", torch.bfloat16, "full")
+    state = f"{gigabytes(quarter * (2 + 6 + 12 / 2))}: parameters {gigabytes(2 * quarter)}, "
+    assert f"the model state per rank under zero1 is {state}gradients {gigabytes(6 * quarter)}" in told
 
 
 def test_the_model_state_by_the_zero_papers_formula():

@@ -98,10 +98,11 @@ def gigabytes(count: float) -> str:
 def out_of_memory_advice(
     cfg: TrainConfig, ranks: Ranks, model: GPTConfig, strategy: str, dtype: torch.dtype, reason: str
 ) -> str:
-    size, shards = model.parameter_count(), getattr(cfg, "shard_ranks", 0) or ranks.world_size
-    state = model_state_bytes(strategy, shards, size, dtype)
-    parts = ", ".join(f"{part.replace('_', ' ')} {gigabytes(count)}" for part, count in vars(state).items())
-    lines = [reason, f"by formula, the model state per rank under {strategy} is {gigabytes(state.total())}: {parts}"]
+    parts = ranks.layout.tensor * ranks.layout.pipeline  # into which the model is split, almost evenly
+    size, shards = model.parameter_count(), getattr(cfg, "shard_ranks", 0) or ranks.world_size // parts
+    state = model_state_bytes(strategy, shards, size / parts, dtype)
+    kinds = ", ".join(f"{kind.replace('_', ' ')} {gigabytes(count)}" for kind, count in vars(state).items())
+    lines = [reason, f"by formula, the model state per rank under {strategy} is {gigabytes(state.total())}: {kinds}"]
     if ranks.device.type == "cuda":
         others = torch.cuda.max_memory_allocated(ranks.device) - state.total()
         lines.append(f"activations and buffers used up to {gigabytes(max(0, others))} more")
