@@ -138,8 +138,8 @@ def repaired(config: dict[str, Any], problems: list[str]) -> tuple[dict[str, Any
     config, words = json.loads(json.dumps(config)), []
     for problem in problems:
         words += [word.replace("=N", "=2") for word in re.findall(r"set (--activation\w+=\w+)", problem)]
-        if total := re.fullmatch(r"train_batch_size = .*; write (\d+)", problem):
-            config["train_batch_size"] = int(total[1])
+        if steps := re.search(r'write "gradient_accumulation_steps": (\d+)', problem):
+            config["gradient_accumulation_steps"] = int(steps[1])
         elif 'write "bf16"' in problem:
             config["bf16"] = {"enabled": config.pop("fp16")["enabled"]}
         elif "write AdamW" in problem:

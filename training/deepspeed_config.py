@@ -184,7 +184,10 @@ def fill_batch(config: Json, cfg: TrainConfig, ranks: Ranks) -> Iterator[str]:
         accumulation = f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} is the total over all ranks"
         yield f'{problem}: contradicts batch_size = {cfg.batch_size} x {product} ({accumulation}); write "auto"'
     elif wrong:
-        yield f"{problem}: is not {count(cfg.batch_size, 'sequence')} x {product}; write {sequences * steps}"
+        given = wrong["train_batch_size"]
+        reachable = config.get(BATCH[2]) == steps and given % sequences == 0
+        fix = f'"gradient_accumulation_steps": {given // sequences}' if reachable else sequences * steps
+        yield f"{problem}: is not {count(cfg.batch_size, 'sequence')} x {product}; write {fix}"
     config.update(values)
     if ranks.data_size < ranks.world_size:
         del config["train_batch_size"]  # DeepSpeed would count all ranks
