@@ -78,13 +78,18 @@ def read_run(folder: Path) -> tuple[SavedState, Metadata]:
         if not (finished := Checkpoints(str(folder)).finished()):
             raise CheckpointError(f"{folder}: the run has not saved a checkpoint yet")
         folder = finished[-1]
-    if damage := find_damage(folder) or find_corruption(folder):
-        raise CheckpointError(f"{folder} is damaged: {damage}; use another checkpoint")
+    check(folder)
     fitting = f"--gradient_accumulation_steps={world_size()}"  # tools run on any number of ranks
     settings = parse(TrainConfig, [f"--out_dir={folder.parent.parent}", "--init_from=resume", fitting], "")
     metadata = {"settings": {key: getattr(settings, key) for key in SETTINGS}, **read_metadata(folder)}
     metadata["folder"] = str(folder.parent.parent)  # where its tokenizer.json is
     return open_state(folder, metadata), metadata
+
+
+def check(folder: Path) -> None:
+    """Check every byte of a checkpoint. Raises CheckpointError."""
+    if damage := find_damage(folder) or find_corruption(folder):
+        raise CheckpointError(f"{folder} is damaged: {damage}; use another checkpoint")
 
 
 def read_nanogpt(path: Path) -> tuple[SavedState, Metadata]:
@@ -132,6 +137,8 @@ def read_universal(folder: Path) -> tuple[SavedState, Metadata]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         file = folder / METADATA
         raise CheckpointError(f"{file} cannot be read ({error}); copy that of the run's checkpoint") from None
+    if metadata.get("strategy") == "universal":  # earlier versions of this tool wrote it, with checksums
+        check(folder)
     with safe_globals(STAND_INS):
         state = pretrained.read_pickle(folder / "zero" / "optimizer_state.pt")
     step = state.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
