@@ -85,10 +85,7 @@ def catch_signals() -> list[int]:
 
 def listen(signals: list[int], timeout: float) -> None:
     """Read from launch.hosts on stdin: a byte is the number of a signal to forward, or 0 for a heartbeat."""
-    while select.select([0], [], [], timeout)[0]:
-        data = os.read(0, 100)
-        if not data:  # the connection was closed
-            break
+    while select.select([0], [], [], timeout)[0] and (data := os.read(0, 100)):  # no data: the connection was closed
         signals.extend(byte for byte in data if byte)
     signals.append(END_NOW)
 
