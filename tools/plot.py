@@ -23,8 +23,7 @@ def plot_metric(axes: Any, name: str, folders: list[Path], x: str) -> None:
     for number, folder in enumerate(folders):
         rows, config = read_run(folder)
         size = step_size(rows, config, x)
-        points = [(row["step"] * size, row[name]) for row in rows if row["kind"] == "train" and row.get(name)]
-        if points:
+        if points := [(row["step"] * size, row[name]) for row in rows if row["kind"] == "train" and row.get(name)]:
             axes.plot(*zip(*points, strict=True), **line_style(number), linewidth=1)
     if not axes.lines:
         raise UserError(f"--metrics={name}: not logged{did_you_mean(name, {key for row in rows for key in row})}")
