@@ -43,8 +43,7 @@ def open_source(source: str, tokenizer: Metadata | None = None) -> tuple[SavedSt
     path = pretrained.find_folder(source)
     if (path / "latest_universal").is_file():  # DeepSpeed names the folder there
         path /= (path / "latest_universal").read_text().strip()
-    read = recognize(path)
-    if read is None:
+    if not (read := recognize(path)):
         known = ", ".join([READABLE, *pretrained.HUB])
         raise CheckpointError(f"{source} does not exist or is of no known format; give {known}")
     try:
