@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.hf_tokenizer import from_model
@@ -96,7 +95,7 @@ def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float, v
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probabilities = F.softmax(logits, dim=-1)
+    probabilities = logits.softmax(dim=-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # keeps the token that crosses top_p
