@@ -136,7 +136,7 @@ def trio(tmp_path):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the core only: the tests of QUICK in tests/conftest.py")
     parser.addoption(
-        "--fuzz-minutes", type=float, default=0, help="of tests/test_fuzz.py; default: one, the same cases"
+        "--fuzz-minutes", type=float, default=0, help="of tests/test_fuzz.py; default: 40 s, the same cases"
     )
 
 

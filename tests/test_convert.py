@@ -104,12 +104,13 @@ def test_deepspeeds_partitions_are_read(tmp_path, data, strategy):
     assert Checkpoints(str(tmp_path / "run")).newest()[1]["strategy"] == "single"
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_universal_checkpoints_are_read(tmp_path, data, monkeypatch, strategy):
+@pytest.mark.parametrize("strategy, tied", [("zero2", True), ("zero3", False)])
+def test_universal_checkpoints_are_read(tmp_path, data, monkeypatch, strategy, tied):
     """DeepSpeed's own ds_to_universal makes one from the partitions of a run."""
     from deepspeed.checkpoint import ds_to_universal
 
     settings: dict[str, Any] = {"ranks": 2, "gradient_accumulation_steps": 2, "max_iters": 2, "eval_iters": 1}
+    settings |= {"tied": tied}
     train(tmp_path / "zero", data, deepspeed_config=zero_json(strategy), **settings)
     checkpoint, universal = tmp_path / "zero" / "checkpoints" / "step_000002", tmp_path / "universal"
     arguments = ["--input_folder", str(checkpoint), "--output_folder", str(universal), "--inject_missing_state"]

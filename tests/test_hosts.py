@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
 }
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {},
-    "hsdp": {"strategy": "fsdp", "shard_ranks": 2},  # parameters are gathered inside a host
+    "hsdp": {"strategy": "fsdp", "shard_ranks": 2},
     "zero2": {"deepspeed_config": zero_json("zero2")},
     "zero3": {"deepspeed_config": zero_json("zero3")},
     # matrices are shared inside a host, stages and batches across hosts
@@ -78,8 +78,6 @@ def launch(made: Cluster, folder: Path, data: Path, *options: str, slots: int = 
 @pytest.mark.parametrize(
     "strategy, slots, expected",
     [
-        ("hsdp", 2, "4 ranks x 3 micro-steps"),
-        ("zero3", 1, "2 ranks x 6 micro-steps"),
         ("pp2 x tp2", 2, "4 ranks = 2 pipeline x 2 tensor; 1,536 tokens per step = 1 data-parallel rank x 12"),
         ("tp2 x dp2", 2, "4 ranks = 2 data x 2 tensor; 1,536 tokens per step = 2 data-parallel ranks x 6"),
     ],
@@ -94,10 +92,11 @@ def test_two_hosts_train_as_one_process(hosts, tmp_path, data, single, strategy,
 
 
 def test_four_hosts_with_one_rank_each(hosts, tmp_path, data, single):
-    process = launch(hosts, tmp_path, data, slots=1, hosts=4)
+    """HSDP: two hosts share one copy of the model state, the other two the other one."""
+    process = launch(hosts, tmp_path, data, slots=1, hosts=4, **STRATEGIES["hsdp"])
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert difference(single, tmp_path) <= 1e-5
+    assert process.returncode == 0 and "4 ranks x 3 micro-steps" in output, output
+    assert difference(single, tmp_path) <= 1e-5 and difference(single, tmp_path, "grad_norm") <= 1e-5
 
 
 def test_a_launch_script_takes_a_hostfile_from_the_environment(hosts, tmp_path, data, single):
@@ -114,7 +113,7 @@ def test_a_launch_script_takes_a_hostfile_from_the_environment(hosts, tmp_path, 
 @pytest.mark.needs("pdsh")
 def test_deepspeeds_own_launcher_takes_a_hostfile(hosts, tmp_path, data, single):
     """With pdsh; the environment is forwarded by a .deepspeed_env, as docs/multi_node.md says."""
-    given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path, **STRATEGIES["zero2"]}
+    given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path, **STRATEGIES["zero3"]}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PDSH_RCMD_TYPE": "ssh"}
     env["DS_ENV_FILE"] = str(tmp_path / ".deepspeed_env")
     env["PATH"] = f"{hosts.folder / 'bin'}:{Path(sys.executable).parent}:{env['PATH']}"
@@ -124,14 +123,14 @@ def test_deepspeeds_own_launcher_takes_a_hostfile(hosts, tmp_path, data, single)
     line += [f"--master_addr={hosts.hosts[0].address}", *command("train_deepspeed.py", **given)[1:]]
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert difference(single, tmp_path) <= 1e-5
+    assert difference(single, tmp_path) <= 1e-5 and difference(single, tmp_path, "grad_norm") <= 1e-5
 
 
 @pytest.mark.needs("mpiexec")
 def test_mpis_launcher_starts_a_launcher_on_every_node(hosts, tmp_path, data, single):
     given = {**TINY, **SETTINGS, "dataset": data, "out_dir": tmp_path}
     line = ["mpiexec", "-launcher", "ssh", "-launcher-exec", hosts.folder / "bin" / "ssh", "-ppn", "1", "-n", "2"]
-    line += ["-hosts", "host1,host2", "-localhost", hosts.subnet.format(254), "docs/mpi.sh", "host1", "2"]
+    line += ["-hosts", "host1,host2", "-localhost", hosts.subnet.format(254), "docs/mpi.sh", "host1", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     line += command("train.py", **given)[1:]
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
@@ -214,7 +213,7 @@ def test_ranks_of_one_host_accept_connections_from_it_only(hosts, tmp_path):
 
 
 def test_a_signal_stops_all_hosts_and_saves(hosts, tmp_path, data):
-    process = launch(hosts, tmp_path, data, max_iters=100_000, eval_interval=100_000)
+    process = launch(hosts, tmp_path, data, slots=1, max_iters=100_000, eval_interval=100_000)
     wait_for_step(tmp_path, process, 4)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)

@@ -142,8 +142,10 @@ def read_universal(folder: Path) -> tuple[SavedState, Metadata]:
         state = pretrained.read_pickle(folder / "zero" / "optimizer_state.pt")
     step = state.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
     saved = SavedState(folder, {}, {})
-    for file in sorted(file for file in folder.glob("zero/*/fp32.pt") if file.parent.name != TIED):
-        name = file.parent.name
+    files = {file.parent.name: file for file in sorted(folder.glob("zero/*/fp32.pt"))}
+    if TIED not in expected:
+        files.pop(TIED, None)
+    for name, file in files.items():
         for kind in (WEIGHT, *ADAMW_KINDS):
             content = pretrained.read_pickle(file if kind == WEIGHT else file.with_stem(kind))
             tensor = content["param"] if isinstance(content, dict) else content
