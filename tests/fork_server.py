@@ -331,6 +331,16 @@ def leave(status: int) -> NoReturn:
     os._exit(status & 0xFF)
 
 
+def draw_figure() -> None:
+    """Find the fonts and measure the letters that the first figure of a process needs: half of what it takes."""
+    figure = sys.modules["matplotlib.figure"].Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="steps", ylabel="loss")
+    axes.plot([0, 30_000], [0, 5.5], label="run, best 0.123")
+    axes.set_title("validation loss", loc="left")
+    axes.legend()
+    figure.savefig(io.BytesIO())
+
+
 def main(connection: int, modules: list[str]) -> NoReturn:
     del sys.path[0]  # tests/
     LIBC.getenv.restype = ctypes.c_void_p
@@ -341,6 +351,8 @@ def main(connection: int, modules: list[str]) -> NoReturn:
     for name in modules:
         importlib.import_module(name)
     del os.environ["DS_ACCELERATOR"]
+    if "matplotlib.figure" in sys.modules:
+        draw_figure()
     KEPT.update(sys.modules)
     sys.path.insert(0, str(ROOT))
     for name in OWN:

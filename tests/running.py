@@ -29,9 +29,7 @@ DEEPSPEED = [*TORCH, "deepspeed", "deepspeed.ops.op_builder.all_ops", "deepspeed
 DEEPSPEED += ["deepspeed.module_inject.auto_ep_layer", "torch.utils.cpp_extension"]
 IMPORTS = {"train_deepspeed.py": DEEPSPEED, "tests/hf_trainer.py": [*DEEPSPEED, "transformers", "accelerate"]}
 IMPORTS.update(dict.fromkeys(["deepspeed.launcher.runner", "tools.accept", "tests.compile_ops"], DEEPSPEED))
-# Of tools.benchmark, without its probe, which counts the tensors of all modules.
-IMPORTS.update(dict.fromkeys(["--compare", "--speed"], DEEPSPEED))
-IMPORTS["tests.layout_state"] = DEEPSPEED
+IMPORTS.update(dict.fromkeys(["tools.benchmark", "tests.layout_state"], DEEPSPEED))
 SERVERS: dict[int, ForkServer] = {}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before any test changes it
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from model import GPTConfig
-from tests.running import ROOT, TINY, command, message, rows, wait_for_step, zero_json
+from tests.running import TINY, command, message, rows, run, start_process, started_with, wait_for_step, zero_json
 from training.config import PlainTrainConfig, TrainConfig, parse
 from training.distributed import SINGLE_PROCESS, Layout
 from training.errors import RankError
@@ -30,14 +29,11 @@ def test_a_slow_rank_is_named_with_its_host(tmp_path, data):
     expected = f"rank 1 on {os.uname().nodename} slows down all ranks: its matmul takes"
     log = tmp_path / "log"
     with log.open("w") as file:
-        process = subprocess.Popen(line, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
+        process = start_process(line, env=environment, stdout=file, stderr=subprocess.STDOUT)
     wait_for_step(tmp_path, process, 8)
-    (slow,) = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/environ")
-        if f"out_dir={tmp_path}".encode() in path.with_name("cmdline").read_bytes()
-        and b"\0RANK=1\0" in path.read_bytes()
-    ]
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in started_with(f"MARK={tmp_path}")}
+    (slow,) = [pid for pid, environment in environments.items() if b"\0RANK=1\0" in environment]
     until = time.monotonic() + 90
     while expected not in log.read_text() and time.monotonic() < until:
         for _ in range(30):  # the rank keeps a sixth of its time
@@ -60,15 +56,9 @@ def test_full_memory_says_what_takes_it_and_what_to_try(tmp_path, data, strategy
     settings |= {"gradient_accumulation_steps": 2}
     settings |= {"deepspeed_config": zero_json(strategy)} if strategy != "ddp" else {}
     script = "train_deepspeed.py" if strategy != "ddp" else "train.py"
-    limit = 3 * 2**30
-    done = subprocess.run(
-        command(script, ranks=2, **settings),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
+    limit = tmp_path / "limit.py"  # of the rank's memory: a config file is Python
+    limit.write_text("import resource as _resource\n_resource.setrlimit(_resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))\n")
+    done = run(script, str(limit), ranks=2, **settings)
     told = message(done)
     assert "allocate" in told
     assert re.search(rf"the model state per rank under {strategy} is 0\.000[1-9] GB: parameters 0\.000\d GB", told)
