@@ -136,7 +136,7 @@ def trio(tmp_path):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the core only: the tests of QUICK in tests/conftest.py")
     parser.addoption(
-        "--fuzz-minutes", type=float, default=0, help="of tests/test_fuzz.py; default: 40 s, the same cases"
+        "--fuzz-minutes", type=float, default=0, help="of tests/test_fuzz.py; default: 30 s, the same cases"
     )
 
 
@@ -197,11 +197,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.line(f"To run all of them: apt-get install {' '.join(sorted(packages))}")
 
 
-# Files that take longest, in the order in which they start, and those of them whose tests need not share a worker.
-LONG = ["benchmark", "guides", "changes", "accept", "fork_server", "stragglers", "fsdp", "hosts", "stopping", "readme"]
+# Files that take longest, in the order in which they start, and those of them whose tests need not share a worker. The
+# tests over hosts share one, because they mostly wait, while the other workers use the processors.
+LONG = ["hosts", "benchmark", "guides", "changes", "accept", "fork_server", "stragglers", "fsdp", "stopping", "readme"]
 LONG += ["hf_trainer", "zero", "zero_runs", "layouts", "slow_links", "deepspeed_errors", "doctor", "crossing", "kill"]
-LONG += ["launch", "runs"]
-SPREAD = {*LONG[LONG.index("hosts") :]} - {"hf_trainer", "doctor"}
+LONG += ["launch", "runs", "half", "muon", "convert_nanogpt", "pretrained", "safety", "fuzz", "plan_layouts"]
+SPREAD = {*LONG[LONG.index("stopping") :]} - {"hf_trainer", "doctor", "half", "muon", "pretrained"}
 # For --quick: the files whose tests run, and which of their tests, as a pattern.
 QUICK = {
     **dict.fromkeys(["architecture", "config", "model", "data_errors", "training", "bad_input"], ""),

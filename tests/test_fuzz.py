@@ -1,6 +1,6 @@
 """Whatever a file, a command line or a host holds, it is used, or refused with a message; no code in it runs.
 
-python -m pytest tests/test_fuzz.py -n0                    # 40 s in all; the same cases every time
+python -m pytest tests/test_fuzz.py -n0                    # 30 s in all; the same cases every time
 python -m pytest tests/test_fuzz.py -n0 --fuzz-minutes=10  # other cases every time
 """
 
@@ -49,7 +49,7 @@ from training.metrics import Metrics
 from training.model_state import SavedState, reading
 from training.run_folder import explain_out_of_memory
 
-CI_SECONDS = 40.0  # of all targets together
+CI_SECONDS = 30.0  # of all targets together
 SMALL = GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8, bias=True)
 SMALL_ARGUMENTS = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--bias=True", "--compile=False"]
 CONFIGS: list[Any] = [PlainTrainConfig, DeepSpeedTrainConfig, sample.SampleConfig]
