@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,6 +109,7 @@ def count_tensors(trainer: Any, device: str) -> dict[str, int]:
     To be called after a backward pass and before the update, from the second step on: then the optimizer has its
     states, and no activation is left.
     """
+    time.sleep(0.3)  # gloo's threads let go of what they have sent a moment after a collective has ended
     gc.collect()
     objects = gc.get_objects()
     living = [item for item in objects if issubclass(type(item), Tensor) and item.device.type == device]
