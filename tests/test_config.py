@@ -173,6 +173,9 @@ def test_rules(argument, rule):
     assert f"{key} = " in problems(argument) and f"(command line): {rule}" in problems(argument)
 
 
+NULL = "FILE:1:" if sys.version_info >= (3, 11, 4) else "FILE: ValueError:"  # a SyntaxError since then
+
+
 @pytest.mark.parametrize(
     "text, told",
     [
@@ -181,7 +184,7 @@ def test_rules(argument, rule):
         ("import sys\nsys.exit()", "FILE:2: SystemExit"),
         ("caf\xe9 = 1", "FILE: UnicodeDecodeError: 'utf-8' codec can't decode"),
         ("import broken", "FOLDER/broken.py:3: invalid syntax"),
-        ("a = 1\n\0", "FILE:1: source code string cannot contain null bytes"),
+        ("a = 1\n\0", f"{NULL} source code string cannot contain null bytes"),
         ("n_layer = list(range(10**6))", f"n_layer = {str(list(range(100)))[:200]} (FILE:1): must be a whole number"),
         ("class E(Exception):\n __str__ = None\nraise E", "FILE:3: <run_path>.E: <exception str() failed>"),
         ("n_layer = " + "1+" * 50_000 + "1", "FILE: RecursionError: maximum recursion depth exceeded"),
