@@ -115,14 +115,15 @@ def make_batch(cfg: TrainConfig, dataset: Dataset, ranks: Ranks) -> Batch:
 
 
 def write_metrics(cfg: TrainConfig, steps: list[tuple[float, float, int]]) -> None:
-    """steps: loss, milliseconds, and the peak memory in bytes. As in our runs, the warm-up steps have no time."""
+    """steps: loss, milliseconds, and the peak memory in bytes, 0 if it is not known.
+
+    As in our runs, the warm-up steps have no time.
+    """
     tokens, rows = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size, []
     for number, (loss, ms, peak) in enumerate(steps):
-        row = {"kind": "train", "step": number, "loss": loss, "mfu": None, "peak_memory_bytes": peak}
-        timed = number >= WARM_UP_STEPS
-        rows.append(
-            {**row, "step_ms": ms if timed else None, "tokens_per_second": 1e3 * tokens / ms if timed else None}
-        )
+        row: dict[str, Any] = {"kind": "train", "step": number, "loss": loss, "mfu": None, "peak_memory_bytes": peak}
+        row |= {"step_ms": None} if number < WARM_UP_STEPS else {"step_ms": ms, "tokens_per_second": 1e3 * tokens / ms}
+        rows.append(row)
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     Path(cfg.out_dir, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

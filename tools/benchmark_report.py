@@ -98,7 +98,8 @@ def speed(case: Case, base: Case) -> Row:
         **{"tokens_per_second": middle, "tokens_per_second_quartiles": [low, high]},
         "mfu": case.rounds[0]["mfu"] and median(one["mfu"] for one in case.rounds),
         "steps_per_second_ratio": median(ratios),
-        **{name: median(one[name] for one in case.rounds) for name in ("start_s", "peak_memory_bytes")},
+        "start_s": median(one["start_s"] for one in case.rounds),
+        "peak_memory_bytes": median(one["peak_memory_bytes"] for one in case.rounds) or None,  # 0: not measured
         "losses": [[row["step"], row["loss"]] for row in case.rounds[0]["rows"]],
     }
 

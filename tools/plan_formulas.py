@@ -217,7 +217,7 @@ def block_activations(case: Candidate) -> float:
 
 
 def saved_activations(case: Candidate) -> tuple[float, float]:
-    """Of the blocks and of the head, at the end of forward.
+    """Bytes that the blocks, and that the head, have saved for backward when forward ends.
 
     With activation checkpointing a block saves its input only (section 5 of that paper). The head saves the last norm
     and c s b V of logits, whose gradient takes their place (model.py).
